@@ -1,0 +1,218 @@
+"""LeapAlign (arXiv 2604.15311): the gradient of a reward in the weights of a flow model, from two leaps.
+
+Setting: rectified flow.  x_1 ~ N(0, I) is noise, x_0 a clean latent, x_t = (1 - t) x_0 + t x_1, and a network
+predicts the velocity v(x_t, t) ~ x_1 - x_0.  T Euler steps visit the levels sigma_0 = 1 > ... > sigma_T = 0.
+Backpropagation through all of them holds T networks' activations, and its gradient tends to explode.
+
+One iteration:
+
+1. Roll out all T steps without gradient; keep every state and every velocity.
+2. Pick two of the T steps, at noise levels k > j.
+3. Leap x_k -> x_j -> x_0, each leap along one velocity (Eq. 3).  A connector gives the end of a leap the
+   value that the rollout had there and leaves it the gradient of the leap (Eq. 4-7).  What flows back through
+   the input of the second network is scaled by alpha (Eq. 9): that nested term is the one that explodes.
+4. The objective is a hinge on the reward of the real x_0 (Eq. 11), weighted a sample at a time by how closely
+   the leaps follow the rollout (Eq. 12), and averaged (Eq. 13).
+
+The connectors fix every value beforehand: weight, reward and dL/dx_0 are known before any leap is evaluated.
+So the gradient of step 3 (Eq. 10) is a reverse sweep that re-evaluates and differentiates one leap at a time,
+the reward and the VAE already gone from memory:
+
+    ro = rollout(velocity, noise, sigmas)             # no gradient; all T + 1 states, all T velocities
+    picks = pick_leaps(sigmas, generator)             # two step indices; alike for all samples and ranks
+    w, distances = similarity_weight(ro, picks, tau)  # Eq. 12, from cached velocities: no network call
+    x0 = ro.x[-1].requires_grad_()
+    loss = (w * hinge(reward(decode(x0), prompts), lam)).mean();  loss.backward()  # Eq. 11, 13: reward, VAE
+    leap_backward(velocity, ro, picks, alpha, x0.grad)                             # Eq. 10, leap by leap
+
+Only the last line decides how a gradient at x_0 becomes one in the weights.  Such a surrogate is a function
+`(velocity, ro, picks, ..., grad) -> None` that adds its (dx_0/dtheta)^T grad to the parameters' `.grad`; to
+try another, write it beside `leap_backward`.  `leap` is that gradient as the paper states it, by autograd.
+
+Precision: `velocity` may compute in bf16.  All else is fp32 (float64 if the noise is), because connectors and
+distances are differences of nearly equal numbers.
+
+Legend: b samples, n tokens, c channels, T steps.  k > j are noise levels as in the paper, and a pick is the
+index of a step: k = sigmas[picks[0]].  sg( ) is stop-gradient, `.detach()`.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # x (b, n, c), sigma () -> v (b, n, c)
+
+
+class Rollout(NamedTuple):
+    """A sampled trajectory, without graph: x[i] is at level sigmas[i], v[i] = velocity(x[i], sigmas[i])."""
+
+    x: Tensor  # (T + 1, b, n, c), from x[0], the noise, to x[-1], the clean latent
+    v: Tensor  # (T, b, n, c)
+    sigmas: Tensor  # (T + 1,), from 1 down to 0
+
+
+def one_step(x_k: Tensor, v_k: Tensor, k: Tensor, j: Tensor) -> Tensor:
+    """Eq. 3: the latent at noise level j, predicted from level k by one velocity; also the Euler step.
+
+    To reward xhat_{0|j} instead of x_0, an ablation of the paper, let x0 above be this step's result from the
+    last pick, `one_step(ro.x[i], ro.v[i], ro.sigmas[i], ro.sigmas[-1])`; the other lines stay as they are.
+    """
+    return x_k - (k - j) * v_k
+
+
+@torch.no_grad()  # not inference_mode: the states become inputs of differentiated networks
+def rollout(velocity: Velocity, noise: Tensor, sigmas: Tensor) -> Rollout:
+    """T Euler steps from noise (b, n, c) along sigmas (T + 1,), descending from 1 to 0; T network calls."""
+    x = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    sigmas = sigmas.to(x)
+    xs, vs = [x], []
+    for k, j in itertools.pairwise(sigmas):
+        vs.append(velocity(x, k).to(x.dtype))
+        x = one_step(x, vs[-1], k, j)
+        xs.append(x)
+    return Rollout(torch.stack(xs), torch.stack(vs), sigmas)
+
+
+def pick_leaps(
+    sigmas: Tensor,
+    generator: torch.Generator,
+    leaps: int = 2,
+    low: float = 0.0,
+    high: float = 1.0,
+    distance: float | None = None,
+) -> tuple[int, ...]:
+    """Indices, in increasing order, of the steps that leaps start from; the last leap ends at x_0.
+
+    Uniform over the sets of `leaps` distinct steps whose noise levels lie in [low, high].  With `distance`,
+    an ablation of the paper, k is uniform among the levels that leave room for it and j is the level nearest
+    to k - distance (of two equally near, the noisier).  `generator` is a CPU one: seeded alike, all ranks
+    pick alike.  Raises ValueError if there are no such steps.
+    """
+    eps = 1e-6  # levels are fp32: 0.3 reads 0.30000001
+    levels = sigmas[:-1].tolist()
+    inside = [i for i, level in enumerate(levels) if low - eps <= level <= high + eps]
+    if not 1 <= leaps <= len(inside):
+        raise ValueError(f"cannot pick {leaps} leaps from {len(inside)} steps with sigma in [{low}, {high}]")
+    if distance is None:
+        chosen = torch.randperm(len(inside), generator=generator)[:leaps].sort().values
+        return tuple(inside[i] for i in chosen.tolist())
+
+    if leaps != 2 or distance <= 0:
+        raise ValueError(f"a fixed distance needs two leaps and must be positive, got {leaps} and {distance}")
+    starts = [i for i in inside[:-1] if levels[i] - distance >= levels[inside[-1]] - eps]
+    if not starts:
+        raise ValueError(f"no two steps in [{low}, {high}] are {distance} apart")
+    start = starts[torch.randint(len(starts), (), generator=generator)]
+    target = (
+        levels[start] - distance
+    )  # at least the lowest level in range, so the nearest one is in range too
+    return start, min(range(start + 1, len(levels)), key=lambda i: round(abs(levels[i] - target), 6))
+
+
+def spans(ro: Rollout, picks: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(start, end) of each leap as indices of states; the last one ends at T, which is x_0."""
+    return list(zip(picks, (*picks[1:], len(ro.v))))
+
+
+# ------------------------------------------------------------------------------------- the gradient
+
+
+def connect(x: Tensor, xhat: Tensor) -> Tensor:
+    """Eq. 5, 7: the value of x with the gradient of xhat.
+
+    The paper writes xhat + sg(x - xhat), which rounds.  In this order the bracket is exactly 0: bitwise x.
+    """
+    return x.detach() + (xhat - xhat.detach())
+
+
+def discount(x: Tensor, alpha: float) -> Tensor:
+    """Eq. 9: alpha x + (1 - alpha) sg(x): the value of x, alpha times its gradient; bitwise x again."""
+    return x.detach() + alpha * (x - x.detach())
+
+
+def leap(
+    velocity: Velocity, ro: Rollout, picks: tuple[int, ...], alpha: float, nested_only: bool = False
+) -> Tensor:
+    """x_0 (b, n, c) with the value of the rollout and the gradient of the leaps, as the paper states it.
+
+    Holds the activations of all leaps until differentiated.  `nested_only` is Eq. 14, a diagnostic: earlier
+    leaps count only through the input of the last network, so of two leaps the single-step term at k is gone.
+    """
+    x = ro.x[picks[0]]
+    for start, end in spans(ro, picks):
+        k, j = ro.sigmas[start], ro.sigmas[end]
+        v = velocity(discount(x, alpha), k).to(x.dtype)  # Eq. 9
+        if nested_only and end == len(ro.v):
+            x = x.detach()  # Eq. 14
+        xhat = one_step(x, v, k, j)  # Eq. 4, 6
+        x = connect(ro.x[end], xhat)  # Eq. 5, 7
+    return x
+
+
+def leap_backward(
+    velocity: Velocity,
+    ro: Rollout,
+    picks: tuple[int, ...],
+    alpha: float,
+    grad: Tensor,
+    nested_only: bool = False,
+) -> None:
+    """Add to the parameters' `.grad` what `leap(...).backward(grad)` would, one leap's activations at a time.
+
+    grad (b, n, c) is dL/dx_0.  For two leaps this is Eq. 10,
+
+    dx_0/dtheta = - j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + alpha j (k - j) dv(x_j)/dx_j dv(x_k)/dtheta
+
+    transposed and applied to grad: the first pass of the loop adds the first term, the second the other two.
+    """
+    a = grad  # dL/dx at the end of the leap
+    for start, end in reversed(spans(ro, picks)):
+        k, j = ro.sigmas[start], ro.sigmas[end]
+        nested = alpha != 0 and start != picks[0]  # nothing lies before the first leap
+        x = ro.x[start].detach().requires_grad_(nested)
+        v = velocity(x, k).to(x.dtype)
+        v.backward(-(k - j) * a)  # Eq. 4, 6: the leap is x - (k - j) v
+        if nested_only and end == len(ro.v):
+            a = torch.zeros_like(a)  # Eq. 14
+        if nested:
+            a = a + alpha * x.grad  # Eq. 9: whole outside of the network, discounted inside
+
+
+# ------------------------------------------------------------------------------------ the objective
+
+
+@torch.no_grad()  # Eq. 13 has sg(w)
+def similarity_weight(
+    ro: Rollout, picks: tuple[int, ...], tau: float, use: Literal["both", "d_j", "d_0", "none"] = "both"
+) -> tuple[Tensor, Tensor]:
+    """Eq. 12: the weight of each sample, (b,), and the distances it comes from, (leaps, b).
+
+        w = 1 / (max(d_j, tau) + max(d_0, tau))
+
+    d is the mean absolute difference, over all entries of a latent, between where the rollout is at the end
+    of a leap and where the leap lands; each further leap adds a term.  tau > 0 bounds w by 1 / (leaps * tau).
+    `use` is an ablation of the paper: d_0 is the last leap's term alone, d_j those of the leaps before it,
+    and none means w = 1.  Raises ValueError for the d_j of a single leap.
+    """
+    x, v, sigmas = ro
+    gaps = [
+        x[end] - one_step(x[start], v[start], sigmas[start], sigmas[end]) for start, end in spans(ro, picks)
+    ]
+    d = torch.stack([gap.abs().flatten(1).mean(1) for gap in gaps])
+    if use == "none":
+        return torch.ones_like(d[0]), d
+    if use == "d_j" and len(picks) == 1:
+        raise ValueError("a weight from d_j needs two leaps or more: a single leap has d_0 only")
+    used = {"both": d, "d_j": d[:-1], "d_0": d[-1:]}[use]
+    return 1 / used.clamp(min=tau).sum(0), d
+
+
+def hinge(reward: Tensor, lam: float | None) -> Tensor:
+    """Eq. 11: max(0, lam - r), (b,): a sample at lam or above asks for no more, where hacking would start.
+
+    lam is in the units of the reward; None is no hinge, -r.
+    """
+    return -reward if lam is None else torch.relu(lam - reward)

@@ -1,0 +1,508 @@
+"""FLUX: the rectified-flow transformer that black-forest-labs published, under their parameter names.
+
+The prompt's tokens (`txt`) and the image's latent patches (`img`) are two streams of one width. Double blocks
+give each stream its own weights and let them meet in attention; single blocks then treat [txt, img] as one
+sequence. All a block knows of time, guidance and the prompt as a whole is one vector (`vec`), which shifts,
+scales and gates it (adaLN); all it knows of position is one rotary table (`pe`).
+
+`flux1-dev.safetensors` loads into `Flux(FLUX_DEV)` strictly. A diffusers `transformer/` folder holds the same
+tensors, cut and named differently: both directions read one table, `module_names`.
+
+Precision: the network computes in the dtype of its weights. Exceptions: the features of time and guidance are
+float32; rotary angles are float64, the table and the turn float32, or float64 in a float64 network.
+
+Legend: b batch, n image tokens, m text tokens, l = m + n, h heads, d channels a head, c = h d channels.
+
+Sources: github.com/black-forest-labs/flux; diffusers' FluxTransformer2DModel; DiT (arXiv 2212.09748).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+EMBED_CHANNELS = 256  # of the sinusoidal embeddings of time and guidance
+EPS = 1e-6  # of every norm
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """The shape of a Flux: black-forest-labs' FluxParams, the defaults those of FLUX.1-dev."""
+
+    in_channels: int = 64  # 16 latent channels x a 2x2 patch
+    out_channels: int = 64
+    vec_in_dim: int = 768  # pooled CLIP
+    context_in_dim: int = 4096  # T5
+    hidden_size: int = 3072
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19  # double blocks
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, ...] = (
+        16,
+        56,
+        56,
+    )  # a head's channels that encode each position axis: (0, row, column)
+    theta: int = 10_000  # base of the rotary frequencies
+    qkv_bias: bool = True
+    guidance_embed: bool = True  # guidance was distilled into the network and is an input
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into num_heads {self.num_heads}"
+            )
+        if sum(self.axes_dim) != self.head_dim or any(d % 2 for d in self.axes_dim):
+            raise ValueError(
+                f"axes_dim {self.axes_dim} must be even and sum to a head's {self.head_dim} channels"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+FLUX_DEV = FluxConfig()
+
+
+# ------------------------------------------------------------------------------------- functions
+
+
+def sinusoid(t: Tensor, channels: int = EMBED_CHANNELS, period: float = 10_000.0) -> Tensor:
+    """Features of a scalar, (b,) -> (b, channels): cosines, then sines, of 1000 t at falling frequencies.
+
+    float32 in any network, as in both sources: at a guidance of 3.5 the fastest angle is 3500 radians. bf16
+    would lose whole turns of it, float64 would differ from the rounding that the trained weights have seen.
+    """
+    half = channels // 2
+    frequency = torch.exp(-math.log(period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = (1000 * t.double()).float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rotary_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float, dtype: torch.dtype) -> Tensor:
+    """exp(i position frequency), one number a pair of channels: (..., l, axes) -> (..., l, d / 2).
+
+    complex128 for a float64 network, else complex64. Raises ValueError for floating-point ids: wrappers that
+    cast every floating input to bf16, which cannot hold 257, would make the table wrong without a word.
+    """
+    if ids.is_floating_point():
+        raise ValueError(f"position ids must be integers, got {ids.dtype}")
+    angles = []
+    for position, dim in zip(ids.unbind(-1), axes_dim, strict=True):
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        angles.append(position[..., None] * frequency)
+    angle = torch.cat(angles, dim=-1)
+    table = torch.polar(torch.ones_like(angle), angle)
+    return table if dtype == torch.float64 else table.to(torch.complex64)
+
+
+def rotate(x: Tensor, pe: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of x (b, h, l, d), read as a complex number, by its angle.
+
+    One complex product is about ten times faster on a CPU than the same turn spelled out in reals.
+    """
+    pairs = rearrange(x.to(pe.real.dtype), "b h l (f pair) -> b h l f pair", pair=2)
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * pe)
+    return rearrange(turned, "b h l f pair -> b h l (f pair)").to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+    """Softmax attention with rotary positions, unmasked: (b, h, l, d) each -> (b, l, c)."""
+    x = F.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v)
+    return rearrange(x, "b h l d -> b l (h d)")
+
+
+class Branch(NamedTuple):
+    """adaLN of a residual branch: x + gate * f((1 + scale) * norm(x) + shift). Each (b, 1, c)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) * norm(x) + shift. The norm has no weights of its own: adaLN supplies them."""
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
+
+
+# --------------------------------------------------------------------------------------- modules
+
+
+class MLPEmbedder(nn.Module):
+    """Two layers that lift time, guidance or the pooled prompt to the width of `vec`."""
+
+    def __init__(self, in_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden)
+        self.out_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """torch's RMSNorm, float32 inside for bf16 inputs, with BFL's name for its weight."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.scale, EPS)
+
+
+class QKNorm(nn.Module):
+    """Norms of queries and keys: attention logits stay bounded however the weights grow."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class SelfAttention(nn.Module):
+    """One stream's side of attention: it hands out q, k, v; the block attends, over both streams at once."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.norm = QKNorm(config.head_dim)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        return *self.norm(q, k), v
+
+
+class Modulation(nn.Module):
+    """`vec` (b, c) to shifts, scales and gates for `branches` residual branches."""
+
+    def __init__(self, dim: int, branches: int) -> None:
+        super().__init__()
+        self.branches = branches
+        self.lin = nn.Linear(dim, 3 * branches * dim)
+
+    def forward(self, vec: Tensor) -> list[Branch]:
+        out = self.lin(F.silu(vec))
+        return [
+            Branch(*b) for b in rearrange(out, "b (f three c) -> f three b 1 c", f=self.branches, three=3)
+        ]
+
+
+class DoubleStreamBlock(nn.Module):
+    """Attention over both streams at once, then an MLP each; no weight is shared between the streams."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        dim, mlp_dim = config.hidden_size, config.mlp_dim
+        self.img_mod = Modulation(dim, branches=2)
+        self.img_attn = SelfAttention(config)
+        self.img_mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU("tanh"), nn.Linear(mlp_dim, dim))
+        self.txt_mod = Modulation(dim, branches=2)
+        self.txt_attn = SelfAttention(config)
+        self.txt_mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU("tanh"), nn.Linear(mlp_dim, dim))
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        img_mod1, img_mod2 = self.img_mod(vec)
+        txt_mod1, txt_mod2 = self.txt_mod(vec)
+
+        img_qkv = self.img_attn(modulate(img, img_mod1.shift, img_mod1.scale))
+        txt_qkv = self.txt_attn(modulate(txt, txt_mod1.shift, txt_mod1.scale))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
+        txt_out, img_out = attention(q, k, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
+
+        img = img + img_mod1.gate * self.img_attn.proj(img_out)
+        img = img + img_mod2.gate * self.img_mlp(modulate(img, img_mod2.shift, img_mod2.scale))
+
+        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_out)
+        txt = txt + txt_mod2.gate * self.txt_mlp(modulate(txt, txt_mod2.shift, txt_mod2.scale))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP side by side on [txt, img]: one projection in, one out (as in ViT-22B)."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        dim, mlp_dim = config.hidden_size, config.mlp_dim
+        self.heads, self.widths = config.num_heads, (3 * dim, mlp_dim)
+        self.linear1 = nn.Linear(dim, 3 * dim + mlp_dim)
+        self.linear2 = nn.Linear(dim + mlp_dim, dim)
+        self.norm = QKNorm(config.head_dim)
+        self.modulation = Modulation(dim, branches=1)
+
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
+        (mod,) = self.modulation(vec)
+        qkv, mlp = self.linear1(modulate(x, mod.shift, mod.scale)).split(self.widths, dim=-1)
+        q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        attn = attention(*self.norm(q, k), v, pe)
+        return x + mod.gate * self.linear2(torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1))
+
+
+class LastLayer(nn.Module):
+    """adaLN without a gate, then tokens to velocities."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.linear = nn.Linear(dim, config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = rearrange(self.adaLN_modulation(vec), "b (two c) -> two b 1 c", two=2)
+        return self.linear(modulate(x, shift, scale))
+
+
+class Flux(nn.Module):
+    """v_theta(x_t, t, prompt): the velocity of a rectified flow, noise minus image."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, dim)
+        self.time_in = MLPEmbedder(EMBED_CHANNELS, dim)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, dim)
+        if config.guidance_embed:
+            self.guidance_in = MLPEmbedder(EMBED_CHANNELS, dim)
+        self.txt_in = nn.Linear(config.context_in_dim, dim)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
+        singles = range(config.depth_single_blocks)
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in singles)
+        self.final_layer = LastLayer(config)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity at every image token, (b, n, out_channels).
+
+        img (b, n, in_channels), txt (b, m, context_in_dim), y (b, vec_in_dim): in the network's dtype.
+        img_ids (n, 3) or (b, n, 3), txt_ids (m, 3) or (b, m, 3): integers.
+        timesteps (b,) in [0, 1], 1 being noise; guidance (b,), the plain scale as in 3.5: float32 or better.
+        Raises ValueError for floating-point ids, and for guidance that is missing or cannot be used.
+        """
+        if self.config.guidance_embed and guidance is None:
+            raise ValueError("guidance is missing: a network with guidance_embed=True needs it")
+        if guidance is not None and not self.config.guidance_embed:
+            raise ValueError("guidance was given: a network with guidance_embed=False cannot use it")
+        vec = self.time_in(sinusoid(timesteps).to(y.dtype))
+        if guidance is not None:
+            vec = vec + self.guidance_in(sinusoid(guidance).to(y.dtype))
+        vec = vec + self.vector_in(y)
+
+        # Ids shared by the batch stay unbatched, so the table is computed once and broadcast.
+        batch = torch.broadcast_shapes(txt_ids.shape[:-2], img_ids.shape[:-2])
+        ids = torch.cat([i.expand(*batch, *i.shape[-2:]) for i in (txt_ids, img_ids)], dim=-2)
+        pe = rotary_table(ids, self.config.axes_dim, self.config.theta, img.dtype)
+        pe = rearrange(pe, "... l f -> ... 1 l f")  # the same turn for every head
+
+        img, txt = self.img_in(img), self.txt_in(txt)
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, pe)
+        x = torch.cat([txt, img], dim=1)
+        for block in self.single_blocks:
+            x = block(x, vec, pe)
+        return self.final_layer(x[:, txt.shape[1] :], vec)
+
+
+def init_weights(model: Flux) -> None:
+    """Initialise for training from scratch, as DiT: every block is the identity, the velocity zero."""
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            nn.init.ones_(module.scale)
+        if not isinstance(module, nn.Linear):
+            continue
+        if name.endswith(("_mod.lin", "modulation.lin")) or name.startswith("final_layer."):
+            nn.init.zeros_(module.weight)
+        elif name.startswith(("time_in.", "vector_in.", "guidance_in.")):
+            nn.init.normal_(module.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------------- published forms
+
+# Modules by black-forest-labs' name and by diffusers'. Several names share the rows of one tensor, in that
+# order: hidden_size rows each, and the last takes the rest.
+OUTER = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+    "modulation.lin": ("norm.linear",),
+}
+SWAPPED = "final_layer.adaLN_modulation.1"  # rows (shift, scale); (scale, shift) in diffusers
+# Config entries by both names. Fields that are not here have one value in diffusers, which is FLUX_DEV's.
+CONFIG_NAMES = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "vec_in_dim": "pooled_projection_dim",
+    "context_in_dim": "joint_attention_dim",
+    "num_heads": "num_attention_heads",
+    "depth": "num_layers",
+    "depth_single_blocks": "num_single_layers",
+    "axes_dim": "axes_dims_rope",
+    "guidance_embed": "guidance_embeds",
+}
+
+
+def module_names(config: FluxConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every module that holds parameters: our name and diffusers' name or names for its rows."""
+    for ours, theirs in OUTER.items():
+        if config.guidance_embed or not ours.startswith("guidance_in."):
+            yield ours, theirs
+    for stack, table, depth in (("", DOUBLE, config.depth), ("single_", SINGLE, config.depth_single_blocks)):
+        for i in range(depth):
+            for ours, theirs in table.items():
+                names = tuple(f"{stack}transformer_blocks.{i}.{name}" for name in theirs)
+                yield f"{stack or 'double_'}blocks.{i}.{ours}", names
+
+
+def diffusers_keys(key: str, table: dict[str, tuple[str, ...]]) -> list[str]:
+    """diffusers' name, or names in order of rows, for our parameter `key`: to_q.weight, to_k.weight, ..."""
+    module, _, leaf = key.rpartition(".")
+    return [f"{name}.{'weight' if leaf == 'scale' else leaf}" for name in table.get(module, ())]
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
+def to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tensor]:
+    """A state dict with our names, or any part of one, in diffusers' form; cut tensors are views.
+
+    Raises ValueError naming a tensor that is no parameter of this Flux.
+    """
+    table, result = dict(module_names(config)), {}
+    for key, tensor in state.items():
+        if not (keys := diffusers_keys(key, table)):
+            raise ValueError(f"{key} is no parameter of this Flux")
+        if key.startswith(SWAPPED):
+            tensor = swap_halves(tensor)
+        rows = [config.hidden_size] * (len(keys) - 1)
+        result |= zip(keys, tensor.split([*rows, len(tensor) - sum(rows)]), strict=True)
+    return result
+
+
+def from_diffusers(
+    state: dict[str, Tensor], config: FluxConfig, source: str = "the state dict"
+) -> dict[str, Tensor]:
+    """The inverse of `to_diffusers`, for a whole state dict.
+
+    Raises ValueError naming `source` and the tensors, by diffusers' names, that are missing, unexpected or
+    misshapen.
+    """
+    with torch.device("meta"):
+        ours = Flux(config).state_dict()
+    check_state(state, to_diffusers(ours, config), source)
+    table, result = dict(module_names(config)), {}
+    for key in ours:
+        parts = [state[name] for name in diffusers_keys(key, table)]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        result[key] = swap_halves(tensor) if key.startswith(SWAPPED) else tensor
+    return result
+
+
+def config_to_diffusers(config: FluxConfig) -> dict[str, Any]:
+    """The config.json of a diffusers `transformer/` folder. Raises ValueError naming what it cannot say."""
+    for name in ("mlp_ratio", "theta", "qkv_bias"):
+        if getattr(config, name) != getattr(FLUX_DEV, name):
+            raise ValueError(f"diffusers cannot express {name}={getattr(config, name)}")
+    fixed = {"_class_name": "FluxTransformer2DModel", "patch_size": 1, "attention_head_dim": config.head_dim}
+    return fixed | {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}
+
+
+def config_from_diffusers(entries: dict[str, Any]) -> FluxConfig:
+    """The inverse; entries left out have diffusers' defaults (FLUX.1-dev's own file names no axes_dims_rope).
+
+    Raises ValueError naming an entry that this Flux does not have.
+    """
+    defaults = config_to_diffusers(FLUX_DEV) | {"out_channels": None, "guidance_embeds": False}
+    full = defaults | {k: v for k, v in entries.items() if k == "_class_name" or not k.startswith("_")}
+    for name, value in full.items():
+        if name not in defaults or (name in ("_class_name", "patch_size") and value != defaults[name]):
+            raise ValueError(f"this Flux has no {name}={value!r}, which the diffusers config asks for")
+    fields = {ours: full[theirs] for ours, theirs in CONFIG_NAMES.items()}
+    fields["out_channels"] = fields["out_channels"] or fields["in_channels"]
+    fields["axes_dim"] = tuple(fields["axes_dim"])
+    return FluxConfig(**fields, hidden_size=full["attention_head_dim"] * full["num_attention_heads"])
+
+
+def check_state(state: dict[str, Tensor], want: dict[str, Tensor], source: str) -> None:
+    """Raise ValueError naming `source` and the first few tensors that differ from `want` in name or shape."""
+    wrong = {
+        "missing": [k for k in want if k not in state],
+        "unexpected": [k for k in state if k not in want],
+        "misshapen": [
+            f"{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}"
+            for k in want
+            if k in state and state[k].shape != want[k].shape
+        ],
+    }
+    short = {what: ", ".join(names[:4] + ["..."] * (len(names) > 4)) for what, names in wrong.items()}
+    if problems := [f"{len(wrong[what])} {what} ({names})" for what, names in short.items() if names]:
+        raise ValueError(f"{source} does not fit this Flux: tensors {', '.join(problems)}")
+
+
+def load_weights(model: Flux, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict with black-forest-labs' names, strictly; `source`, a file or folder, is for errors.
+
+    A model built on the meta device takes the tensors themselves, dtype and device with them: 12B weights are
+    in memory once. Any other model copies them.
+    Raises ValueError naming what is missing, unexpected or misshapen.
+    """
+    check_state(state, model.state_dict(), source)
+    # dict(): torch notes assign=True in the metadata that a state_dict() carries, and the next model to load
+    # the same one would share its tensors instead of copying them.
+    model.load_state_dict(dict(state), strict=True, assign=any(p.is_meta for p in model.parameters()))
