@@ -106,9 +106,7 @@ def pick_leaps(
     if not starts:
         raise ValueError(f"no two steps in [{low}, {high}] are {distance} apart")
     start = starts[torch.randint(len(starts), (), generator=generator)]
-    target = (
-        levels[start] - distance
-    )  # at least the lowest level in range, so the nearest one is in range too
+    target = levels[start] - distance  # at least the lowest level in range, so the nearest one is in range too
     return start, min(range(start + 1, len(levels)), key=lambda i: round(abs(levels[i] - target), 6))
 
 
@@ -133,9 +131,7 @@ def discount(x: Tensor, alpha: float) -> Tensor:
     return x.detach() + alpha * (x - x.detach())
 
 
-def leap(
-    velocity: Velocity, ro: Rollout, picks: tuple[int, ...], alpha: float, nested_only: bool = False
-) -> Tensor:
+def leap(velocity: Velocity, ro: Rollout, picks: tuple[int, ...], alpha: float, nested_only: bool = False) -> Tensor:
     """x_0 (b, n, c) with the value of the rollout and the gradient of the leaps, as the paper states it.
 
     Holds the activations of all leaps until differentiated.  `nested_only` is Eq. 14, a diagnostic: earlier
@@ -198,9 +194,7 @@ def similarity_weight(
     and none means w = 1.  Raises ValueError for the d_j of a single leap.
     """
     x, v, sigmas = ro
-    gaps = [
-        x[end] - one_step(x[start], v[start], sigmas[start], sigmas[end]) for start, end in spans(ro, picks)
-    ]
+    gaps = [x[end] - one_step(x[start], v[start], sigmas[start], sigmas[end]) for start, end in spans(ro, picks)]
     d = torch.stack([gap.abs().flatten(1).mean(1) for gap in gaps])
     if use == "none":
         return torch.ones_like(d[0]), d

@@ -54,13 +54,9 @@ class FluxConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide into num_heads {self.num_heads}"
-            )
+            raise ValueError(f"hidden_size {self.hidden_size} does not divide into num_heads {self.num_heads}")
         if sum(self.axes_dim) != self.head_dim or any(d % 2 for d in self.axes_dim):
-            raise ValueError(
-                f"axes_dim {self.axes_dim} must be even and sum to a head's {self.head_dim} channels"
-            )
+            raise ValueError(f"axes_dim {self.axes_dim} must be even and sum to a head's {self.head_dim} channels")
 
     @property
     def head_dim(self) -> int:
@@ -198,9 +194,7 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> list[Branch]:
         out = self.lin(F.silu(vec))
-        return [
-            Branch(*b) for b in rearrange(out, "b (f three c) -> f three b 1 c", f=self.branches, three=3)
-        ]
+        return [Branch(*b) for b in rearrange(out, "b (f three c) -> f three b 1 c", f=self.branches, three=3)]
 
 
 class DoubleStreamBlock(nn.Module):
@@ -435,9 +429,7 @@ def to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tens
     return result
 
 
-def from_diffusers(
-    state: dict[str, Tensor], config: FluxConfig, source: str = "the state dict"
-) -> dict[str, Tensor]:
+def from_diffusers(state: dict[str, Tensor], config: FluxConfig, source: str = "the state dict") -> dict[str, Tensor]:
     """The inverse of `to_diffusers`, for a whole state dict.
 
     Raises ValueError naming `source` and the tensors, by diffusers' names, that are missing, unexpected or

@@ -110,9 +110,7 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     vae, clip, t5 = (part.eval().requires_grad_(False).to(device) for part in frozen)
     flux = load_flux(folder / "transformer", device, dtype)
     schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return Pipeline(
-        folder, flux, vae, clip, t5, clip_tokenizer, t5_tokenizer, schedule, t5_tokenizer.model_max_length
-    )
+    return Pipeline(folder, flux, vae, clip, t5, clip_tokenizer, t5_tokenizer, schedule, t5_tokenizer.model_max_length)
 
 
 def read_part(kind: type, folder: Path, dtype: torch.dtype):

@@ -30,7 +30,12 @@ COLORS = {  # far apart in RGB, so that a blend of two is nearest to neither
     "yellow": (0.96, 0.82, 0.10),
 }
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}  # (rows, columns) a to b
+RELATIONS = {
+    "left of": (0, 1),
+    "right of": (0, -1),
+    "above": (1, 0),
+    "below": (-1, 0),
+}  # (rows, columns) a to b
 TASKS = ("single", "two", "count", "color", "position", "attr")
 SIZE, CELL = 64, 32
 
@@ -115,7 +120,7 @@ def distort(prompt: Prompt, rng: np.random.Generator) -> Prompt:
     def other(options, not_this):
         return str(rng.choice([o for o in options if o != not_this]))
 
-    a, *rest = prompt.shapes
+    a = prompt.shapes[0]
     match prompt.task:
         case "count":
             return Prompt("count", (a,), count=int(rng.choice([n for n in NUMBERS if n != prompt.count])))
@@ -223,7 +228,10 @@ def _templates(height: int, width: int) -> np.ndarray:
     """Masks of the four shapes filling a box, (4, height, width)."""
     x, y = torch.linspace(-1, 1, 2 * width + 1)[1::2], torch.linspace(-1, 1, 2 * height + 1)[1::2, None]
     one = torch.tensor(1.0)
-    boxes = {"square": (0.88, 0.0), "triangle": (0.925, -0.075)}  # half height and centre of each shape's own box
+    boxes = {
+        "square": (0.88, 0.0),
+        "triangle": (0.925, -0.075),
+    }  # half height and centre of each shape's own box
     masks = []
     for name in SHAPES:
         half, middle = boxes.get(name, (1.0, 0.0))
@@ -257,6 +265,12 @@ def look(image: np.ndarray) -> list[Object]:
     return objects
 
 
+def objects_in(images: Tensor) -> list[list[Object]]:
+    """What the judge sees in each of a batch of images, (n, 3, 64, 64) in [0, 1]."""
+    arrays = rearrange(images.detach().float().cpu().clamp(0, 1), "n c h w -> n h w c").numpy()
+    return [look(a) for a in arrays]
+
+
 def is_right(prompt: Prompt, objects: list[Object]) -> bool:
     """The rule of the prompt's task. Strict: exactly the objects asked for, each of a known shape and color."""
     if any(o.shape == "?" or o.color == "?" for o in objects):
@@ -274,8 +288,7 @@ def is_right(prompt: Prompt, objects: list[Object]) -> bool:
 
 def judge(images: Tensor, prompts: list[Prompt]) -> Tensor:
     """Which images show what their prompts ask for: (n, 3, 64, 64) in [0, 1] to bool (n,)."""
-    arrays = rearrange(images.detach().float().cpu().clamp(0, 1), "n c h w -> n h w c").numpy()
-    return torch.tensor([is_right(p, look(a)) for p, a in zip(prompts, arrays, strict=True)])
+    return torch.tensor([is_right(p, seen) for p, seen in zip(prompts, objects_in(images), strict=True)])
 
 
 def accuracy(right: Tensor, prompts: list[Prompt]) -> dict[str, float]:

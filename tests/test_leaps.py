@@ -240,7 +240,7 @@ def test_whole_trajectory_at_alpha_1_is_the_true_gradient(field):
 
     ro = rollout(field, noise, SIGMAS)
     sweep = by_sweep(field, ro, tuple(range(T)), 1.0, c * torch.cos(ro.x[-1]))
-    params, eps = [p for p in field.parameters()], 1e-5
+    params, eps = list(field.parameters()), 1e-5
     differences = []
     with torch.no_grad():
         for p in params:
@@ -273,9 +273,7 @@ def test_sweep_equals_autograd_with_a_bf16_network():
     x0.backward(grad)
     expected = flat_grad(field)
     leap_backward(velocity, ro, (0, 3), 0.3, grad)
-    torch.testing.assert_close(
-        flat_grad(field), expected, rtol=0.02, atol=0.02
-    )  # the network's gradients are bf16
+    torch.testing.assert_close(flat_grad(field), expected, rtol=0.02, atol=0.02)  # the network's gradients are bf16
 
 
 # ---------------------------------------------------------------------------------- cost of a sweep
@@ -378,9 +376,7 @@ def test_weight_is_equation_12(ro, tau):
     assert d.tolist() == [pytest.approx(d_j), pytest.approx(d_0)]
     assert w.tolist() == pytest.approx([by_hand(pair, tau) for pair in zip(d_j, d_0)])
     for use, kept in {"d_j": d_j, "d_0": d_0}.items():
-        assert similarity_weight(ro, (0, 3), tau, use)[0].tolist() == pytest.approx(
-            [by_hand([k], tau) for k in kept]
-        )
+        assert similarity_weight(ro, (0, 3), tau, use)[0].tolist() == pytest.approx([by_hand([k], tau) for k in kept])
     assert similarity_weight(ro, (0, 3), tau, "none")[0].tolist() == [1.0] * B
 
 
@@ -483,7 +479,7 @@ def test_picks_are_increasing_steps(leaps):
     for _ in range(50):
         picks = pick_leaps(torch.linspace(1, 0, 26), g, leaps)
         assert isinstance(picks, tuple) and all(type(i) is int for i in picks)
-        assert len(picks) == leaps and sorted(set(picks)) == list(picks) and 0 <= picks[0] and picks[-1] < 25
+        assert len(picks) == leaps and sorted(set(picks)) == list(picks) and picks[0] >= 0 and picks[-1] < 25
 
 
 @pytest.mark.parametrize("distance", [None, 0.5])

@@ -200,9 +200,7 @@ def test_bf16_network_turns_by_a_float32_table_and_rounds_once(monkeypatch):
 
     attention = model.attention
     monkeypatch.setattr(model, "attention", spy)
-    a = inputs(config, 2, 3, 2, torch.bfloat16) | {
-        "img_ids": torch.tensor([[0, 257 + i, 999 * i] for i in range(6)])
-    }
+    a = inputs(config, 2, 3, 2, torch.bfloat16) | {"img_ids": torch.tensor([[0, 257 + i, 999 * i] for i in range(6)])}
     random_flux(config, torch.bfloat16)(**a)
 
     ids = torch.cat([a["txt_ids"], a["img_ids"]])
@@ -220,9 +218,7 @@ def test_bf16_network_turns_by_a_float32_table_and_rounds_once(monkeypatch):
         torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * torch.view_as_complex(exact)
     ).flatten(-2)
     assert turned.dtype == torch.bfloat16
-    assert (
-        (turned.double() - once).abs() <= once.abs() * 2**-8 + 1e-6
-    ).all()  # half a unit in the last place
+    assert ((turned.double() - once).abs() <= once.abs() * 2**-8 + 1e-6).all()  # half a unit in the last place
 
 
 @pytest.mark.parametrize("name", ["img_ids", "txt_ids"])
@@ -366,9 +362,7 @@ def test_what_diffusers_cannot_say_is_named(field):
     assert asdict(replace(BASE, **field))[name] == field[name]
 
 
-@pytest.mark.parametrize(
-    "entry", [{"patch_size": 2}, {"_class_name": "SD3Transformer2DModel"}, {"pos_embed": 7}]
-)
+@pytest.mark.parametrize("entry", [{"patch_size": 2}, {"_class_name": "SD3Transformer2DModel"}, {"pos_embed": 7}])
 def test_what_flux_cannot_be_is_named(entry):
     (name,) = entry
     with pytest.raises(ValueError, match=name):
@@ -422,7 +416,7 @@ def test_wrong_tensors_name_themselves_their_shapes_and_their_source(form):
 
 
 def test_converting_a_foreign_tensor_names_it():
-    with pytest.raises(ValueError, match="guidance_in.in_layer.weight"):
+    with pytest.raises(ValueError, match=r"guidance_in\.in_layer\.weight"):
         to_diffusers(random_flux(BASE).state_dict(), replace(BASE, guidance_embed=False))
 
 

@@ -1,0 +1,80 @@
+"""Images from any checkpoint folder: the tiny Flux, FLUX.1-dev, or the final/ of a run.
+
+python sample.py --model runs/leapalign-seed0/final --prompt "a photo of two circles" --out grid.png
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pictures import contact_sheet
+from pipeline import grid, load, sample
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write a captioned grid of images."""
+
+    model: str = str(HERE / "shapes" / "tiny-flux")
+    """Checkpoint folder in the diffusers layout of FLUX, or a hub id."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts."""
+    prompts: Path | None = None
+    """A file of prompts, one a line, used beside --prompt."""
+    out: Path = Path("grid.png")
+    """The picture to write."""
+    num: int = 4
+    """Images a prompt."""
+    steps: int = 25
+    """Euler steps."""
+    guidance: float = 3.5
+    """Guidance scale, for models that were distilled with guidance; others ignore it."""
+    size: int | None = None
+    """Image side in pixels; the default is the VAE's own."""
+    seed: int = 0
+    """The n-th image of every prompt starts from the noise of seed + n, so rows can be compared."""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a UTF-8 file; blank ones and those that start with # are skipped.
+
+    Raises ValueError naming the file if it cannot be read or holds no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ValueError(f"prompt file {path} holds no prompt: write one a line")
+    return prompts
+
+
+def main(cfg: Config) -> None:
+    try:
+        prompts = [*cfg.prompt, *(read_prompts(cfg.prompts) if cfg.prompts else [])]
+        if not prompts:
+            raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
+        if cfg.num < 1 or cfg.steps < 1:
+            raise ValueError(f"--num and --steps must be at least 1, got {cfg.num} and {cfg.steps}")
+        pipe = load(cfg.model)
+        size = cfg.size or pipe.vae.config.sample_size
+        grid(pipe, size, size)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    repeated = [p for p in prompts for _ in range(cfg.num)]
+    seeds = [cfg.seed + n for _ in prompts for n in range(cfg.num)]
+    images = sample(pipe, repeated, seeds, cfg.steps, size, size, cfg.guidance)
+    contact_sheet(images, repeated, cfg.out, columns=cfg.num, side=max(128, min(size, 512)))
+    print(f"wrote {cfg.out}: {len(images)} images of {size}x{size}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

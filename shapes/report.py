@@ -1,0 +1,155 @@
+"""Measure what the shapes world ships:  python -m shapes.report  (about ten minutes on one core)
+
+The judge on scenes and through the VAE; the base, a task at a time, with few steps and with many; how straight its
+trajectories are, and whether an update along LeapAlign's gradient is worth one along the true gradient; how well the
+reward tells the base's right images from its wrong ones, and whether its gradient in x_0 leads anywhere.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from leaps import pick_leaps, rollout, similarity_weight
+from pipeline import Pipeline, decode, draw_noise, encode, grid, load, pack, sample, sigmas, velocity_of
+from rewards import Reward, clip
+from sample import read_prompts
+from shapes.world import SIZE, TASKS, Prompt, accuracy, all_prompts, by_task, judge, scenes
+from train import Config as TrainConfig
+from train import numbers, pick, update_gradient
+
+PRESET = TrainConfig()
+
+
+@dataclass
+class Config:
+    """Measure what the shapes world ships."""
+
+    model: str = PRESET.model
+    """Checkpoint folder of the base."""
+    reward: str = PRESET.reward
+    """Folder of the reward."""
+    each: int = 200
+    """Images a task."""
+    seed: int = 0
+    """Seed of scenes, noise and prompts."""
+
+
+def spread(each: int) -> list[Prompt]:
+    """`each` prompts of every task, held out or not."""
+    tasks = by_task(all_prompts())
+    return [tasks[t][i * 7 % len(tasks[t])] for t in TASKS for i in range(each)]  # 7 divides no task's size
+
+
+def line(name: str, scores: dict[str, float]) -> None:
+    print(f"{name:32s}", *(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
+
+
+def auc(scores: Tensor, right: Tensor) -> float:
+    """The chance that a right image scores above a wrong one; ties count half."""
+    good, bad = scores[right][:, None], scores[~right][None]
+    return ((good > bad).float() + 0.5 * (good == bad).float()).mean().item()
+
+
+@torch.no_grad()
+def report_judge(pipe: Pipeline, cfg: Config) -> None:
+    prompts = spread(cfg.each)
+    images = scenes(prompts, np.random.default_rng(cfg.seed))[0]
+    line("judge on scenes", accuracy(judge(images, prompts), prompts))
+    z = torch.cat([pipe.vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(100)])
+    x = pack((z - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)
+    decoded = torch.cat([decode(pipe, part, SIZE, SIZE) for part in x.split(100)])
+    line("judge after the VAE", accuracy(judge(decoded, prompts), prompts))
+    print(f"VAE mean squared error {(decoded - images).square().mean():.1e}")
+
+
+@torch.no_grad()
+def report_base(pipe: Pipeline, cfg: Config) -> tuple[list[Prompt], Tensor]:
+    prompts = spread(cfg.each)
+    for steps in (25, PRESET.rollout_steps):
+        images = sample(pipe, [p.text for p in prompts], range(len(prompts)), steps, SIZE, SIZE)
+        line(f"base, {steps} steps", accuracy(judge(images, prompts), prompts))
+
+    rows, columns = grid(pipe, SIZE, SIZE)
+    levels = sigmas(pipe.schedule, PRESET.rollout_steps, rows * columns)
+    chosen = prompts[:: max(1, len(prompts) // 240)]
+    velocity = velocity_of(pipe.flux, encode(pipe, [p.text for p in chosen]), rows, columns)
+    ro = rollout(velocity, draw_noise(pipe, range(len(chosen)), rows, columns), levels)
+    draws = [pick_leaps(levels, numbers(cfg.seed, i)) for i in range(50)]
+    d = torch.stack([similarity_weight(ro, picks, PRESET.tau)[1].mean(1) for picks in draws]).mean(0)
+    print(f"mean distances over random picks: d_j {d[0]:.3f}, d_0 {d[1]:.3f}", flush=True)
+    return prompts, images
+
+
+def report_update(pipe: Pipeline, reward: Reward, cfg: Config, samples: int = 288, size: float = 2e-4) -> None:
+    """The reward of held-out prompts before and after one sign step along each method's gradient."""
+    rows, columns = grid(pipe, SIZE, SIZE)
+    levels = sigmas(pipe.schedule, PRESET.rollout_steps, rows * columns)
+    train, held_out = read_prompts(PRESET.prompts), read_prompts(PRESET.eval_prompts)
+
+    @torch.no_grad()
+    def mean_reward(pipe: Pipeline) -> float:
+        images = sample(pipe, held_out, range(len(held_out)), PRESET.rollout_steps, SIZE, SIZE)
+        return reward.scale * reward.score(images, held_out).mean().item()
+
+    before = mean_reward(pipe)
+    for method in ("leapalign", "refl", "full"):
+        moved = replace(pipe, flux=copy.deepcopy(pipe.flux))
+        for i in range(samples // 48):
+            random = numbers(cfg.seed, i)
+            chosen = [train[n] for n in torch.randperm(len(train), generator=random)[:48]]
+            noise = torch.randn(48, rows * columns, pipe.flux.config.in_channels, generator=random)
+            settings = replace(PRESET, method=method)
+            update_gradient(moved, reward, chosen, noise, levels, pick(settings, levels, random), settings)
+        with torch.no_grad():
+            for p in moved.flux.parameters():
+                p -= size * p.grad.sign()
+        print(f"one step along {method}: held-out reward {before:.3f} to {mean_reward(moved):.3f}", flush=True)
+
+
+def report_reward(pipe: Pipeline, reward: Reward, prompts: list[Prompt], images: Tensor) -> None:
+    with torch.no_grad():
+        pairs = zip(images.split(100), range(0, len(prompts), 100), strict=True)
+        scores = torch.cat([reward.score(part, [p.text for p in prompts[i : i + 100]]) for part, i in pairs])
+    scores, right = reward.scale * scores, judge(images, prompts)
+    result = {}
+    for task in TASKS:
+        of_task = torch.tensor([p.task == task for p in prompts])
+        result[task] = auc(scores[of_task], right[of_task])
+    line("AUC, right against wrong", {"mean": sum(result.values()) / len(result), **result})
+    print(f"reward of right images {scores[right].mean():.2f}, of wrong ones {scores[~right].mean():.2f}")
+
+
+def report_walk(pipe: Pipeline, reward: Reward, prompts: list[Prompt], steps: int = 10, length: float = 0.5) -> None:
+    """Walk x_0 itself along the reward's gradient: what the judge says of the way."""
+    prompts = prompts[:: max(1, len(prompts) // 300)]
+    texts = [p.text for p in prompts]
+    rows, columns = grid(pipe, SIZE, SIZE)
+    levels = sigmas(pipe.schedule, PRESET.rollout_steps, rows * columns)
+    noise = draw_noise(pipe, range(10**4, 10**4 + len(prompts)), rows, columns)
+    x = rollout(velocity_of(pipe.flux, encode(pipe, texts), rows, columns), noise, levels).x[-1]
+    for step in range(steps + 1):
+        x.requires_grad_()
+        images = decode(pipe, x, SIZE, SIZE)
+        score = reward.scale * reward.score(images, texts)
+        (grad,) = torch.autograd.grad(score.sum(), x)
+        if step % 5 == 0:
+            scores = accuracy(judge(images, prompts), prompts)
+            line(f"x_0 after {step} steps of the walk", {"reward": score.mean().item(), **scores})
+        x = (x + length * grad / grad.flatten(1).norm(dim=1)[:, None, None]).detach()
+
+
+def main(cfg: Config) -> None:
+    pipe, reward = load(cfg.model), clip(cfg.reward)
+    report_judge(pipe, cfg)
+    prompts, images = report_base(pipe, cfg)
+    report_reward(pipe, reward, prompts, images)
+    report_walk(pipe, reward, prompts)
+    report_update(pipe, reward, cfg)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
