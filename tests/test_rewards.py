@@ -1,0 +1,310 @@
+"""rewards.py against transformers' own CLIP, its PIL preprocessing and finite differences, on a tiny random CLIPModel.
+
+The folder is what a user would bring: save_pretrained of a CLIPModel and of its tokenizer, 32x32 pixels.
+"""
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+import rewards
+from rewards import CLIP_MEAN, CLIP_STD, Reward, clip, preprocess
+from shapes.models import make_tokenizers
+
+try:  # transformers 5 has PIL under a name of its own, in 4.57 it is the only one that needs no torchvision
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+except ImportError:
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+
+SIDE = 32
+PROMPTS = [
+    "a photo of a circle",
+    "a photo of three crosses",
+    "a photo of a red circle and a blue square",
+    "a photo of a circle left of a square and of so much more that no model of twelve tokens reads it all",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("reward")
+    make_tokenizers(root)
+    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
+    ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    narrow = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(vocab_size=len(tokenizer), max_position_embeddings=12, **narrow, **ids)
+    vision = dict(image_size=SIDE, patch_size=8, **narrow)
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, logit_scale_init_value=3.0))
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():  # larger than CLIP's own, so that images and prompts differ in score
+        if p.ndim > 1:
+            p.data = torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5
+    model.save_pretrained(root / "clip")
+    tokenizer.save_pretrained(root / "clip")
+    return root / "clip"
+
+
+@pytest.fixture
+def network(monkeypatch) -> list[str]:
+    """The hosts that were asked for; none answers."""
+    asked: list[str] = []
+
+    def refuse(host, *_, **__):
+        asked.append(host)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return asked
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """fp32 becomes float64, in what is tested and in transformers' masks."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def uniform(seed: int, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def opened(folder: Path, change: Callable[[CLIPModel], object] = lambda model: None) -> tuple[Reward, CLIPModel]:
+    """The reward, and the model inside it, which `change` may have altered before it was used."""
+    model, tokenizer = rewards.load_clip(folder)
+    change(model)
+    with mock.patch.object(rewards, "load_clip", lambda name: (model, tokenizer)):
+        return clip(folder), model
+
+
+# ------------------------------------------------------------------------------------------- score
+
+
+def test_score_is_the_cosine_whose_scaled_value_is_CLIPModels_own_logit(folder):
+    reward, model = opened(folder)
+    levels = (255 * uniform(1, 4, SIDE, SIDE, 3)).byte()
+    tokens = AutoTokenizer.from_pretrained(folder)(
+        PROMPTS, padding=True, truncation=True, max_length=12, return_tensors="pt"
+    )
+    pixels = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)([Image.fromarray(a.numpy()) for a in levels])
+    with torch.no_grad():
+        logits = model(**tokens, pixel_values=torch.from_numpy(np.stack(pixels["pixel_values"]))).logits_per_image
+    images = levels.permute(0, 3, 1, 2) / 255
+    for shift in range(4):  # every image with every prompt
+        prompts = PROMPTS[shift:] + PROMPTS[:shift]
+        score = reward.score(images, prompts)
+        own = logits[range(4), [(i + shift) % 4 for i in range(4)]]
+        torch.testing.assert_close(score, own / model.logit_scale.exp(), atol=2e-6, rtol=0)
+        torch.testing.assert_close(reward.scale * score, own, atol=4e-5, rtol=0)
+    assert reward.scale == pytest.approx(np.exp(3.0)) and logits.std() > 0.5
+
+
+@pytest.mark.parametrize("size", [(SIDE, SIDE), (20, 27), (57, 44)], ids=["as it is", "enlarged", "reduced"])
+def test_pixel_gradient_equals_finite_differences_in_float64(folder, size, in_double):
+    reward, _ = opened(folder, change=lambda model: model.double())
+    images = (0.25 + 0.5 * uniform(2, 2, 3, *size)).requires_grad_()  # bicubic overshoots stay in [0, 1]
+    (grad,) = torch.autograd.grad(reward.score(images, PROMPTS[:2]).sum(), images)
+    pixel = torch.zeros_like(grad)
+    pixel[1, 2, size[0] // 2, size[1] // 2] = 1
+    for d in [grad, pixel, *(uniform(seed, *grad.shape) - 0.5 for seed in range(3))]:
+        step = 1e-5 * d / d.norm()
+        with torch.no_grad():
+            ahead, behind = (reward.score(images + s, PROMPTS[:2]) for s in (step, -step))
+        assert (ahead - behind).sum().item() == pytest.approx(2 * (grad * step).sum().item(), rel=1e-5, abs=1e-14)
+    assert grad.flatten(1).norm(dim=1).min() > 1e-3
+
+
+def test_the_score_of_an_image_does_not_depend_on_its_batch(folder):
+    reward = clip(folder)
+    images = uniform(3, 4, 3, 40, 50)
+    together = reward.score(images, PROMPTS)
+    alone = torch.cat([reward.score(i[None], [p]) for i, p in zip(images, PROMPTS, strict=True)])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(reward.score(images.flip(0), PROMPTS[::-1]).flip(0), together, atol=1e-6, rtol=0)
+    assert together.shape == (4,) and together.abs().max() <= 1 and together.std() > 1e-2
+
+
+def test_images_get_a_gradient_and_parameters_never(folder):
+    reward, model = opened(folder)
+    images = uniform(4, 2, 3, SIDE, SIDE).requires_grad_()
+    reward.score(images, PROMPTS[:2]).sum().backward()
+    assert images.grad.abs().sum() > 0
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert not model.training
+
+
+def test_bf16_weights_and_images_are_scored_in_fp32(folder, tmp_path):
+    half = shutil.copytree(folder, tmp_path / "half")
+    model = CLIPModel.from_pretrained(folder).bfloat16()
+    model.save_pretrained(half)
+    images = uniform(5, 2, 3, SIDE, SIDE).bfloat16().requires_grad_()
+    reward, inside = opened(half)
+    score = reward.score(images, PROMPTS[:2])
+    assert score.dtype == torch.float32 and {p.dtype for p in inside.parameters()} == {torch.float32}
+    exact, _ = opened(folder, change=lambda m: m.load_state_dict(model.float().state_dict()))
+    torch.testing.assert_close(score, exact.score(images.float(), PROMPTS[:2]), atol=0, rtol=0)
+    score.sum().backward()
+    assert images.grad.dtype == torch.bfloat16
+
+
+# ----------------------------------------------------------------------------------- preprocessing
+
+
+def photo(kind: str, height: int, width: int) -> np.ndarray:
+    """Images of 8 bit: white noise, a smooth one, or a black and white chessboard, where bicubic overshoots."""
+    if kind == "smooth":
+        small = (255 * uniform(6, 5, 5, 3)).byte().numpy()
+        return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR))
+    if kind == "board":
+        board = np.add.outer(np.arange(height) // 5, np.arange(width) // 5) % 2
+        return np.repeat(255 * board[..., None], 3, axis=2).astype(np.uint8)
+    return (255 * uniform(7, height, width, 3)).byte().numpy()
+
+
+@pytest.mark.parametrize("kind", ["noise", "smooth", "board"])
+@pytest.mark.parametrize(
+    "size",
+    [(97, 150), (150, 97), (500, 301), (301, 500), (33, 50), (50, 33), (30, 101), (64, 101), (101, 64), (48, 48)],
+    ids=lambda size: f"{size[0]}x{size[1]}",
+)
+@pytest.mark.parametrize("side", [64, 224])
+def test_preprocessing_equals_PIL_within_1_2_of_256_grey_levels(kind, size, side):
+    """PIL rounds to whole levels twice: half a level after the rows, and half a level, up to 1.25 times, before."""
+    levels = photo(kind, *size)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, resample=Image.Resampling.BICUBIC
+    )
+    expected = torch.as_tensor(np.asarray(processor(Image.fromarray(levels))["pixel_values"][0]))
+    ours = preprocess(torch.from_numpy(levels).permute(2, 0, 1)[None] / 255, side)[0]
+    assert ours.shape == expected.shape == (3, side, side) and ours.dtype == torch.float32
+    difference = (ours - expected) * torch.tensor(CLIP_STD)[:, None, None] * 255
+    assert difference.abs().max() < (1e-3 if min(size) == side else 1.2)
+
+
+def test_preprocessing_an_image_of_the_models_own_size_only_normalises():
+    """Pixels of augmented images may leave [0, 1]: nothing clips them."""
+    images = 3 * uniform(8, 2, 3, SIDE, SIDE) - 1
+    mean, std = (torch.tensor(s)[:, None, None] for s in (CLIP_MEAN, CLIP_STD))
+    torch.testing.assert_close(preprocess(images, SIDE), (images - mean) / std, atol=0, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def edit_config(**changes: str | None) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def cut(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def remove(*patterns: str) -> Callable[[Path], object]:
+    return lambda folder: [file.unlink() for pattern in patterns for file in folder.glob(pattern)]
+
+
+TOKENIZER_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another kind of model": (edit_config(model_type="t5"), "config.json .*'t5' instead of 'clip'"),
+    "no kind at all": (edit_config(model_type=None), "config.json .*None instead of 'clip'"),
+    "config missing": (remove("config.json"), "config.json"),
+    "config cut": (lambda f: (f / "config.json").write_text('{"model_type": "cl'), "config.json .*not a valid JSON"),
+    "weights missing": (remove("*.safetensors"), "weights .*model.safetensors"),
+    "weights cut": (cut, "weights .*header"),
+    "weights a Git LFS pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "weights .*header",
+    ),
+    "a tensor missing": (
+        edit_weights(lambda s: s.pop("visual_projection.weight")),
+        "weights .*missing tensors.*1, e.g. visual_projection.weight",
+    ),
+    "a tensor of another shape": (
+        edit_weights(lambda s: s.update({"text_projection.weight": torch.zeros(8, 15)})),
+        "weights .*of another shape.*1, e.g. .*text_projection.weight",
+    ),
+    "tokenizer missing": (remove(*TOKENIZER_FILES), "tokenizer"),
+    "vocabulary missing": (remove("tokenizer.json", "vocab.json", "merges.txt"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_an_error_that_names_it_the_part_and_what_to_do(name, folder, tmp_path, network):
+    damage, found = DAMAGE[name]
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    damage(broken)
+    with pytest.raises(ValueError, match=f"(?s){found}.*save_pretrained") as error:
+        clip(broken)
+    assert str(broken) in str(error.value) and not network
+
+
+def test_a_tokenizer_with_tokens_that_the_model_lacks_is_an_error(folder, tmp_path):
+    small = shutil.copytree(folder, tmp_path / "small")
+    config = CLIPConfig.from_pretrained(folder)
+    config.text_config.vocab_size = 300
+    CLIPModel(config).save_pretrained(small)
+    with pytest.raises(ValueError, match="another model's, with 581 tokens where the model knows 300"):
+        clip(small)
+
+
+def test_a_pickle_is_never_opened(folder, tmp_path):
+    trapped = shutil.copytree(folder, tmp_path / "trapped")
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    (trapped / "model.safetensors").unlink()
+    torch.save({"logit_scale": Trap()}, trapped / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        clip(trapped)
+    assert not (tmp_path / "sprung").exists()
+    torch.load(trapped / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "sprung").exists()  # the trap works
+
+
+@pytest.mark.parametrize("name", ["runs/no/such/folder", "./reward", "/no/reward", "reward", "tests/test_rewards.py"])
+def test_a_name_that_is_neither_a_folder_nor_a_hub_id_is_an_error_without_network(name, network):
+    with pytest.raises(ValueError, match=f"no reward folder at '{name}'"):
+        clip(name)
+    assert not network
+
+
+def test_a_folder_is_read_without_network(folder, network):
+    clip(folder)
+    assert not network
+
+
+def test_a_hub_id_that_cannot_be_had_is_an_error_that_names_it(network, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub's retries
+    with pytest.raises(ValueError, match=r"hub id .* 'nobody/no-such-reward'"):
+        clip("nobody/no-such-reward")
+    assert network  # so the tests that find it empty would have noticed
