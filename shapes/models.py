@@ -7,6 +7,7 @@ from math import log
 from pathlib import Path
 
 import sentencepiece
+import torch
 from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -178,4 +179,10 @@ def make_reward(tokenizer_folder: Path) -> CLIPModel:
         patch_size=8,
     )
     scale = dict(projection_dim=64, logit_scale_init_value=log(SCORE_SCALE))
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, **scale))
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, **scale))
+    # CLIP draws position embeddings so small that a tower of this size never learns where things are.
+    embedding = model.vision_model.embeddings.position_embedding.weight  # (1 + 64, 96), the class token first
+    side = 64 // model.config.vision_config.patch_size
+    rows, columns = 0.3 * torch.randn(2, side, embedding.shape[1])
+    embedding.data[1:] = (rows[:, None] + columns).flatten(0, 1)
+    return model

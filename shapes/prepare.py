@@ -221,7 +221,7 @@ def stage_clean(cfg: Config) -> nn.ModuleDict:
     tokens(cfg)
     torch.manual_seed(cfg.seed)
     model = make_model(cfg.work)
-    fit_captions(cfg, "clean", model, wrong=0.0, steps=5000, lr=2e-3)
+    fit_captions(cfg, "clean", model, wrong=0.0, steps=4000, lr=2e-3)
     return model
 
 
@@ -262,8 +262,8 @@ def stage_reflow(cfg: Config) -> nn.ModuleDict:
     model, table, done = stage_finish(cfg), tokens(cfg), cfg.work / "pairs.pt"
     if not done.exists():
         rng = np.random.default_rng((cfg.seed, 2))
-        caption = torch.tensor([NUMBER[p] for p in draw_prompts(18_000, rng)])
-        noise, end = generate(cfg, model, caption, steps=20, seed=2)
+        caption = torch.tensor([NUMBER[p] for p in draw_prompts(15_000, rng)])
+        noise, end = generate(cfg, model, caption, steps=16, seed=2)
         torch.save(dict(caption=caption, noise=noise, end=end), done)
     pairs = torch.load(done, weights_only=True)
     model["t5"].requires_grad_(False)
@@ -273,7 +273,7 @@ def stage_reflow(cfg: Config) -> nn.ModuleDict:
         i = torch.from_numpy(rng.integers(len(pairs["caption"]), size=128))
         return flow_loss(velocity(model, table, pairs["caption"][i]), pairs["end"][i], pairs["noise"][i])
 
-    if fit("reflow", model, loss_fn, cfg, steps=1500, lr=8e-4):
+    if fit("reflow", model, loss_fn, cfg, steps=1000, lr=8e-4):
         for steps in (4, 5, 8, 25):
             show(cfg, "reflow", model, steps)
     return model
@@ -289,7 +289,7 @@ def fit_reward(
     ids = tokens(cfg)[1]
 
     def loss_fn(rng, step):
-        grown = min(1, max(0.01, 2 * step / steps - 0.4)) if ramp else 1
+        grown = min(1, max(0, 2 * step / steps - 0.8)) if ramp else 1
         return reward_loss(modules, ids, batch(rng), 3 * grown, rng)
 
     fit(name, modules, loss_fn, cfg, steps=steps, lr=lr)
@@ -300,7 +300,7 @@ def stage_read(cfg: Config) -> nn.ModuleDict:
     torch.manual_seed(cfg.seed)
     modules = nn.ModuleDict(dict(clip=make_reward(cfg.work / "tokenizer"), cells=nn.Linear(96, 40)))
     modules["clip"].logit_scale.requires_grad_(False)
-    fit_reward(cfg, "read", lambda rng: rendered(draw_prompts(96, rng, TEACH), rng), modules, 1400, 1e-3, ramp=True)
+    fit_reward(cfg, "read", lambda rng: rendered(draw_prompts(96, rng, TEACH), rng), modules, 1500, 1e-3, ramp=True)
     return modules
 
 

@@ -120,12 +120,14 @@ def reward_loss(
     text = features(model.get_text_features(input_ids=tokens))
     images = augment(batch["images"], rng)
     right = fits.gather(1, caption[:, None])[:, 0]
-    images = attack(model, images, text.detach(), caption, right, radius)
+    if radius > 0:
+        images = attack(model, images, text.detach(), caption, right, radius)
     score, pooled = scores(model, images, text)
     loss = dense_loss(score, fits)
     if (known := batch["layout"][:, 0, 0] > -2).any():
         cells = modules["cells"](pooled).view(-1, 5, 2, 4)  # class 0 is an empty cell
-        loss = loss + 0.5 * F.cross_entropy(cells[known], batch["layout"][known] + 1)
+        read = F.cross_entropy(cells[known], batch["layout"][known] + 1)
+        loss = loss + 2 * read
     own = score.detach().gather(1, caption[:, None])[:, 0]
     error = ((own > OFFSET) != right).float().mean()
-    return dict(loss=loss, right=own[right].mean(), wrong=own[~right].mean(), error=error)
+    return dict(loss=loss, read=read.detach(), right=own[right].mean(), wrong=own[~right].mean(), error=error)

@@ -75,20 +75,23 @@ def all_prompts() -> list[Prompt]:
 def is_held_out(prompt: Prompt) -> bool:
     """True for a quarter of the combinations of count, color, position and attr: never aligned on.
 
-    The rule is arithmetic, so every word is seen in alignment and no combination of words is seen twice:
-    `attr` leaves out whole color pairs for each shape pair, not single prompts at random.
+    The rule is arithmetic, so every word is seen in alignment, and one of the scene, so that a prompt is held out
+    together with the same scene worded the other way round.
     """
-    shape = SHAPES.index(prompt.shapes[0])
+    a, *rest = [SHAPES.index(s) for s in prompt.shapes]
     color = [list(COLORS).index(c) for c in prompt.colors]
     match prompt.task:
         case "count":
-            return (shape + prompt.count) % 4 == 0
+            return (a + prompt.count) % 4 == 0
         case "color":
-            return shape == color[0]
-        case "position":
-            return (shape + SHAPES.index(prompt.shapes[1]) + list(RELATIONS).index(prompt.relation)) % 4 == 0
+            return a == color[0]
+        case "position":  # as if worded with "left of" or "above"
+            relation = list(RELATIONS).index(prompt.relation)
+            first, second = (a, rest[0]) if relation % 2 == 0 else (rest[0], a)
+            return (first + 2 * second + relation // 2) % 4 == 0
         case "attr":
-            return (shape + 2 * SHAPES.index(prompt.shapes[1]) + color[0] + 3 * color[1]) % 4 == 0
+            (a, color_a), (b, color_b) = sorted(zip((a, *rest), color, strict=True))
+            return (a + 2 * b + color_a + 3 * color_b) % 4 == 0
     return False
 
 
@@ -117,8 +120,8 @@ def distort(prompt: Prompt, rng: np.random.Generator) -> Prompt:
     Count, color and relation are redrawn, the two colors swapped, or one of the two objects missing.
     """
 
-    def other(options, not_this):
-        return str(rng.choice([o for o in options if o != not_this]))
+    def other(options, *not_these):
+        return str(rng.choice([o for o in options if o not in not_these]))
 
     a = prompt.shapes[0]
     match prompt.task:
@@ -132,7 +135,7 @@ def distort(prompt: Prompt, rng: np.random.Generator) -> Prompt:
             return Prompt("position", prompt.shapes, relation=other(RELATIONS, prompt.relation))
         case "attr":
             swapped = prompt.colors[::-1]
-            redrawn = (prompt.colors[0], other(COLORS, prompt.colors[1]))
+            redrawn = (prompt.colors[0], other(COLORS, *prompt.colors))
             return Prompt("attr", prompt.shapes, swapped if rng.random() < 0.5 else redrawn)
     return prompt
 
@@ -221,6 +224,8 @@ class Object:
 
 
 _MIN_AREA, _MIN_IOU, _MAX_COLOR_ERROR, _MIN_OFFSET = 80, 0.6, 0.3, 8.0
+_MAX_SIDE, _MAX_ASPECT = CELL, 1.5  # the box of an object: rendered ones are 15 to 25 pixels, up to 1.1 to 1
+_MIN_BACKGROUND = 0.7  # rendered ones are 0.88 to 0.98
 _PALETTE = np.array(list(COLORS.values()))
 
 
@@ -242,6 +247,8 @@ def _templates(height: int, width: int) -> np.ndarray:
 def look(image: np.ndarray) -> list[Object]:
     """What is in a picture: (64, 64, 3) in [0, 1] to objects, in no particular order."""
     background = np.median(image.reshape(-1, 3), axis=0)
+    if background.min() < _MIN_BACKGROUND:
+        return [Object("?", "?", 0.0, 0.0)]
     labels, _ = ndimage.label(np.abs(image - background).max(-1) > 0.25)
     objects = []
     for i, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -253,10 +260,11 @@ def look(image: np.ndarray) -> list[Object]:
         error = np.linalg.norm(_PALETTE - np.median(paint, axis=0), axis=1)
         templates = _templates(*mask.shape)
         iou = (templates & mask).sum((1, 2)) / (templates | mask).sum((1, 2))
+        drawn = max(mask.shape) <= _MAX_SIDE and max(mask.shape) <= _MAX_ASPECT * min(mask.shape)
         rows, columns = box
         objects.append(
             Object(
-                shape=SHAPES[iou.argmax()] if iou.max() >= _MIN_IOU else "?",
+                shape=SHAPES[iou.argmax()] if drawn and iou.max() >= _MIN_IOU else "?",
                 color=list(COLORS)[error.argmin()] if error.min() <= _MAX_COLOR_ERROR else "?",
                 x=(columns.start + columns.stop) / 2,
                 y=(rows.start + rows.stop) / 2,
