@@ -1,33 +1,34 @@
 """What is frozen around the transformer: text encoders, VAE, packing, the sigma schedule, checkpoint folders.
 
-A checkpoint is a folder in the diffusers layout of FLUX.1-dev:
+A checkpoint is a folder in the diffusers layout of FLUX.1-dev; the tiny model's is one too:
 
     model_index.json  scheduler/  transformer/  vae/
     text_encoder/  tokenizer/        CLIP: one pooled vector a prompt
     text_encoder_2/  tokenizer_2/    T5: a sequence of embeddings a prompt, padded, without a mask
 
-The tiny model in shapes/tiny-flux and the real FLUX.1-dev go through the same lines.
-
-Legend: b images, h w pixels, n = (h/16)(w/16) image tokens of c = 64 channels (32 in the tiny model), m text tokens.
+Legend: b images, h w pixels, n = (h/16)(w/16) image tokens of c channels, m text tokens.
 """
 
 import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from einops import rearrange
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from leaps import rollout
+from leaps import Velocity, rollout
 from model import (
+    FLUX_DEV,
     Flux,
     FluxConfig,
     config_from_diffusers,
@@ -38,7 +39,12 @@ from model import (
 )
 
 PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a transformer in one piece; others have an index
+INDEX = f"{WEIGHTS}.index.json"
+Device = str | torch.device
+Name, Result = TypeVar("Name"), TypeVar("Result")
 PATCH = 2  # FLUX sees 2x2 patches of latents
+SHIFTS = {"use_dynamic_shifting", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
 
 
 class Text(NamedTuple):
@@ -57,9 +63,9 @@ class Pipeline:
     vae: AutoencoderKL
     clip: CLIPTextModel
     t5: T5EncoderModel
-    clip_tokenizer: Callable
-    t5_tokenizer: Callable
-    schedule: dict  # scheduler_config.json
+    clip_tokenizer: PreTrainedTokenizerBase
+    t5_tokenizer: PreTrainedTokenizerBase
+    schedule: dict[str, Any]  # scheduler_config.json
     text_length: int  # T5 tokens a prompt is padded or cut to
 
     @property
@@ -76,85 +82,115 @@ class Pipeline:
 
 
 def find(name: str | Path) -> Path:
-    """The checkpoint folder called `name`: a path, or else a hub id such as black-forest-labs/FLUX.1-dev.
-
-    Raises ValueError naming what is missing.
-    """
-    folder = Path(name)
+    """The checkpoint folder at path `name`, or of that hub id. Raises ValueError naming what is missing."""
+    folder, files = Path(name), ["model_index.json", *(f"{part}/*" for part in PARTS)]
     if not folder.exists():
-        if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-            raise ValueError(f"no checkpoint folder at {name!r} (and that is no hub id of the form owner/name)")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(name), allow_patterns=["model_index.json", *(f"{p}/*" for p in PARTS)]))
-        except Exception as error:
-            raise ValueError(f"no checkpoint folder at {name!r}, and as a hub id it failed: {error}") from error
-    if missing := [p for p in ("model_index.json", *PARTS) if not (folder / p).exists()]:
-        raise ValueError(f"checkpoint folder {folder} is incomplete: no {', '.join(missing)}")
+        # Where the parent exists, this is a path misspelt: only what can be nothing else goes to the network.
+        if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or folder.parent.is_dir():
+            raise ValueError(f"no checkpoint folder at {str(name)!r}: give a folder, or a hub id owner/name")
+        folder = Path(read(str(name), partial(snapshot_download, allow_patterns=files)))
+    if missing := [part for part in ("model_index.json", *PARTS) if not (folder / part).exists()]:
+        found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
+        raise ValueError(f"{folder} is no whole FLUX folder: it lacks {', '.join(missing)}; it holds {found}")
     return folder
 
 
-def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
+def load(
+    name: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32, text_length: int | None = None
+) -> Pipeline:
     """Load a checkpoint folder. `dtype` is that of the transformer and the text encoders; the VAE stays fp32.
 
+    `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev.
     Raises ValueError for a folder, file or tensor that is missing or does not fit.
     """
     folder = find(name)
-    clip_tokenizer, t5_tokenizer = (AutoTokenizer.from_pretrained(folder / t) for t in ("tokenizer", "tokenizer_2"))
-    frozen = [
-        read_part(AutoencoderKL, folder / "vae", torch.float32),
-        read_part(CLIPTextModel, folder / "text_encoder", dtype),
-        read_part(T5EncoderModel, folder / "text_encoder_2", dtype),
-    ]
-    vae, clip, t5 = (part.eval().requires_grad_(False).to(device) for part in frozen)
+    schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule)
+    tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
+    tokenizers = read(folder / "tokenizer", tokenize), read(folder / "tokenizer_2", tokenize)
+    vae = read(folder / "vae", partial(parse_model, AutoencoderKL)).float()
+    clip = read(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
+    t5 = read(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
+    vae, clip, t5 = (part.eval().requires_grad_(False).to(device) for part in (vae, clip, t5))
     flux = load_flux(folder / "transformer", device, dtype)
-    schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return Pipeline(folder, flux, vae, clip, t5, clip_tokenizer, t5_tokenizer, schedule, t5_tokenizer.model_max_length)
+    given = vae.config.latent_channels * PATCH**2, clip.config.hidden_size, t5.config.d_model
+    taken = flux.config.in_channels, flux.config.vec_in_dim, flux.config.context_in_dim
+    if given != taken:
+        raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {given} channels, Flux takes {taken}")
+    text_length = text_length or min(tokenizers[1].model_max_length, 512)  # of a T5 without limit, 1e30
+    return Pipeline(folder, flux, vae, clip, t5, *tokenizers, schedule, text_length)
 
 
-def read_part(kind: type, folder: Path, dtype: torch.dtype):
-    """`kind.from_pretrained(folder)` from safetensors only; a ValueError that names the folder if it cannot."""
-    try:
-        return kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot read {kind.__name__} from {folder}: {error}") from error
+def load_flux(path: Path, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Flux:
+    """The transformer from a diffusers `transformer/` folder, sharded or not, or from flux1-dev.safetensors.
 
-
-def load_flux(path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Flux:
-    """The transformer from a diffusers `transformer/` folder, sharded or not."""
-    config = config_from_diffusers(json.loads((path / "config.json").read_text()))
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"no *.safetensors in {path}")
-    state = {}
-    for file in files:
-        try:
-            state |= {k: v.to(dtype) for k, v in load_file(file, device=str(device)).items()}
-        except Exception as error:  # safetensors raises its own type for a cut or foreign file
-            raise ValueError(f"cannot read {file}: {error}") from error
+    Raises ValueError naming the folder or file and what is missing or does not fit.
+    """
+    if path.is_file():
+        state = read(path, load_file)
+        config = replace(FLUX_DEV, guidance_embed="guidance_in.in_layer.weight" in state)
+    else:
+        config = read(path / "config.json", lambda file: config_from_diffusers(json.loads(file.read_text())))
+        shards, index = [WEIGHTS], path / INDEX
+        if index.exists():
+            shards = read(index, lambda file: sorted(set(json.loads(file.read_text())["weight_map"].values())))
+        if missing := [name for name in shards if not (path / name).exists()]:
+            raise ValueError(f"{path} is incomplete: copy or download {', '.join(missing)}")
+        state = {k: v for name in shards for k, v in read(path / name, load_file).items()}
+        state = from_diffusers(state, config, source=str(path))
     with torch.device("meta"):
         flux = Flux(config)
-    load_weights(flux, from_diffusers(state, config), source=str(path))
-    return flux
+    load_weights(flux, state, source=str(path))
+    return flux.to(device, dtype)  # names were converted on the CPU: a GPU holds the weights once
+
+
+def read(what: Name, parse: Callable[[Name], Result]) -> Result:
+    """parse(what); all that can go wrong becomes a ValueError that names it, and libraries differ in what."""
+    try:
+        return parse(what)
+    except Exception as error:
+        raise ValueError(
+            f"cannot read {what} ({type(error).__name__}: {error}); get a whole FLUX checkpoint"
+        ) from error
+
+
+def parse_schedule(file: Path) -> dict[str, Any]:
+    """scheduler_config.json with its defaults. Raises ValueError for an entry that `sigmas` would ignore."""
+    plain = {"_class_name": "FlowMatchEulerDiscreteScheduler", **FlowMatchEulerDiscreteScheduler().config}
+    schedule = plain | json.loads(file.read_text())
+    if other := {k: schedule[k] for k in plain if k not in SHIFTS and schedule[k] != plain[k]}:
+        raise ValueError(f"only FLUX's own schedule is implemented, not {other}")
+    return schedule
+
+
+def parse_model(kind: type, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of safetensors only; where the libraries invent missing tensors, a ValueError."""
+    options |= dict(use_safetensors=True, local_files_only=True, output_loading_info=True)
+    model, info = kind.from_pretrained(folder, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{len(missing)} tensors of {kind.__name__} are missing, such as {missing[0]}")
+    return model
 
 
 def save(folder: Path, source: Path, config: FluxConfig, state: dict[str, Tensor]) -> None:
-    """Write a checkpoint folder: the frozen parts copied from `source`, the transformer from `state` (BFL names)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        if part != "transformer":
+    """Write a checkpoint folder: frozen parts copied from `source`, a transformer from `state` (BFL names)."""
+    if folder.resolve() != source.resolve():
+        for part in set(PARTS) - {"transformer"}:
             shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
-    shutil.copy(source / "model_index.json", folder)
+        shutil.copy(source / "model_index.json", folder)
     save_flux(folder / "transformer", config, state)
 
 
 def save_flux(folder: Path, config: FluxConfig, state: dict[str, Tensor]) -> None:
-    """Write a diffusers `transformer/` folder from a state dict with BFL names."""
+    """Write a diffusers `transformer/` folder from a state dict with BFL names.
+
+    The file is renamed into place: `state` may be mapped from the one it replaces, and none is half-written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
     state = {k: v.detach().cpu().contiguous() for k, v in to_diffusers(state, config).items()}
-    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_file(state, part := folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
+    part.replace(folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
+    (folder / INDEX).unlink(missing_ok=True)  # it would send readers to older pieces
 
 
 # --------------------------------------------------------------------------------- text and images
@@ -164,24 +200,21 @@ def save_flux(folder: Path, config: FluxConfig, state: dict[str, Tensor]) -> Non
 def encode(pipe: Pipeline, prompts: Sequence[str]) -> Text:
     """Prompts to T5 and pooled CLIP embeddings, as FluxPipeline.encode_prompt: T5 padded and unmasked."""
 
-    def tokens(tokenizer, length):
-        return tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids.to(pipe.device)
+    def tokens(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+        pad = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return tokenizer(list(prompts), **pad).input_ids.to(pipe.device)
 
+    clip_length = min(pipe.clip_tokenizer.model_max_length, pipe.clip.config.max_position_embeddings)
     txt = pipe.t5(tokens(pipe.t5_tokenizer, pipe.text_length))[0]
-    vec = pipe.clip(tokens(pipe.clip_tokenizer, pipe.clip_tokenizer.model_max_length)).pooler_output
+    vec = pipe.clip(tokens(pipe.clip_tokenizer, clip_length)).pooler_output
     return Text(txt, vec)
 
 
 def decode(pipe: Pipeline, x: Tensor, height: int, width: int) -> Tensor:
-    """Packed latents (b, n, c) to images in [0, 1], (b, 3, height, width); differentiable, in fp32.
-
-    The clamp cuts the gradient where a pixel is already as bright or dark as a picture can show.
-    """
+    """Packed latents (b, n, c) to images in [0, 1], (b, 3, height, width); differentiable, in fp32."""
     z = unpack(x, height // pipe.cell, width // pipe.cell).to(pipe.vae.dtype)
     z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    return (pipe.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+    return (pipe.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)  # no gradient past black and white
 
 
 def pack(z: Tensor) -> Tensor:
@@ -205,7 +238,7 @@ def grid(pipe: Pipeline, height: int, width: int) -> tuple[int, int]:
 
 
 def draw_noise(pipe: Pipeline, seeds: Sequence[int], rows: int, columns: int) -> Tensor:
-    """x_1, one generator an image, always on the CPU: a seed means the same picture in any batch, on any device."""
+    """x_1, a CPU generator an image: a seed means the same picture in any batch, on any device."""
     channels = pipe.flux.config.in_channels
     noise = [torch.randn(rows * columns, channels, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(noise).to(pipe.device)
@@ -228,9 +261,7 @@ def sigmas(schedule: dict, steps: int, tokens: int) -> Tensor:
     return torch.cat([sigma, sigma.new_zeros(1)]).float()
 
 
-def velocity_of(
-    flux: Flux, text: Text, rows: int, columns: int, guidance: float | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
+def velocity_of(flux: Flux, text: Text, rows: int, columns: int, guidance: float | None = None) -> Velocity:
     """v_theta(x, sigma) for fixed prompts: the network in its own precision, latents in theirs."""
     dtype, device = flux.img_in.weight.dtype, flux.img_in.weight.device
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -240,7 +271,7 @@ def velocity_of(
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         t = torch.as_tensor(sigma, dtype=torch.float32, device=device).expand(len(x))
-        g = torch.full_like(t, guidance) if flux.config.guidance_embed else None
+        g = None if guidance is None or not flux.config.guidance_embed else torch.full_like(t, guidance)
         return flux(x.to(dtype), img_ids, txt, txt_ids, t, vec, g).to(x.dtype)
 
     return velocity

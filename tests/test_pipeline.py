@@ -1,0 +1,597 @@
+"""The frozen parts are diffusers' FluxPipeline: same levels, same text, same pictures, same folders; clear errors."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+import pipeline
+from model import Flux, FluxConfig, from_diffusers
+from pipeline import (
+    INDEX,
+    PARTS,
+    WEIGHTS,
+    Pipeline,
+    decode,
+    draw_noise,
+    encode,
+    find,
+    grid,
+    load,
+    load_flux,
+    pack,
+    sample,
+    save,
+    sigmas,
+    unpack,
+    velocity_of,
+)
+from shapes.models import make_tokenizers
+
+TINY_FLUX = Path(pipeline.__file__).parent / "shapes" / "tiny-flux"
+PROMPTS = ["a photo of a red circle and a blue square", "two words"]
+CELL = 8  # pixels a token: the VAE is f4
+FLUX_DEV_SCHEDULE = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "_diffusers_version": "0.30.0.dev0",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}  # the published file
+DEV_LIKE = dict(guidance_embeds=True, schedule=FLUX_DEV_SCHEDULE)
+SCHNELL_LIKE = dict(guidance_embeds=False, schedule=dict(use_dynamic_shifting=False, shift=3.0))
+
+
+def write_checkpoint(folder: Path, guidance_embeds: bool, schedule: dict) -> Path:
+    """A FLUX folder as FluxPipeline saves it: every class is real, every size small, every weight random."""
+    torch.manual_seed(0)
+    make_tokenizers(folder / "made")
+    clip_tokenizer, t5_tokenizer = (AutoTokenizer.from_pretrained(folder / "made" / t) for t in PARTS[4::2])
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=20,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=clip_tokenizer.model_max_length,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+        )
+    )
+    sizes = dict(d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
+    t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), **sizes))
+    schedule = {k: v for k, v in schedule.items() if not k.startswith("_")}
+    scheduler = FlowMatchEulerDiscreteScheduler(**schedule)
+    FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer).save_pretrained(folder)
+    shutil.rmtree(folder / "made")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory) -> Path:
+    """Guidance is an input, the shift grows with the image: as in FLUX.1-dev."""
+    return write_checkpoint(tmp_path_factory.mktemp("dev"), **DEV_LIKE)
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory) -> Path:
+    """No guidance, a fixed shift: as in FLUX.1-schnell."""
+    return write_checkpoint(tmp_path_factory.mktemp("schnell"), **SCHNELL_LIKE)
+
+
+@pytest.fixture(scope="module")
+def pipe(dev) -> Pipeline:
+    return load(dev)
+
+
+@pytest.fixture(scope="module")
+def reference(dev) -> FluxPipeline:
+    return diffusers_pipeline(dev)
+
+
+@pytest.fixture
+def broken(dev, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(dev, tmp_path / "broken"))
+
+
+def diffusers_pipeline(folder: Path) -> FluxPipeline:
+    theirs = FluxPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+def edit_json(path: Path, **entries: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def shard(folder: Path) -> list[str]:
+    """Cut a folder's transformer into shards, as diffusers does with the 24 GB of FLUX.1-dev; their names."""
+    transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    (folder / "transformer" / WEIGHTS).unlink()
+    transformer.save_pretrained(folder / "transformer", max_shard_size="60KB")
+    return sorted(p.name for p in (folder / "transformer").glob("*.safetensors"))
+
+
+def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+
+
+# ---------------------------------------------------------------------------------- the sigma schedule
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25])
+@pytest.mark.parametrize("tokens", [16, 256, 1024, 2025, 4096])
+@pytest.mark.parametrize(
+    "schedule", [FLUX_DEV_SCHEDULE, SCHNELL_LIKE["schedule"], dict(use_dynamic_shifting=False, shift=1.0)]
+)
+def test_levels_equal_those_that_flux_pipeline_asks_of_its_scheduler(schedule, tokens, steps):
+    scheduler = FlowMatchEulerDiscreteScheduler(**{k: v for k, v in schedule.items() if not k.startswith("_")})
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(tokens, *(scheduler.config[name] for name in names))
+    retrieve_timesteps(scheduler, steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    levels = sigmas(schedule, steps, tokens)
+    assert levels.shape == (steps + 1,) and levels.dtype == torch.float32
+    assert levels[0] == 1 and levels[-1] == 0
+    torch.testing.assert_close(levels, scheduler.sigmas, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("tokens, mu", [(256, 0.5), (1024, 0.63), (2025, 0.7995), (4096, 1.15)])
+def test_published_schedule_has_the_published_shifts(tokens, mu):
+    """At sigma = 1/2 the shifted level is the logistic function of mu."""
+    assert torch.logit(sigmas(FLUX_DEV_SCHEDULE, 2, tokens)[1]).item() == pytest.approx(mu, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------- the pictures
+
+
+def diffusers_images(theirs: FluxPipeline, pipe: Pipeline, height: int, width: int, steps: int, **options) -> Tensor:
+    noise = draw_noise(pipe, range(len(PROMPTS)), *grid(pipe, height, width))
+    return theirs(
+        PROMPTS,
+        latents=noise,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        max_sequence_length=pipe.text_length,
+        output_type="pt",
+        **options,
+    ).images
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (24, 56)])
+@pytest.mark.parametrize("guidance", [3.5, 1.0])
+def test_images_of_a_guided_dynamically_shifted_model_equal_flux_pipeline(pipe, reference, height, width, guidance):
+    theirs = diffusers_images(reference, pipe, height, width, 4, guidance_scale=guidance)
+    ours = sample(pipe, PROMPTS, [0, 1], 4, height, width, guidance)
+    assert ours.shape == (2, 3, height, width) and ours.std() > 0.01
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (24, 56)])
+def test_images_of_an_unguided_model_of_fixed_shift_equal_flux_pipeline(schnell, height, width):
+    """Neither pipeline shows such a model its guidance, which is 3.5 by default in FluxPipeline."""
+    pipe = load(schnell)
+    theirs = diffusers_images(diffusers_pipeline(schnell), pipe, height, width, 4)
+    ours = sample(pipe, PROMPTS, [0, 1], 4, height, width)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert torch.equal(ours, sample(pipe, PROMPTS, [0, 1], 4, height, width, guidance=9.0))
+
+
+@pytest.mark.skipif(not TINY_FLUX.exists(), reason="shapes/tiny-flux is not there: python -m shapes.prepare makes it")
+def test_images_of_the_shipped_model_equal_flux_pipeline():
+    pipe = load(TINY_FLUX)
+    size = pipe.vae.config.sample_size
+    theirs = diffusers_images(diffusers_pipeline(TINY_FLUX), pipe, size, size, 4, guidance_scale=3.5)
+    ours = sample(pipe, PROMPTS, [0, 1], 4, size, size, 3.5)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_seed_is_one_picture_in_any_batch(pipe):
+    prompts, seeds = [*PROMPTS, *PROMPTS, PROMPTS[0]], [7, 8, 9, 7, 7]
+    together = sample(pipe, prompts, seeds, 3, 32, 24, 3.5)
+    for batch in (1, 2, 3):
+        torch.testing.assert_close(sample(pipe, prompts, seeds, 3, 32, 24, 3.5, batch), together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together[0], together[4], rtol=0, atol=1e-5)
+    assert (together[0] - together[2]).abs().max() > 1e-3  # another seed
+    assert (together[0] - together[3]).abs().max() > 1e-5  # another prompt
+
+
+def test_sampling_leaves_no_graph(pipe):
+    assert not sample(pipe, PROMPTS[:1], [0], 2, 16, 16, 3.5).requires_grad
+
+
+def test_a_guided_network_demands_its_guidance(pipe):
+    with pytest.raises(ValueError, match="guidance is missing"):
+        sample(pipe, PROMPTS[:1], [0], 1, 16, 16)
+
+
+@pytest.mark.parametrize("height, width", [(32, 20), (12, 32), (0, 32), (32, -8)])
+def test_a_size_of_broken_tokens_is_named(pipe, height, width):
+    assert grid(pipe, 24, 56) == (3, 7)
+    with pytest.raises(ValueError, match=f"{height}x{width} is not a positive multiple of {CELL}"):
+        grid(pipe, height, width)
+
+
+def test_network_runs_in_bf16_on_fp32_latents(dev):
+    pipe = load(dev, dtype=torch.bfloat16)
+    assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
+    frozen = [*pipe.flux.parameters(), *pipe.clip.parameters(), *pipe.t5.parameters()]
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    text = encode(pipe, PROMPTS)
+    assert text.txt.dtype == text.vec.dtype == torch.bfloat16
+    seen = []
+    pipe.flux.register_forward_pre_hook(lambda _, inputs: seen.extend(x.dtype for x in inputs))
+    velocity = velocity_of(pipe.flux, text, 2, 3, 3.5)
+    assert velocity(draw_noise(pipe, [0, 1], 2, 3), torch.tensor(0.7)).dtype == torch.float32
+    bf16, ids = torch.bfloat16, torch.int64
+    assert seen == [bf16, ids, bf16, ids, torch.float32, bf16, torch.float32]  # time and guidance stay fp32
+    low, high = (sample(p, PROMPTS, [0, 1], 2, 16, 24, 3.5) for p in (pipe, load(dev)))
+    assert low.dtype == torch.float32 and (low - high).abs().max() < 0.05
+
+
+# -------------------------------------------------------------------------------------- text and latents
+
+
+def test_text_equals_flux_pipelines(pipe, reference):
+    """Long prompts are cut; an empty one is all padding, which no mask hides."""
+    prompts = [*PROMPTS, "", "a red circle and " * 20]
+    with torch.no_grad():
+        txt, vec, ids = reference.encode_prompt(prompts, max_sequence_length=pipe.text_length)
+    ours = encode(pipe, prompts)
+    assert torch.equal(ours.txt, txt) and torch.equal(ours.vec, vec)
+    assert ours.txt.shape[1] == len(ids) == pipe.text_length == 12
+    assert not ours.txt.requires_grad
+
+
+def test_text_length_may_be_chosen_and_is_512_for_a_tokenizer_without_limit(dev, broken, reference):
+    edit_json(broken / "tokenizer_2" / "tokenizer_config.json", model_max_length=int(1e30))
+    assert load(broken).text_length == 512
+    with torch.no_grad():
+        txt, _, _ = reference.encode_prompt(PROMPTS, max_sequence_length=20)
+    assert torch.equal(encode(load(dev, text_length=20), PROMPTS).txt, txt)
+
+
+def test_packing_round_trips_and_equals_flux_pipelines():
+    b, c, h, w = 2, 4, 6, 10
+    z = torch.arange(b * c * h * w, dtype=torch.float64).view(b, c, h, w)
+    x = pack(z)
+    assert torch.equal(x, FluxPipeline._pack_latents(z, b, c, h, w))
+    assert torch.equal(unpack(x, h // 2, w // 2), z)
+    assert torch.equal(unpack(x, h // 2, w // 2), FluxPipeline._unpack_latents(x, 8 * h, 8 * w, 8))
+
+
+def test_decoding_equals_flux_pipelines(pipe, reference):
+    x = 2 * draw_noise(pipe, [0, 1], 3, 5)
+    z = FluxPipeline._unpack_latents(x, 3 * CELL, 5 * CELL, reference.vae_scale_factor)
+    z = z / reference.vae.config.scaling_factor + reference.vae.config.shift_factor
+    with torch.no_grad():
+        theirs = reference.image_processor.postprocess(reference.vae.decode(z).sample, output_type="pt")
+        ours = decode(pipe, x, 3 * CELL, 5 * CELL)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_the_gradient_of_an_image_reaches_its_latents(dev):
+    """Against central differences in float64, along random directions; the frozen VAE collects nothing."""
+    pipe = load(dev)
+    pipe.vae.double()
+    x = draw_noise(pipe, [0], 2, 3).double().requires_grad_()
+    weights = torch.randn(1, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def loss(x: Tensor) -> Tensor:
+        return (weights * decode(pipe, x, 16, 24)).sum()
+
+    loss(x).backward()
+    assert x.grad.flatten(0, 1).any(dim=1).all()  # every token counts
+    for seed in range(3):
+        direction, step = draw_noise(pipe, [100 + seed], 2, 3).double(), 1e-5
+        with torch.no_grad():
+            difference = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+        assert (x.grad * direction).sum().item() == pytest.approx(difference.item(), rel=1e-6)
+    assert all(p.grad is None and not p.requires_grad for p in pipe.vae.parameters())
+
+
+def test_images_stay_in_range(pipe):
+    images = decode(pipe, 100 * draw_noise(pipe, [0], 2, 2), 16, 16)
+    assert images.min() >= 0 and images.max() <= 1
+
+
+# ----------------------------------------------------------------------------------------------- folders
+
+
+def test_only_the_transformer_learns(pipe):
+    assert all(p.requires_grad for p in pipe.flux.parameters())
+    for part in (pipe.vae, pipe.clip, pipe.t5):
+        assert not part.training and not any(p.requires_grad for p in part.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_folder_loads_bit_for_bit_here_and_in_diffusers(dev, tmp_path, dtype):
+    pipe = load(dev)
+    with torch.no_grad():
+        for p in pipe.flux.parameters():
+            p.add_(torch.randn_like(p) / 10)
+    pipe.flux.to(dtype)
+    save(tmp_path / "new" / "final", dev, pipe.flux.config, pipe.flux.state_dict())
+
+    back = load(tmp_path / "new" / "final", dtype=dtype)
+    assert back.flux.config == pipe.flux.config and back.schedule == pipe.schedule
+    assert_same_weights(back.flux, pipe.flux)
+    assert_same_weights(back.vae, pipe.vae)
+    assert_same_weights(back.t5.float(), pipe.t5.to(dtype).float())
+    assert {p.name for p in (tmp_path / "new" / "final").iterdir()} == {"model_index.json", *PARTS}
+
+    theirs = diffusers_pipeline(tmp_path / "new" / "final")
+    converted = from_diffusers(theirs.transformer.state_dict(), pipe.flux.config)
+    assert all(torch.equal(converted[k].to(dtype), v) for k, v in pipe.flux.state_dict().items())
+    images = diffusers_images(theirs, pipe, 16, 24, 2, guidance_scale=3.5)
+    ours = sample(load(tmp_path / "new" / "final"), PROMPTS, [0, 1], 2, 16, 24, 3.5)
+    torch.testing.assert_close(ours, images, rtol=0, atol=1e-4)
+
+
+def test_training_on_the_loaded_weights_leaves_their_file_alone(broken):
+    before = (broken / "transformer" / WEIGHTS).read_bytes()
+    flux = load_flux(broken / "transformer")
+    with torch.no_grad():
+        for p in flux.parameters():
+            p.zero_()
+    assert (broken / "transformer" / WEIGHTS).read_bytes() == before
+
+
+def test_a_folder_can_be_saved_onto_itself(broken):
+    shard(broken)
+    pipe = load(broken)
+    wanted = {k: v + 1 for k, v in pipe.flux.state_dict().items()}
+    for _ in range(2):  # over shards, then over the file that the weights are mapped from
+        save(broken, broken, pipe.flux.config, wanted)
+        flux = load_flux(broken / "transformer")
+        assert all(torch.equal(v, wanted[k]) for k, v in flux.state_dict().items())
+        wanted = flux.state_dict()
+    assert diffusers_pipeline(broken).transformer.x_embedder.bias.equal(wanted["img_in.bias"])
+
+
+def test_a_model_in_use_survives_a_save_over_its_folder(broken, pipe):
+    """Loaded weights are mapped from their file."""
+    flux = load_flux(broken / "transformer")
+    save(broken, broken, flux.config, {k: torch.zeros_like(v) for k, v in flux.state_dict().items()})
+    assert_same_weights(flux, pipe.flux)
+    assert not load_flux(broken / "transformer").img_in.bias.any()
+
+
+def test_a_sharded_transformer_is_the_same_transformer(broken, pipe):
+    assert len(shard(broken)) > 2
+    assert_same_weights(load(broken).flux, pipe.flux)
+
+
+def test_a_single_file_with_published_names_is_the_same_transformer(dev, schnell, tmp_path, monkeypatch):
+    """As flux1-dev.safetensors; whether guidance is embedded shows in the file."""
+    for folder in (dev, schnell):
+        flux = load_flux(folder / "transformer")
+        monkeypatch.setattr(pipeline, "FLUX_DEV", replace(flux.config, guidance_embed=True))
+        save_file(flux.state_dict(), tmp_path / "flux1.safetensors")
+        single = load_flux(tmp_path / "flux1.safetensors", dtype=torch.bfloat16)
+        assert single.config == flux.config
+        assert_same_weights(single, flux.bfloat16())
+    save_file(load_file(dev / "transformer" / WEIGHTS), tmp_path / "flux1.safetensors")
+    with pytest.raises(ValueError, match=r"flux1\.safetensors does not fit this Flux.*missing"):
+        load_flux(tmp_path / "flux1.safetensors")
+
+
+def test_flux_dev_fits_in_memory_once_without_initial_values(dev, monkeypatch):
+    """Weights are taken from the file, never drawn first: drawing 12B normal numbers takes minutes."""
+
+    def build(config: FluxConfig) -> Flux:
+        flux = Flux(config)
+        assert all(p.is_meta for p in flux.parameters())
+        return flux
+
+    monkeypatch.setattr(pipeline, "Flux", build)
+    assert not any(p.is_meta for p in load_flux(dev / "transformer").parameters())
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> list[str]:
+    """The hub ids that would have been asked for."""
+    asked = []
+
+    def download(name: str, **_: object) -> str:
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(pipeline, "snapshot_download", download)
+    return asked
+
+
+def test_a_path_never_goes_to_the_network(tmp_path, monkeypatch, no_network):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    paths = ["nowhere", "runs/nowhere", "./a/b", "~/flux", "a/b/c", str(tmp_path / "x"), tmp_path / "runs" / "x"]
+    for path in paths:
+        with pytest.raises(ValueError, match=f"no checkpoint folder at '{path}'.*give a folder, or a hub id"):
+            find(path)
+    assert not no_network
+
+
+def test_a_hub_id_that_fails_is_named(no_network):
+    with pytest.raises(ValueError, match=r"someone/some-flux.*no network"):
+        find("someone/some-flux")
+    assert no_network == ["someone/some-flux"]
+
+
+def test_a_hub_id_loads_what_was_downloaded(dev, monkeypatch, pipe):
+    monkeypatch.setattr(pipeline, "snapshot_download", lambda name, allow_patterns: str(dev))
+    assert_same_weights(load("someone/some-flux").flux, pipe.flux)
+
+
+def test_a_file_in_place_of_a_folder_is_named(dev):
+    file = dev / "transformer" / WEIGHTS
+    with pytest.raises(ValueError, match=f"{file} is no whole FLUX folder: .*holds nothing"):
+        load(file)
+
+
+@pytest.mark.parametrize("part", ["model_index.json", *PARTS])
+def test_a_missing_part_is_named_and_what_is_there(broken, part):
+    path = broken / part
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    present = "vae" if part != "vae" else "transformer"
+    with pytest.raises(ValueError, match=rf"{broken}.* lacks {part}; it holds .*{present}"):
+        load(broken)
+
+
+SAFETENSORS = {
+    "transformer": WEIGHTS,
+    "vae": WEIGHTS,
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+}
+
+
+def pickle_instead(file: Path) -> None:
+    """The same weights, as both libraries would find them in a pickle."""
+    for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
+        torch.save(load_file(file), file.with_name(name))
+    file.unlink()
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_bytes(b""),
+    "foreign": lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+    "a pickle": pickle_instead,
+    "of wrong names": lambda file: save_file({f"x.{k}": v for k, v in load_file(file).items()}, file, {"format": "pt"}),
+    "lacking a tensor": lambda file: save_file(dict(list(load_file(file).items())[1:]), file, {"format": "pt"}),
+    "of wrong shapes": lambda file: save_file(
+        {k: torch.cat([v, v]) for k, v in load_file(file).items()}, file, {"format": "pt"}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("part", SAFETENSORS)
+def test_weights_that_are_damaged_are_named(broken, part, damage):
+    DAMAGE[damage](broken / part / SAFETENSORS[part])
+    with pytest.raises(ValueError, match=f"{broken / part}.*"):
+        load(broken)
+
+
+CONFIGS = [
+    "scheduler/scheduler_config.json",
+    "transformer/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "text_encoder_2/config.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer_2/tokenizer_config.json",
+]
+
+
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained")  # diffusers, of an empty list
+@pytest.mark.parametrize("text", ['{"a": 1', "[]", ""])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_that_does_not_parse_is_named(broken, config, text):
+    (broken / config).write_text(text)
+    with pytest.raises(ValueError, match=str(broken / config.split("/")[0])):
+        load(broken)
+
+
+@pytest.mark.parametrize("part", ["scheduler", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer"])
+def test_an_empty_part_is_named(broken, part):
+    shutil.rmtree(broken / part)
+    (broken / part).mkdir()
+    with pytest.raises(ValueError, match=str(broken / part)):
+        load(broken)
+
+
+def test_missing_shards_are_named(broken):
+    first, second, *_ = shard(broken)
+    for name in (first, second):
+        (broken / "transformer" / name).unlink()
+    with pytest.raises(ValueError, match=f"{broken / 'transformer'} is incomplete.*{first}, {second}"):
+        load(broken)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
+def test_an_index_that_cannot_be_followed_is_named(broken, text):
+    (broken / "transformer" / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=str(broken / "transformer" / INDEX)):
+        load(broken)
+
+
+def test_a_folder_mixed_from_different_models_is_named(broken):
+    config = T5Config.from_pretrained(broken / "text_encoder_2")
+    config.d_model = 32
+    T5EncoderModel(config).save_pretrained(broken / "text_encoder_2")
+    with pytest.raises(ValueError, match=rf"{broken} mixes models.*\(16, 20, 32\).*\(16, 20, 24\)"):
+        load(broken)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"_class_name": "DDIMScheduler"},
+        {"use_karras_sigmas": True},
+        {"shift_terminal": 0.02},
+        {"time_shift_type": "linear"},
+        {"num_train_timesteps": 100},
+    ],
+)
+def test_a_schedule_that_is_not_fluxs_is_named(broken, entry):
+    edit_json(broken / "scheduler" / "scheduler_config.json", **entry)
+    (name,) = entry
+    with pytest.raises(ValueError, match=f"scheduler_config.json.*{name}"):
+        load(broken)
+
+
+def test_a_transformer_config_that_is_not_fluxs_is_named(broken):
+    edit_json(broken / "transformer" / "config.json", patch_size=2)
+    with pytest.raises(ValueError, match=r"transformer/config\.json.*patch_size=2"):
+        load(broken)
