@@ -43,11 +43,7 @@ class FluxConfig:
     num_heads: int = 24
     depth: int = 19  # double blocks
     depth_single_blocks: int = 38
-    axes_dim: tuple[int, ...] = (
-        16,
-        56,
-        56,
-    )  # a head's channels that encode each position axis: (0, row, column)
+    axes_dim: tuple[int, ...] = (16, 56, 56)  # a head's channels that encode each position axis: (0, row, column)
     theta: int = 10_000  # base of the rotary frequencies
     qkv_bias: bool = True
     guidance_embed: bool = True  # guidance was distilled into the network and is an input

@@ -56,7 +56,8 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def main(cfg: Config) -> None:
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__)
     try:
         prompts = [*cfg.prompt, *(read_prompts(cfg.prompts) if cfg.prompts else [])]
         if not prompts:
@@ -77,4 +78,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main()

@@ -1,0 +1,210 @@
+"""The commands as a user runs them: a short real run, its files, and what bad input is told."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from pictures import read_log
+from pipeline import draw_noise, load, sigmas
+from rewards import clip
+from shapes.world import TASKS
+
+ROOT = Path(train.__file__).parent
+SHORT = ["--steps", "8", "--batch", "24", "--eval-every", "4", "--lr", "2e-4", "--ema", "0.5"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def few_prompts(tmp_path_factory) -> Path:
+    """A handful of evaluation prompts, all tasks among them, so that a test need not draw 360 images."""
+    lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
+    path = tmp_path_factory.mktemp("prompts") / "few.txt"
+    path.write_text("# a comment, and a blank line\n\n" + "\n".join(lines[::6]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory, few_prompts) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "short"
+    done = run("train.py", "shapes", *SHORT, "--eval-prompts", str(few_prompts), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout
+    return out
+
+
+# ---------------------------------------------------------------------------------------- a real run
+
+
+def test_a_short_run_writes_all_its_files(short_run):
+    names = {p.name for p in short_run.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "eval.jsonl", "curves.png", "before_after.png", "samples", "final"
+    }  # fmt: skip
+    assert {p.name for p in (short_run / "samples").iterdir()} == {f"step_{i:04d}.png" for i in (0, 4, 8)}
+    for picture in [*short_run.glob("*.png"), *short_run.glob("samples/*.png")]:
+        assert Image.open(picture).size[0] > 300
+    assert json.loads((short_run / "config.json").read_text())["lr"] == 2e-4
+
+
+def test_every_update_logs_what_the_method_predicts(short_run):
+    updates = read_log(short_run / "metrics.jsonl")
+    assert [u["step"] for u in updates] == list(range(8))
+    for u in updates:
+        assert u.keys() >= {"step", "reward", "loss", "grad_norm", "k", "j", "d_j", "d_0", "w", "seconds"}
+        assert 1 >= u["k"] > u["j"] > 0 and u["d_j"] > 0 and u["d_0"] > 0 and u["grad_norm"] > 0
+        assert 0 < u["w"] <= 1 / 0.2 + 1e-6  # both distances are at least tau
+
+
+def test_the_first_evaluation_precedes_the_first_update_and_the_last_follows_the_last(short_run):
+    evals = read_log(short_run / "eval.jsonl")
+    assert [e["step"] for e in evals] == [0, 4, 8]
+    for e in evals:
+        assert e.keys() == {"step", "overall", *TASKS, "reward", "seconds"}
+        assert e["overall"] == pytest.approx(sum(e[t] for t in TASKS) / 6)
+
+
+def test_a_short_run_raises_the_reward_of_held_out_prompts(short_run):
+    evals = read_log(short_run / "eval.jsonl")
+    assert evals[-1]["reward"] > evals[0]["reward"] + 0.02
+
+
+def test_the_final_folder_is_a_checkpoint_that_was_trained(short_run):
+    before, after = load(ROOT / "shapes" / "tiny-flux"), load(short_run / "final")
+    moved = [(a - b).abs().max().item() for a, b in zip(after.flux.parameters(), before.flux.parameters(), strict=True)]
+    assert max(moved) < 8 * 2.5e-4 and sum(m > 0 for m in moved) > 0.9 * len(moved)
+
+
+def test_sample_draws_from_the_final_folder(short_run, tmp_path):
+    out = tmp_path / "deep" / "grid.png"
+    done = run(
+        "sample.py", "--model", str(short_run / "final"), "--prompt", "a photo of two circles", "--out", str(out),
+        "--num", "3", "--steps", "4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout and Image.open(out).size[0] > 3 * 128
+
+
+def gradient_of_a_step(cfg: train.Config) -> torch.Tensor:
+    pipe = load(cfg.model)
+    levels = sigmas(pipe.schedule, cfg.rollout_steps, 16)
+    picks = train.pick(cfg, levels, train.numbers(cfg.seed, 3))
+    noise = draw_noise(pipe, range(4), 4, 4)
+    train.update_gradient(pipe, clip(cfg.reward), ["a photo of a red circle"] * 4, noise, levels, picks, cfg)
+    return torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
+
+
+def test_randomness_is_a_function_of_seed_and_step():
+    draws = {key: torch.randn(3, generator=train.numbers(*key)).tolist() for key in [(0, 1), (1, 0), (0, 0), (1, 1)]}
+    assert draws[0, 1] == torch.randn(3, generator=train.numbers(0, 1)).tolist()
+    assert len({tuple(d) for d in draws.values()}) == 4
+
+
+def test_the_same_step_has_the_same_gradient():
+    torch.testing.assert_close(gradient_of_a_step(train.Config()), gradient_of_a_step(train.Config()), rtol=0, atol=0)
+
+
+def test_one_gradient_differs_by_method_and_by_ablation():
+    settings = [dict(), dict(method="refl"), dict(method="full"), dict(alpha=0.0), dict(weight="none"),
+                dict(reward_input="xhat_0"), dict(leaps=1), dict(nested_only=True)]  # fmt: skip
+    gradients = [gradient_of_a_step(replace(train.Config(), **s)) for s in settings]
+    for i, a in enumerate(gradients):
+        assert a.norm() > 0
+        assert all((a - b).norm() > 1e-4 * a.norm() for b in gradients[i + 1 :])
+
+
+def test_refl_stops_at_one_of_the_last_steps():
+    levels = sigmas(load(ROOT / "shapes" / "tiny-flux").schedule, 25, 16)
+    cfg = train.Config(method="refl")
+    picks = [train.pick(cfg, levels, train.numbers(0, i)) for i in range(200)]
+    assert {len(p) for p in picks} == {1} and {p[0] for p in picks} == set(range(14, 25))
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def told(module, capsys, monkeypatch, *arguments: str) -> str:
+    """What a command prints on stderr when it refuses to start, always with exit code 2 and no traceback."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        module.main()
+    assert exit_.value.code == 2
+    text = capsys.readouterr()
+    assert "Traceback" not in text.err + text.out
+    return text.err + text.out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--no-such-flag", "1"], ["no-such-flag"]),
+        (["flux-de"], ["flux-de"]),
+        (["--lr", "fast"], ["lr"]),
+        (["--model", "no/such/folder"], ["no/such/folder"]),
+        (["--reward", "no/such/reward"], ["no/such/reward"]),
+        (["--prompts", "no-such.txt"], ["no-such.txt"]),
+        (["--size", "40"], ["40", "16"]),
+        (["--steps", "0"], ["--steps", "0"]),
+        (["--tau", "0"], ["--tau"]),
+        (["--leaps", "9"], ["9 leaps", "5 steps"]),
+        (["--low", "0.99"], ["1 steps"]),
+    ],
+)
+def test_train_names_the_bad_flag(arguments, words, capsys, monkeypatch, tmp_path):
+    said = told(train, capsys, monkeypatch, *arguments, *([] if arguments == ["flux-de"] else ["--out", str(tmp_path)]))
+    assert all(word in said for word in words), said
+
+
+def test_an_occupied_run_folder_is_left_alone(capsys, monkeypatch, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    assert str(tmp_path) in told(train, capsys, monkeypatch, "--out", str(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def test_a_partial_checkpoint_folder_names_what_is_missing(capsys, monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "shapes" / "tiny-flux", tmp_path / "flux")
+    shutil.rmtree(tmp_path / "flux" / "vae")
+    said = told(train, capsys, monkeypatch, "--model", str(tmp_path / "flux"), "--out", str(tmp_path / "run"))
+    assert "incomplete" in said and "vae" in said
+
+
+@pytest.mark.parametrize(
+    "content, words", [(b"", "no prompt"), (b"# only a comment\n\n", "no prompt"), (b"caf\xe9\n", "UTF-8")]
+)
+def test_a_bad_prompt_file_is_named(content, words, capsys, monkeypatch, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    for module in (train, sample):
+        said = told(module, capsys, monkeypatch, "--prompts", str(file), "--out", str(tmp_path / "new"))
+        assert str(file) in said and words in said
+
+
+def test_a_prompt_that_the_judge_cannot_know_is_named(capsys, monkeypatch, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a photo of a dragon\n")
+    said = told(train, capsys, monkeypatch, "--eval-prompts", str(file), "--out", str(tmp_path / "new"))
+    assert "dragon" in said
+
+
+def test_sample_without_a_prompt_says_how_to_give_one(capsys, monkeypatch):
+    assert "--prompt" in told(sample, capsys, monkeypatch)
+
+
+def test_a_lambda_below_every_reward_is_pointed_out_once(few_prompts, tmp_path, capfd, monkeypatch):
+    cfg = train.Config(out=tmp_path / "run", eval_prompts=few_prompts, steps=3, batch=4, eval_every=3, lam=-2.0)
+    train.train(cfg, train.prepare(cfg))
+    text = capfd.readouterr()
+    assert (text.out + text.err).count("warning: every reward is above --lam -2.0") == 1
