@@ -25,6 +25,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers.utils import logging
 
 from leaps import Velocity, rollout
 from model import (
@@ -103,6 +104,7 @@ def load(
     `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev.
     Raises ValueError for a folder, file or tensor that is missing or does not fit.
     """
+    logging.disable_progress_bar()  # transformers shows one for each tiny part
     folder = find(name)
     schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule)
     tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)

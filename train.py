@@ -8,7 +8,7 @@ One iteration, and nothing else, is `update_gradient` below; the mathematics is 
 
     config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png  final/
 
-Where we differ from the paper: see "Settings" in shapes/README.md.  All randomness is a function of (seed, step).
+The shapes preset differs from the paper in its learning rate, T and EMA: shapes/README.md says why.
 """
 
 import copy
@@ -60,8 +60,8 @@ class Config:
     """All randomness is a function of (seed, step)."""
 
     method: Literal["leapalign", "refl", "full"] = "leapalign"
-    """leapalign: the paper. refl: one step among the last ones, reward on its one-step estimate.
-    full: the true gradient through all steps, at T times the cost of a leap."""
+    """leapalign: the paper. refl: one of the last steps, reward on its one-step estimate. full: the true gradient,
+    through all steps."""
     alpha: float = 0.3
     """Discount of the nested gradient (Eq. 9): 0 drops it, 1 keeps it whole."""
     tau: float = 0.1
@@ -90,8 +90,10 @@ class Config:
     """Rollouts an update."""
     rollout_steps: int = 5
     """Euler steps of a rollout (T), in training and in evaluation."""
-    lr: float = 3e-5
-    """Learning rate of AdamW; constant."""
+    lr: float = 7e-5
+    """Learning rate of AdamW, betas 0.9 and 0.999."""
+    decay: bool = True
+    """Let the learning rate fall linearly to zero over the run; the paper keeps it constant."""
     weight_decay: float = 1e-4
     """Weight decay of AdamW."""
     clip: float = 1.0
@@ -118,6 +120,12 @@ def pick(cfg: Config, levels: Tensor, generator: torch.Generator) -> tuple[int, 
     if cfg.method == "refl":  # a random one of the last 11 of 25 steps, as in the paper's baseline
         return (steps - 1 - int(torch.randint(max(1, round(steps * 11 / 25)), (), generator=generator)),)
     return pick_leaps(levels, generator, cfg.leaps, cfg.low, cfg.high, cfg.distance)
+
+
+def draw_prompts(prompts: list[str], n: int, generator: torch.Generator) -> list[str]:
+    """n prompts at random, each line once before any is drawn twice."""
+    orders = [torch.randperm(len(prompts), generator=generator) for _ in range(-(-n // len(prompts)))]
+    return [prompts[i] for i in torch.cat(orders)[:n].tolist()]
 
 
 def update_gradient(
@@ -211,8 +219,10 @@ def prepare(cfg: Config) -> Setup:
         raise ValueError(f"--out {out} is occupied: choose another folder, or remove it to run again")
     prompts, eval_prompts = read_prompts(cfg.prompts), read_prompts(cfg.eval_prompts)
     if cfg.judge:
-        for text in eval_prompts:
-            parse(text)
+        try:
+            [parse(text) for text in eval_prompts]
+        except ValueError as error:
+            raise ValueError(f"--eval-prompts {cfg.eval_prompts}: {error}; --no-judge takes any prompts") from error
     pipe = load(cfg.model)
     rows, columns = grid(pipe, cfg.size, cfg.size)
     if pipe.flux.config.guidance_embed and cfg.guidance is None:
@@ -254,12 +264,13 @@ def train(cfg: Config, setup: Setup) -> None:
             break
 
         began, random = time.time(), numbers(cfg.seed, step)
-        chosen = torch.randperm(len(setup.prompts), generator=random)[: cfg.batch].tolist()
-        prompts = [setup.prompts[i] for i in chosen]
+        prompts = draw_prompts(setup.prompts, cfg.batch, random)
         noise = torch.randn(len(prompts), rows * columns, pipe.flux.config.in_channels, generator=random)
         picks = pick(cfg, levels, random)
         measured = update_gradient(pipe, reward, prompts, noise.to(pipe.device), levels, picks, cfg)
         grad_norm = nn.utils.clip_grad_norm_(params, cfg.clip, error_if_nonfinite=True).item()
+        if cfg.decay:
+            optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(list(averaged.parameters()), params, 1 - cfg.ema)

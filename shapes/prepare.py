@@ -53,7 +53,7 @@ HERE = Path(__file__).parent
 OF_TASK = by_task(PROMPTS)
 TEACH = dict(single=0.5, two=1, count=1, color=0.7, position=1.5, attr=2)  # more of what is harder to learn
 EVEN = dict.fromkeys(TASKS, 1) | dict(single=1.5)  # `single` has the fewest prompts, and must stay clean
-ALIGN = dict(single=1, two=1, count=2, color=1, position=2, attr=2)  # of train-prompts.txt
+ALIGN = dict(single=2, two=3, count=3, color=2, position=1, attr=3)  # shares of the tasks in train-prompts.txt
 SCHEDULE = dict(use_dynamic_shifting=False, shift=3.0)  # of the noise levels, in training and in sampling
 GRID = 4  # tokens each way
 

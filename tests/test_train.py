@@ -19,7 +19,7 @@ from rewards import clip
 from shapes.world import TASKS
 
 ROOT = Path(train.__file__).parent
-SHORT = ["--steps", "8", "--batch", "24", "--eval-every", "4", "--lr", "2e-4", "--ema", "0.5"]
+SHORT = ["--steps", "8", "--batch", "24", "--eval-every", "4", "--lr", "4e-4", "--no-decay", "--ema", "0.5"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -57,7 +57,7 @@ def test_a_short_run_writes_all_its_files(short_run):
     assert {p.name for p in (short_run / "samples").iterdir()} == {f"step_{i:04d}.png" for i in (0, 4, 8)}
     for picture in [*short_run.glob("*.png"), *short_run.glob("samples/*.png")]:
         assert Image.open(picture).size[0] > 300
-    assert json.loads((short_run / "config.json").read_text())["lr"] == 2e-4
+    assert json.loads((short_run / "config.json").read_text())["lr"] == 4e-4
 
 
 def test_every_update_logs_what_the_method_predicts(short_run):
@@ -85,7 +85,7 @@ def test_a_short_run_raises_the_reward_of_held_out_prompts(short_run):
 def test_the_final_folder_is_a_checkpoint_that_was_trained(short_run):
     before, after = load(ROOT / "shapes" / "tiny-flux"), load(short_run / "final")
     moved = [(a - b).abs().max().item() for a, b in zip(after.flux.parameters(), before.flux.parameters(), strict=True)]
-    assert max(moved) < 8 * 2.5e-4 and sum(m > 0 for m in moved) > 0.9 * len(moved)
+    assert max(moved) < 8 * 4e-4 * 1.2 and sum(m > 0 for m in moved) > 0.9 * len(moved)
 
 
 def test_sample_draws_from_the_final_folder(short_run, tmp_path):
@@ -124,6 +124,13 @@ def test_one_gradient_differs_by_method_and_by_ablation():
     for i, a in enumerate(gradients):
         assert a.norm() > 0
         assert all((a - b).norm() > 1e-4 * a.norm() for b in gradients[i + 1 :])
+
+
+def test_each_prompt_is_drawn_once_before_any_is_drawn_twice():
+    prompts = [str(i) for i in range(10)]
+    drawn = train.draw_prompts(prompts, 25, train.numbers(0, 0))
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == prompts and len(set(drawn[20:])) == 5
+    assert drawn[:10] != drawn[10:20]
 
 
 def test_refl_stops_at_one_of_the_last_steps():
@@ -178,7 +185,7 @@ def test_a_partial_checkpoint_folder_names_what_is_missing(capsys, monkeypatch, 
     shutil.copytree(ROOT / "shapes" / "tiny-flux", tmp_path / "flux")
     shutil.rmtree(tmp_path / "flux" / "vae")
     said = told(train, capsys, monkeypatch, "--model", str(tmp_path / "flux"), "--out", str(tmp_path / "run"))
-    assert "incomplete" in said and "vae" in said
+    assert "lacks vae" in said
 
 
 @pytest.mark.parametrize(
@@ -196,7 +203,7 @@ def test_a_prompt_that_the_judge_cannot_know_is_named(capsys, monkeypatch, tmp_p
     file = tmp_path / "prompts.txt"
     file.write_text("a photo of a dragon\n")
     said = told(train, capsys, monkeypatch, "--eval-prompts", str(file), "--out", str(tmp_path / "new"))
-    assert "dragon" in said
+    assert "dragon" in said and str(file) in said and "--no-judge" in said
 
 
 def test_sample_without_a_prompt_says_how_to_give_one(capsys, monkeypatch):
