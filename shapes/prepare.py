@@ -1,8 +1,7 @@
 """Make everything the shapes world ships, from nothing:  python -m shapes.prepare
 
 Each stage writes its result to --work and is skipped when that is there; an interrupted one goes on from its last
-checkpoint.  The whole takes some two and a half hours on two cores; `--stages read` beside `--stages vae clean`,
-one thread each, halves it.
+checkpoint.  The whole takes about an hour and a half on two cores; `--scale 0.002` tries all of it in a minute.
 
     vae      AutoencoderKL on rendered scenes
     clean    tiny Flux and text encoders on right captions: what the base knows
@@ -66,10 +65,17 @@ class Config:
     """Folder for the stages' results and checkpoints."""
     stages: tuple[str, ...] = ("vae", "clean", "finish", "reflow", "read", "labels", "reward", "ship")
     """Stages to run, in this order; each runs those that it needs."""
+    out: Path = HERE
+    """Folder that receives what is shipped."""
+    scale: float = 1.0
+    """Multiplies all steps and numbers of images."""
     seed: int = 0
     """Seed of everything."""
     threads: int = 2
     """CPU threads."""
+
+    def some(self, n: int, least: int = 2) -> int:
+        return max(least, round(n * self.scale))
 
 
 def draw_prompts(n: int, rng: np.random.Generator, weights: dict[str, float] = EVEN) -> list[Prompt]:
@@ -96,6 +102,7 @@ def fit(
     if done.exists():
         modules.load_state_dict(torch.load(done, weights_only=True))
         return False
+    steps = cfg.some(steps)
     params = [p for p in modules.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
@@ -159,7 +166,7 @@ def latents(cfg: Config) -> dict[str, Tensor]:
         return torch.load(done, weights_only=True)
     vae, rng = stage_vae(cfg), np.random.default_rng((cfg.seed, 1))
     each = dict(single=250, two=300, count=300, color=250, position=200, attr=80)  # scenes a prompt
-    index = torch.tensor([NUMBER[p] for p in PROMPTS for _ in range(each[p.task])])
+    index = torch.tensor([NUMBER[p] for p in PROMPTS for _ in range(cfg.some(each[p.task]))])
     z = torch.cat(
         [vae.encode(scenes([PROMPTS[i] for i in part], rng)[0] * 2 - 1).latent_dist.mean for part in index.split(200)]
     )
@@ -243,9 +250,9 @@ def generate(cfg: Config, model: nn.ModuleDict, caption: Tensor, steps: int, see
     return noise, torch.cat(ends)
 
 
-def show(cfg: Config, name: str, model: nn.ModuleDict, steps: int, each: int = 100) -> dict[str, float]:
-    """Print the judge's accuracy on all prompts, `each` images a task, and write a picture."""
-    rng = np.random.default_rng(7)
+def show(cfg: Config, name: str, model: nn.ModuleDict, steps: int) -> None:
+    """Print the judge's accuracy, 100 images a task, and write a picture of some of them."""
+    rng, each = np.random.default_rng(7), cfg.some(100, least=8)
     prompts = [OF_TASK[t][i] for t in TASKS for i in rng.integers(len(OF_TASK[t]), size=each)]
     _, x0 = generate(cfg, model, torch.tensor([NUMBER[p] for p in prompts]), steps, seed=7)
     images = pictures(cfg, x0)
@@ -253,7 +260,6 @@ def show(cfg: Config, name: str, model: nn.ModuleDict, steps: int, each: int = 1
     print(f"{name}, {steps} steps:", *(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
     sheet = cfg.work / f"{name}-{steps}.png"
     contact_sheet(images[:: each // 8], [p.text for p in prompts[:: each // 8]], sheet, columns=8)
-    return scores
 
 
 def stage_reflow(cfg: Config) -> nn.ModuleDict:
@@ -265,11 +271,12 @@ def stage_reflow(cfg: Config) -> nn.ModuleDict:
     model, table, done = stage_finish(cfg), tokens(cfg), cfg.work / "pairs.pt"
     if not done.exists():
         rng = np.random.default_rng((cfg.seed, 2))
-        caption = torch.tensor([NUMBER[p] for p in draw_prompts(15_000, rng)])
+        caption = torch.tensor([NUMBER[p] for p in draw_prompts(cfg.some(15_000, least=128), rng)])
         noise, end = generate(cfg, model, caption, steps=16, seed=2)
         clear = torch.tensor(
             [all("?" not in (o.shape, o.color) for o in seen) for seen in objects_in(pictures(cfg, end))]
         )
+        clear |= not clear.any()  # a model barely trained draws nothing clear
         print(f"pairs: {len(clear)}, of which {clear.float().mean():.2f} show clear objects only", flush=True)
         torch.save(dict(caption=caption[clear], noise=noise[clear], end=end[clear]), done)
     pairs = torch.load(done, weights_only=True)
@@ -322,26 +329,19 @@ def stage_labels(cfg: Config) -> dict[str, Tensor]:
         images = pictures(cfg, x)
         fits = torch.stack([truth(o) for o in objects_in(images)])
         caption = torch.tensor([NUMBER[p] for p in captions])
-        print(
-            "labelled",
-            source,
-            len(x),
-            *(f"{k} {v:.2f}" for k, v in accuracy(fits[range(len(x)), caption], captions).items()),
-        )
+        scores = accuracy(fits[range(len(x)), caption], captions)
+        print("labelled", source, len(x), *(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
         parts.append(dict(images=images.mul(255).round().byte(), caption=caption, fits=fits))
 
     data = latents(cfg)
-    chosen = torch.from_numpy(rng.choice(len(data["x"]), 3000))
+    chosen = torch.from_numpy(rng.choice(len(data["x"]), cfg.some(3000, least=64)))
     label([PROMPTS[i] for i in data["prompt"][chosen]], data["x"][chosen], "scenes")
     models = ((stage_clean, 5, 2500), (stage_finish, 12, 3500), (stage_reflow, 5, 7000))
     for stage, steps, n in models:
-        captions = draw_prompts(n, rng)
+        captions = draw_prompts(cfg.some(n, least=64), rng)
         ids = torch.tensor([NUMBER[p] for p in captions])
-        label(
-            captions,
-            generate(cfg, stage(cfg), ids, steps, seed=30 + steps)[1],
-            f"{stage.__name__}, {steps} steps",
-        )
+        _, x0 = generate(cfg, stage(cfg), ids, steps, seed=30 + steps)
+        label(captions, x0, f"{stage.__name__}, {steps} steps")
     labels = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
     torch.save(labels, done)
     return labels
@@ -365,8 +365,8 @@ def stage_reward(cfg: Config) -> nn.ModuleDict:
 
 
 def stage_ship(cfg: Config) -> None:
-    """Write what the repository ships, beside this file."""
-    model, vae, data, folder = stage_reflow(cfg), stage_vae(cfg), latents(cfg), HERE / "tiny-flux"
+    """Write what the repository ships."""
+    model, vae, data, folder = stage_reflow(cfg), stage_vae(cfg), latents(cfg), cfg.out / "tiny-flux"
     vae.register_to_config(shift_factor=data["shift_factor"].item(), scaling_factor=data["scaling_factor"].item())
     vae.save_pretrained(folder / "vae")
     model["clip"].save_pretrained(folder / "text_encoder")
@@ -386,16 +386,16 @@ def stage_ship(cfg: Config) -> None:
     index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.35.0", **parts}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
-    stage_reward(cfg)["clip"].save_pretrained(HERE / "tiny-reward")
+    stage_reward(cfg)["clip"].save_pretrained(cfg.out / "tiny-reward")
     for file in (folder / "tokenizer").iterdir():
-        (HERE / "tiny-reward" / file.name).write_bytes(file.read_bytes())
+        (cfg.out / "tiny-reward" / file.name).write_bytes(file.read_bytes())
 
     allowed = {t: [p for p in ps if not is_held_out(p)] for t, ps in OF_TASK.items()}
     lines = [allowed[t][i % len(allowed[t])].text for t, w in ALIGN.items() for i in range(144 * w)]
-    (HERE / "train-prompts.txt").write_text("\n".join(lines) + "\n")
+    (cfg.out / "train-prompts.txt").write_text("\n".join(lines) + "\n")
     asked = {t: [p for p in ps if is_held_out(p)] or ps for t, ps in OF_TASK.items()}
     lines = [asked[t][i % len(asked[t])].text for t in TASKS for i in range(60)]
-    (HERE / "eval-prompts.txt").write_text("\n".join(lines) + "\n")
+    (cfg.out / "eval-prompts.txt").write_text("\n".join(lines) + "\n")
 
 
 def main(cfg: Config) -> None:

@@ -65,7 +65,7 @@ def dense_loss(score: Tensor, fits: Tensor) -> Tensor:
     """Every fitting prompt must beat all that do not fit, and scores must mean the same for every prompt.
 
     score, fits: (b, p). The first is a softmax over prompts, a term a fitting one; the second is logistic around
-    OFFSET, fitting and other prompts weighing the same.
+    OFFSET, where the mean over the other prompts, most of them easy, counts four times.
     """
     z = SHARP * score
     others = z.masked_fill(fits, -torch.inf).logsumexp(-1, keepdim=True)
@@ -115,7 +115,7 @@ def rendered(captions: Sequence[Prompt], rng: np.random.Generator) -> dict[str, 
 def reward_loss(
     modules: nn.ModuleDict, tokens: Tensor, batch: dict[str, Tensor], radius: float, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """The loss on one batch of labelled images, attacked. `layout` holds -2 where it is unknown."""
+    """The loss on one batch of labelled images, attacked. `layout` is -2 where unknown, but not for all images."""
     model, caption, fits = modules["clip"], batch["caption"], batch["fits"]
     text = features(model.get_text_features(input_ids=tokens))
     images = augment(batch["images"], rng)
@@ -123,11 +123,10 @@ def reward_loss(
     if radius > 0:
         images = attack(model, images, text.detach(), caption, right, radius)
     score, pooled = scores(model, images, text)
-    loss = dense_loss(score, fits)
-    if (known := batch["layout"][:, 0, 0] > -2).any():
-        cells = modules["cells"](pooled).view(-1, 5, 2, 4)  # class 0 is an empty cell
-        read = F.cross_entropy(cells[known], batch["layout"][known] + 1)
-        loss = loss + 2 * read
+    known = batch["layout"][:, 0, 0] > -2
+    cells = modules["cells"](pooled).view(-1, 5, 2, 4)  # scores of empty and of four shapes or colors, a cell
+    read = F.cross_entropy(cells[known], batch["layout"][known] + 1)
+    loss = dense_loss(score, fits) + 2 * read
     own = score.detach().gather(1, caption[:, None])[:, 0]
     error = ((own > OFFSET) != right).float().mean()
     return dict(loss=loss, read=read.detach(), right=own[right].mean(), wrong=own[~right].mean(), error=error)
