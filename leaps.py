@@ -57,8 +57,8 @@ class Rollout(NamedTuple):
 def one_step(x_k: Tensor, v_k: Tensor, k: Tensor, j: Tensor) -> Tensor:
     """Eq. 3: the latent at noise level j, predicted from level k by one velocity; also the Euler step.
 
-    To reward xhat_{0|j} instead of x_0, an ablation of the paper, let x0 above be this step's result from the
-    last pick, `one_step(ro.x[i], ro.v[i], ro.sigmas[i], ro.sigmas[-1])`; the other lines stay as they are.
+    To reward xhat_{0|j} instead of x_0 (an ablation), use in the iteration at the top of this file
+    `x0 = one_step(ro.x[i], ro.v[i], ro.sigmas[i], ro.sigmas[-1]).requires_grad_()` with i = picks[-1].
     """
     return x_k - (k - j) * v_k
 

@@ -109,10 +109,10 @@ def curves(run: Path, path: Path) -> None:
         mean = 0.9 * mean + 0.1 * entry["reward"]
         smooth.append(mean)
     at = [e["step"] for e in evals]
-    reward = {"batch": ([e["step"] for e in updates], smooth), "held out": (at, [e["reward"] for e in evals])}
+    reward = {"batch": ([e["step"] for e in updates], smooth), "evaluation": (at, [e["reward"] for e in evals])}
     charts = [chart(reward, "reward")]
     if tasks := [k for k in evals[0] if k not in ("step", "reward", "seconds")]:
-        charts.append(chart({t: (at, [e[t] for e in evals]) for t in tasks}, "judge accuracy, held-out prompts"))
+        charts.append(chart({t: (at, [e[t] for e in evals]) for t in tasks}, "judge accuracy, evaluation prompts"))
     picture = Image.new("RGB", (sum(c.width for c in charts), charts[0].height), "white")
     for i, c in enumerate(charts):
         picture.paste(c, (sum(c.width for c in charts[:i]), 0))

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 
 from pictures import contact_sheet
@@ -35,6 +36,12 @@ class Config:
     """Guidance scale, for models that were distilled with guidance; others ignore it."""
     size: int | None = None
     """Image side in pixels; the default is the VAE's own."""
+    batch: int = 8
+    """Images at a time: fewer need less memory, the pictures stay the same."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
+    bf16: bool = False
+    """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published."""
     seed: int = 0
     """The n-th image of every prompt starts from the noise of seed + n, so rows can be compared."""
 
@@ -62,9 +69,9 @@ def main() -> None:
         prompts = [*cfg.prompt, *(read_prompts(cfg.prompts) if cfg.prompts else [])]
         if not prompts:
             raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
-        if cfg.num < 1 or cfg.steps < 1:
-            raise ValueError(f"--num and --steps must be at least 1, got {cfg.num} and {cfg.steps}")
-        pipe = load(cfg.model)
+        if min(cfg.num, cfg.steps, cfg.batch) < 1:
+            raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
+        pipe = load(cfg.model, cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
         size = cfg.size or pipe.vae.config.sample_size
         grid(pipe, size, size)
     except ValueError as error:
@@ -72,7 +79,7 @@ def main() -> None:
         raise SystemExit(2) from None
     repeated = [p for p in prompts for _ in range(cfg.num)]
     seeds = [cfg.seed + n for _ in prompts for n in range(cfg.num)]
-    images = sample(pipe, repeated, seeds, cfg.steps, size, size, cfg.guidance)
+    images = sample(pipe, repeated, seeds, cfg.steps, size, size, cfg.guidance, cfg.batch)
     contact_sheet(images, repeated, cfg.out, columns=cfg.num, side=max(128, min(size, 512)))
     print(f"wrote {cfg.out}: {len(images)} images of {size}x{size}")
 

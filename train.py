@@ -31,7 +31,7 @@ from pictures import before_after, contact_sheet, curves
 from pipeline import Pipeline, decode, encode, grid, load, sample, save, sigmas, velocity_of
 from rewards import Reward, clip
 from sample import read_prompts
-from shapes.world import accuracy, judge, parse
+from shapes.world import SIZE, accuracy, judge, parse
 
 HERE = Path(__file__).parent
 
@@ -56,6 +56,8 @@ class Config:
     """Image side in pixels."""
     guidance: float | None = None
     """Guidance scale of a guidance-distilled model (FLUX.1-dev: 3.5); none for one that takes none."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute, in fp32."""
     seed: int = 0
     """All randomness is a function of (seed, step)."""
 
@@ -223,7 +225,11 @@ def prepare(cfg: Config) -> Setup:
             [parse(text) for text in eval_prompts]
         except ValueError as error:
             raise ValueError(f"--eval-prompts {cfg.eval_prompts}: {error}; --no-judge takes any prompts") from error
-    pipe = load(cfg.model)
+        if cfg.size != SIZE:
+            raise ValueError(f"--size {cfg.size}: the judge reads images of {SIZE}x{SIZE}; --no-judge takes any size")
+    if cfg.nested_only and cfg.method != "leapalign":
+        raise ValueError(f"--nested-only is an ablation of leapalign and means nothing with --method {cfg.method}")
+    pipe = load(cfg.model, cfg.device)
     rows, columns = grid(pipe, cfg.size, cfg.size)
     if pipe.flux.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")

@@ -6,7 +6,7 @@ checkpoint.  The whole takes about an hour and a half on two cores; `--scale 0.0
     vae      AutoencoderKL on rendered scenes
     clean    tiny Flux and text encoders on right captions: what the base knows
     finish   a light finish on captions that are often wrong in a detail: it knows, but does not always obey
-    reflow   straightened on its own samples, so that few steps equal many and leaps are nearly exact
+    reflow   straightened on its own samples, so that few steps come close to many and leaps are nearly exact
     read     the reward on rendered scenes: what the words mean
     labels   images of the models above, labelled by the judge
     reward   the reward on those, adversarially

@@ -1,4 +1,4 @@
-"""Measure what the shapes world ships:  python -m shapes.report  (about ten minutes on one core)
+"""Measure what the shapes world ships:  python -m shapes.report  (about five minutes on one core)
 
 The judge on scenes and through the VAE; the base, a task at a time, with few steps and with many; how straight its
 trajectories are, and whether an update along LeapAlign's gradient is worth one along the true gradient; how well the
@@ -85,15 +85,15 @@ def report_base(pipe: Pipeline, cfg: Config) -> tuple[list[Prompt], Tensor]:
 
 
 def report_update(pipe: Pipeline, reward: Reward, cfg: Config, samples: int = 288, size: float = 2e-4) -> None:
-    """The reward of held-out prompts before and after one sign step along each method's gradient."""
+    """The reward of the evaluation prompts before and after one sign step along each method's gradient."""
     rows, columns = grid(pipe, SIZE, SIZE)
     levels = sigmas(pipe.schedule, PRESET.rollout_steps, rows * columns)
-    train, held_out = read_prompts(PRESET.prompts), read_prompts(PRESET.eval_prompts)
+    train, evaluated = read_prompts(PRESET.prompts), read_prompts(PRESET.eval_prompts)
 
     @torch.no_grad()
     def mean_reward(pipe: Pipeline) -> float:
-        images = sample(pipe, held_out, range(len(held_out)), PRESET.rollout_steps, SIZE, SIZE)
-        return reward.scale * reward.score(images, held_out).mean().item()
+        images = sample(pipe, evaluated, range(len(evaluated)), PRESET.rollout_steps, SIZE, SIZE)
+        return reward.scale * reward.score(images, evaluated).mean().item()
 
     before = mean_reward(pipe)
     for method in ("leapalign", "refl", "full"):
@@ -107,7 +107,7 @@ def report_update(pipe: Pipeline, reward: Reward, cfg: Config, samples: int = 28
         with torch.no_grad():
             for p in moved.flux.parameters():
                 p -= size * p.grad.sign()
-        print(f"one step along {method}: held-out reward {before:.3f} to {mean_reward(moved):.3f}", flush=True)
+        print(f"one step along {method}: evaluation reward {before:.3f} to {mean_reward(moved):.3f}", flush=True)
 
 
 def report_reward(pipe: Pipeline, reward: Reward, prompts: list[Prompt], images: Tensor) -> None:

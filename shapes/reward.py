@@ -1,9 +1,9 @@
 """The tiny reward of the shapes world: a CLIP that scores how well a picture fits a prompt.
 
 An image has a truth for every prompt of the world, from the layout it was rendered with or from what the judge
-sees in it, so one image teaches 236 scores. Three things make the reward worth following (shapes/README.md has
-what happens without them): an auxiliary head that must read each cell, images of the base model itself, and
-adversarial training, which turns the gradient in the pixels into something one would call a change of the scene.
+sees in it, so one image teaches 236 scores. Three things are added to that: an auxiliary head that must read each
+cell, images of the base model itself, and adversarial training, which turns the gradient in the pixels into something
+one would call a change of the scene.
 
 Legend: b images, p prompts of the world (236).
 """
@@ -76,10 +76,10 @@ def dense_loss(score: Tensor, fits: Tensor) -> Tensor:
 
 
 def attack(model: CLIPModel, images: Tensor, text: Tensor, caption: Tensor, right: Tensor, radius: float) -> Tensor:
-    """Images moved by `radius` (L2) along the gradient that makes the score of their caption wrong.
+    """Images moved by 0.3 to 1 times radius (L2) along the gradient that makes the score of their caption wrong.
 
-    One normalised step from a random start; half of the steps are smoothed with a 7x7 box, as what a decoder can
-    change is smooth.
+    The gradient is taken at a random point 0.3 radius away; half of the moves are smoothed with a 7x7 box, as what a
+    decoder can change is smooth. The result is clipped to [0, 1].
     """
     delta = torch.randn_like(images)
     delta = (delta * (0.3 * radius / delta.flatten(1).norm(dim=1))[:, None, None, None]).requires_grad_()

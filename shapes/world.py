@@ -7,8 +7,8 @@ one of six tasks, named as GenEval names them:
     color     a photo of a red circle                     two       a photo of a circle and a square
     count     a photo of three circles                    attr      a photo of a red circle and a blue square
 
-The judge looks at pixels only and follows rules; no model is ever trained on its gradient (it has none),
-so what it says of an aligned model is independent of the reward that aligned it.
+The judge looks at pixels only and follows rules, so there is no gradient to exploit. The reward was taught with
+its labels (reward.py) but is only an approximation: where the two part during alignment, the reward is being hacked.
 
 Legend: n images, cells in reading order (0 top left, 1 top right, 2 bottom left, 3 bottom right).
 """
@@ -73,7 +73,7 @@ def all_prompts() -> list[Prompt]:
 
 
 def is_held_out(prompt: Prompt) -> bool:
-    """True for a quarter of the combinations of count, color, position and attr: never aligned on.
+    """True for about a quarter of the combinations of count, color, position and attr: never aligned on.
 
     The rule is arithmetic, so every word is seen in alignment, and one of the scene, so that a prompt is held out
     together with the same scene worded the other way round.
@@ -117,7 +117,8 @@ _BY_TEXT = {p.text: p for p in all_prompts()}
 def distort(prompt: Prompt, rng: np.random.Generator) -> Prompt:
     """What a careless captioner may really have seen: the same scene type with one detail changed.
 
-    Count, color and relation are redrawn, the two colors swapped, or one of the two objects missing.
+    Count, color or relation is redrawn; of two objects one is missing; of attr the colors are swapped or the second
+    is redrawn. A single comes back as it is.
     """
 
     def other(options, *not_these):
