@@ -36,6 +36,8 @@ class Config:
     """Guidance scale, for models that were distilled with guidance; others ignore it."""
     size: int | None = None
     """Image side in pixels; the default is the VAE's own."""
+    text_length: int | None = None
+    """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
     batch: int = 8
     """Images at a time: fewer need less memory, the pictures stay the same."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +73,7 @@ def main() -> None:
             raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
         if min(cfg.num, cfg.steps, cfg.batch) < 1:
             raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
-        pipe = load(cfg.model, cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+        pipe = load(cfg.model, cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
         size = cfg.size or pipe.vae.config.sample_size
         grid(pipe, size, size)
     except ValueError as error:

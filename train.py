@@ -56,6 +56,8 @@ class Config:
     """Image side in pixels."""
     guidance: float | None = None
     """Guidance scale of a guidance-distilled model (FLUX.1-dev: 3.5); none for one that takes none."""
+    text_length: int | None = None
+    """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute, in fp32."""
     seed: int = 0
@@ -209,9 +211,9 @@ class Setup:
 
 def prepare(cfg: Config) -> Setup:
     """Read and check all inputs. Raises ValueError naming the flag or the file, what is wrong and what to do."""
-    for name in ("steps", "batch", "rollout_steps", "eval_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}")
+    for name in ("steps", "batch", "rollout_steps", "eval_every", "text_length"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if cfg.tau <= 0:
         raise ValueError(f"--tau must be positive, got {cfg.tau}: the weight of an exact leap is 1 / (2 tau)")
     if not 0 <= cfg.ema < 1:
@@ -229,7 +231,7 @@ def prepare(cfg: Config) -> Setup:
             raise ValueError(f"--size {cfg.size}: the judge reads images of {SIZE}x{SIZE}; --no-judge takes any size")
     if cfg.nested_only and cfg.method != "leapalign":
         raise ValueError(f"--nested-only is an ablation of leapalign and means nothing with --method {cfg.method}")
-    pipe = load(cfg.model, cfg.device)
+    pipe = load(cfg.model, cfg.device, text_length=cfg.text_length)
     rows, columns = grid(pipe, cfg.size, cfg.size)
     if pipe.flux.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
