@@ -89,6 +89,10 @@ def make_tokenizers(folder: Path) -> None:
     (folder / "tokenizer_2" / "spiece.model").write_bytes(spiece.getvalue())
     t5 = T5Tokenizer.from_pretrained(folder / "tokenizer_2", extra_ids=0, model_max_length=TEXT_LENGTH)
     t5.save_pretrained(folder / "tokenizer_2")
+    config = folder / "tokenizer_2" / "tokenizer_config.json"
+    entries = json.loads(config.read_text())
+    entries.pop("extra_special_tokens", None)  # transformers 5 writes a list, which 4.57 cannot read
+    config.write_text(json.dumps(entries, indent=2) + "\n")
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
