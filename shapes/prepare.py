@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from leaps import rollout
@@ -369,7 +370,10 @@ def stage_ship(cfg: Config) -> None:
     model, vae, data, folder = stage_reflow(cfg), stage_vae(cfg), latents(cfg), cfg.out / "tiny-flux"
     vae.register_to_config(shift_factor=data["shift_factor"].item(), scaling_factor=data["scaling_factor"].item())
     vae.save_pretrained(folder / "vae")
+    # The published names of FLUX.1-dev's encoder, which every transformers reads; version 5 would drop the prefix.
+    named = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in model["clip"].state_dict().items()}
     model["clip"].save_pretrained(folder / "text_encoder")
+    save_file(named, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     model["t5"].save_pretrained(folder / "text_encoder_2")
     make_tokenizers(folder)
     FlowMatchEulerDiscreteScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
