@@ -308,7 +308,11 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    train(cfg, setup)
+    try:
+        train(cfg, setup)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {setup.out} keeps what was logged and drawn; no final/ was written", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
