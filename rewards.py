@@ -3,40 +3,168 @@
     score = reward.score(images, prompts)     # images (b, 3, h, w) in [0, 1], any size  ->  (b,)
 
 `score` is what a loss sees; `reward.scale * score` is what people report.  Preprocessing is done on tensors in
-fp32, because a PIL image has no gradient.
+fp32, because a PIL image has no gradient.  On the command line a reward is NAME, NAME=PATH or FILE.py:FUNCTION:
+
+    tiny         the CLIP of the shapes world, shipped                   pickscore    a folder, or its hub id
+    clip         any CLIPModel: a folder or a hub id                     hpsv2        HPS_v2.1_compressed.pt
+    hpsv3        a folder, see hpsv3.py                                  imagereward  a folder, see imagereward.py
+    judge        the rules of the shapes world; no gradient, to watch or evaluate only
+
+Without a path, weights are looked for in WEIGHTS.  A weight may follow: `pickscore:0.5 hpsv2:0.5`.
 """
 
+import importlib.util
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TINY = Path(__file__).parent / "shapes" / "tiny-reward"
+WEIGHTS = {  # where a name without a path looks, from the current folder
+    "tiny": TINY,
+    "pickscore": Path("weights/PickScore_v1"),
+    "hpsv2": Path("weights/HPS_v2.1_compressed.pt"),
+    "hpsv3": Path("weights/HPSv3"),
+    "imagereward": Path("weights/ImageReward"),
+}
+LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the paper's, but for ours
+Score = Callable[[Tensor, Sequence[str]], Tensor]
+Device = str | torch.device
 
 
 @dataclass(frozen=True)
 class Reward:
     """A reward: `score(images, prompts) -> (b,)` is differentiable in the images, `scale` is for reports only."""
 
-    score: Callable[[Tensor, Sequence[str]], Tensor]
+    score: Score
     scale: float = 1.0
+    name: str = "reward"
+    weight: float = 1.0  # in a sum of several, of the loss's scores
+    lam: float | None = None  # lambda of Eq. 11, in units of the score; None: no hinge
 
 
-def clip(name: str | Path, device: str | torch.device = "cpu") -> Reward:
+# --------------------------------------------------------------------------------- from the command line
+
+
+def open_reward(
+    spec: str, device: Device = "cpu", tokenizer: PreTrainedTokenizerBase | None = None, recompute: bool = False
+) -> Reward:
+    """The reward that `spec` names: NAME[=PATH][:WEIGHT] or FILE.py:FUNCTION[:WEIGHT].
+
+    `tokenizer` is FLUX's CLIP tokenizer, which hpsv2 shares; `recompute` trades time for memory in the backward.
+    Raises ValueError, before anything is on the device, naming the spec and what is wrong with it.
+    """
+    what, weight = re.fullmatch(r"(.+?)(?::([-+.\de]+))?", spec, re.DOTALL).groups()
+    try:
+        weight = float(weight or 1)
+    except ValueError:
+        raise ValueError(f"the weight of reward {spec!r} is no number") from None
+    if ".py:" in what:
+        return replace(users(what, device), weight=weight)
+    name, _, path = what.partition("=")
+    if not path and name in WEIGHTS:
+        path = WEIGHTS[name]
+        if not path.exists():
+            raise ValueError(f"no weights of the reward {name!r} at {path}: put them there, or say {name}=PATH")
+    if name == "judge" and not path:
+        reward = rules()
+    elif name in ("tiny", "clip", "pickscore") and path:
+        reward = clip(path, device, recompute)
+    elif name == "hpsv2":
+        from hpsv2 import hpsv2  # each of these is read only by who asks for it
+
+        reward = hpsv2(path, tokenizer, device, recompute)
+    elif name == "hpsv3":
+        from hpsv3 import hpsv3
+
+        reward = hpsv3(path, device, recompute)
+    elif name == "imagereward":
+        from imagereward import imagereward
+
+        reward = imagereward(path, device, recompute)
+    else:
+        known = ", ".join([*WEIGHTS, "clip=PATH", "judge"])
+        raise ValueError(f"no reward {spec!r}: it is one of {known}, NAME=PATH or FILE.py:FUNCTION")
+    return replace(reward, name=name, weight=weight, lam=LAMBDA.get(name))
+
+
+def open_rewards(specs: Iterable[str], *options: Any) -> list[Reward]:
+    """All of them; raises ValueError if two share a name, by which they are logged."""
+    rewards = [open_reward(spec, *options) for spec in specs]
+    names = [r.name for r in rewards]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"rewards are logged by name, and two are named {twice.pop()!r}")
+    return rewards
+
+
+def users(spec: str, device: Device = "cpu") -> Reward:
+    """A user's own `FILE.py:FUNCTION`, a function (images, prompts) -> (b,). Tried at once on random images."""
+    file, _, function = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"no file {file!r} for the reward {spec!r}")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"reward file {file} does not run ({type(error).__name__}: {error})") from error
+    score = getattr(module, function, None)
+    if not callable(score):
+        raise ValueError(f"{file} defines no function {function!r}")
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    try:
+        result = score(images, ["a photo of a circle"] * 2)
+    except Exception as error:
+        raise ValueError(f"reward {spec} fails on images (2, 3, 64, 64) ({type(error).__name__}: {error})") from error
+    if not isinstance(result, Tensor) or result.shape != (2,):
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"reward {spec} must return one score an image, (2,) for 2, and returned {got}")
+    return Reward(score, name=function)
+
+
+def rules() -> Reward:
+    """The judge of the shapes world: 1 where an image shows what its prompt asks for, else 0. Without a gradient."""
+    from shapes.world import judge, parse
+
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return judge(images, [parse(p) for p in prompts]).float()
+
+    return Reward(score)
+
+
+# ------------------------------------------------------------------------------------------------ CLIP
+
+
+def clip(name: str | Path, device: Device = "cpu", recompute: bool = False) -> Reward:
     """Any transformers CLIPModel, by folder or hub id: PickScore, the tiny reward of the shapes world, plain CLIP.
 
     The score is the cosine of image and text, in [-1, 1]; the report is `logit_scale.exp()` times that, which is
     how PickScore quotes 22 to 26.  Raises ValueError if the folder does not hold such a model.
     """
     model, tokenizer = load_clip(name)
-    model = model.eval().requires_grad_(False).to(device)
+    return Reward(cosine(model, tokenizer, preprocess, device, recompute), scale=model.logit_scale.exp().item())
+
+
+def cosine(
+    model: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    preprocess: Callable[[Tensor, int], Tensor],
+    device: Device,
+    recompute: bool,
+) -> Score:
+    """The score of a CLIPModel, frozen on the device: the cosine of its image and text features."""
+    model = freeze(model, recompute).to(device)
     size = model.config.vision_config.image_size
     length = model.config.text_config.max_position_embeddings
 
@@ -46,7 +174,7 @@ def clip(name: str | Path, device: str | torch.device = "cpu") -> Reward:
         image = features(model.get_image_features(pixel_values=preprocess(images, size)))
         return (image * text).sum(-1)
 
-    return Reward(score, scale=model.logit_scale.exp().item())
+    return score
 
 
 def load_clip(name: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
@@ -64,18 +192,8 @@ def load_clip(name: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
         if kind != "clip":
             raise ValueError(f"model_type is {kind!r} instead of 'clip'")
         part = "weights"
-        model, report = CLIPModel.from_pretrained(
-            name,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=local,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report names them, which the error would not
-        )
-        if unfit := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-            raise ValueError(
-                f"missing tensors, or of another shape than config.json says: {len(unfit)}, e.g. {unfit[0]}"
-            )
+        loaded = CLIPModel.from_pretrained(name, use_safetensors=True, local_files_only=local, **STRICT)
+        model = complete(*loaded)
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
         size, embedded = len(tokenizer), model.config.text_config.vocab_size
@@ -90,25 +208,90 @@ def load_clip(name: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def preprocess(images: Tensor, size: int) -> Tensor:
-    """CLIP's preprocessing, differentiable: shortest side to `size` (bicubic), centre crop, normalise.
-
-    As PIL resizes: columns, then rows, each followed by a clip, as bicubic overshoots at edges.
-    """
-    images = images.float()
-    rows, columns = images.shape[-2:]
-    short = min(rows, columns)
-    if short != size:
-        height, width = rows * size // short, columns * size // short
-        for shape in ((rows, width), (height, width)):
-            images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = ((side - size) // 2 for side in images.shape[-2:])
-    images = images[..., top : top + size, left : left + size]
-    mean, std = (images.new_tensor(s)[:, None, None] for s in (CLIP_MEAN, CLIP_STD))
-    return (images - mean) / std
-
-
 def features(output: Tensor | ModelOutput) -> Tensor:
     """Unit-length CLIP features. transformers 5 wraps them in an output object, 4.57 returns the tensor."""
     output = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(output, dim=-1)
+
+
+# --------------------------------------------------------------------------------------- preprocessing
+
+
+def preprocess(images: Tensor, size: int) -> Tensor:
+    """CLIP's preprocessing, differentiable: shortest side to `size` (bicubic, as PIL), centre crop, normalise."""
+    images = images.float()
+    rows, columns = images.shape[-2:]
+    short = min(rows, columns)
+    images = resize(images, rows * size // short, columns * size // short)
+    top, left = ((side - size) // 2 for side in images.shape[-2:])
+    return normalize(images[..., top : top + size, left : left + size])
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic as PIL's: columns, then rows, each followed by a clip to [0, 1], as bicubic overshoots at edges."""
+    if images.shape[-2:] != (height, width):
+        for shape in ((images.shape[-2], width), (height, width)):
+            images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return images
+
+
+def normalize(images: Tensor) -> Tensor:
+    """[0, 1] to CLIP's mean 0 and standard deviation 1, a channel."""
+    mean, std = (images.new_tensor(s)[:, None, None] for s in (CLIP_MEAN, CLIP_STD))
+    return (images - mean) / std
+
+
+# -------------------------------------------------------------------------------------- published weights
+
+
+STRICT = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # `complete` names them
+
+
+def read_tensors(file: str | Path) -> dict[str, Any]:
+    """A published file of tensors, .safetensors or .pt (weights only, nothing in it is run), on the CPU.
+
+    Raises ValueError naming the file if it is missing, truncated or something else.
+    """
+    if not Path(file).is_file():
+        raise ValueError(f"no reward file at {str(file)!r}: download it, or give its path as NAME=PATH")
+    try:
+        if Path(file).suffix == ".safetensors":
+            return load_file(file)
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"cannot read {file}: truncated, or no file of tensors ({reason}); download it again"
+        ) from error
+
+
+def build(kind: type, config: Any, state: dict[str, Tensor], source: str | Path, **options: Any) -> Any:
+    """A transformers model in fp32 from its config and a state dict. Raises ValueError if they do not fit."""
+    try:
+        return complete(*kind.from_pretrained(None, config=config, state_dict=state, **STRICT, **options))
+    except ValueError as error:
+        raise ValueError(f"{source} is no whole {kind.__name__}: {error}") from error
+
+
+def complete(model: nn.Module, report: dict[str, Any]) -> nn.Module:
+    """The model, if transformers reports that every tensor of it was found in the right shape, else a ValueError."""
+    if unfit := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise ValueError(f"missing tensors, or of another shape than config.json says: {len(unfit)}, e.g. {unfit[0]}")
+    return model
+
+
+def freeze(model: nn.Module, recompute: bool = False) -> nn.Module:
+    """For inference, without gradients of its own. `recompute`: layers keep their inputs only until the backward.
+
+    transformers recomputes in training mode only, so the layers are put into it, but not what is inside them:
+    dropout stays off.
+    """
+    model = model.eval().requires_grad_(False)
+    if recompute:
+        current = hasattr(model, "activation_checkpointing_enable")  # its name in transformers 5
+        enable = model.activation_checkpointing_enable if current else model.gradient_checkpointing_enable
+        enable(dict(use_reentrant=False))
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
+    return model
