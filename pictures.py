@@ -8,6 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from shapes.world import TASKS
+
 PAD, LINE = 6, 13  # pixels between things, and a line of text
 PALETTE = ("#222222", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf")
 Series = dict[str, tuple[Sequence[float], Sequence[float]]]  # name -> x, y
@@ -102,17 +104,21 @@ def read_log(path: Path) -> list[dict]:
 
 
 def curves(run: Path, path: Path) -> None:
-    """Write the reward (each update's batch, smoothed, and the evaluations) and the judge's accuracy of a run."""
+    """Write the trained reward of a run (each update's batch, smoothed, and the evaluations) and all others."""
     updates, evals = read_log(run / "metrics.jsonl"), read_log(run / "eval.jsonl")
     smooth, mean = [], updates[0]["reward"]
     for entry in updates:
         mean = 0.9 * mean + 0.1 * entry["reward"]
         smooth.append(mean)
     at = [e["step"] for e in evals]
-    reward = {"batch": ([e["step"] for e in updates], smooth), "evaluation": (at, [e["reward"] for e in evals])}
-    charts = [chart(reward, "reward")]
-    if tasks := [k for k in evals[0] if k not in ("step", "reward", "seconds")]:
-        charts.append(chart({t: (at, [e[t] for e in evals]) for t in tasks}, "judge accuracy, evaluation prompts"))
+    values = {name: [e[name] for e in evals] for name in evals[0] if name not in ("step", "seconds", "by_prompt")}
+    rewards = {name: ys for name, ys in values.items() if name not in ("judge", *TASKS)}
+    trained = rewards.pop("reward")
+    charts = [chart({"batch": ([e["step"] for e in updates], smooth), "evaluation": (at, trained)}, "trained reward")]
+    charts += [chart({name: (at, ys)}, name) for name, ys in rewards.items() if ys != trained]
+    if "judge" in values:
+        judged = {name: (at, values[name]) for name in ("judge", *TASKS) if name in values}
+        charts.append(chart(judged, "judge accuracy, evaluation prompts"))
     picture = Image.new("RGB", (sum(c.width for c in charts), charts[0].height), "white")
     for i, c in enumerate(charts):
         picture.paste(c, (sum(c.width for c in charts[:i]), 0))

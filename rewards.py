@@ -108,6 +108,13 @@ def open_rewards(specs: Iterable[str], *options: Any) -> list[Reward]:
     return rewards
 
 
+@torch.no_grad()
+def score_all(reward: Reward, images: Tensor, prompts: Sequence[str], device: Device, batch: int = 64) -> Tensor:
+    """Reported scores of images that lie on the CPU, without a gradient: (n, 3, h, w) to (n,)."""
+    parts = zip(images.split(batch), (prompts[i : i + batch] for i in range(0, len(prompts), batch)))
+    return reward.scale * torch.cat([reward.score(part.to(device), list(text)).cpu() for part, text in parts])
+
+
 def users(spec: str, device: Device = "cpu") -> Reward:
     """A user's own `FILE.py:FUNCTION`, a function (images, prompts) -> (b,). Tried at once on random images."""
     file, _, function = spec.rpartition(":")

@@ -12,6 +12,7 @@ import tyro
 
 from pictures import contact_sheet
 from pipeline import grid, load, sample
+from prompts import read_prompts
 
 HERE = Path(__file__).parent
 
@@ -25,7 +26,7 @@ class Config:
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompts: Path | None = None
-    """A file of prompts, one a line, used beside --prompt."""
+    """A file of prompts, one a line or JSON lines, used beside --prompt."""
     out: Path = Path("grid.png")
     """The picture to write."""
     num: int = 4
@@ -46,23 +47,6 @@ class Config:
     """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published."""
     seed: int = 0
     """The n-th image of every prompt starts from the noise of seed + n, so rows can be compared."""
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 file; blank ones and those that start with # are skipped.
-
-    Raises ValueError naming the file if it cannot be read or holds no prompt.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not prompts:
-        raise ValueError(f"prompt file {path} holds no prompt: write one a line")
-    return prompts
 
 
 def main() -> None:

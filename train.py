@@ -3,10 +3,11 @@
     python train.py                                  # the tiny Flux of the shapes world, minutes on a laptop
     python train.py shapes --lr 3e-5 --seed 1        # a preset and what to change of it
     python train.py --method refl                    # a baseline through the same loop
+    python train.py flux-dev-hpsv2                   # FLUX.1-dev and HPSv2.1, as the paper
 
 One iteration, and nothing else, is `update_gradient` below; the mathematics is leaps.py.  Writes, to --out:
 
-    config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png  final/
+    config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png  best/  final/
 
 The shapes preset differs from the paper in its learning rate, T and EMA: shapes/README.md says why.
 """
@@ -17,7 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,93 +26,14 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import PRESETS, Config
 from leaps import hinge, leap_backward, one_step, pick_leaps, rollout, similarity_weight
 from model import Flux
 from pictures import before_after, contact_sheet, curves
 from pipeline import Pipeline, decode, encode, grid, load, sample, save, sigmas, velocity_of
-from rewards import Reward, clip
-from sample import read_prompts
-from shapes.world import SIZE, accuracy, judge, parse
-
-HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Config:
-    """Post-train a flow model with reward gradients."""
-
-    out: Path | None = None
-    """Run folder; the default is runs/METHOD-seedN. Must not hold a run yet."""
-    model: str = str(HERE / "shapes" / "tiny-flux")
-    """Checkpoint folder in the diffusers layout of FLUX, or a hub id."""
-    reward: str = str(HERE / "shapes" / "tiny-reward")
-    """Reward to raise: a transformers CLIPModel folder, or a hub id."""
-    prompts: Path = HERE / "shapes" / "train-prompts.txt"
-    """Prompts to train on, one a line; a line that occurs twice is drawn twice as often."""
-    eval_prompts: Path = HERE / "shapes" / "eval-prompts.txt"
-    """Prompts to evaluate on, one image a line, always from the same noise."""
-    judge: bool = True
-    """Let the rule-based judge of the shapes world score the evaluation; needs prompts of that world."""
-    size: int = 64
-    """Image side in pixels."""
-    guidance: float | None = None
-    """Guidance scale of a guidance-distilled model (FLUX.1-dev: 3.5); none for one that takes none."""
-    text_length: int | None = None
-    """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute, in fp32."""
-    seed: int = 0
-    """All randomness is a function of (seed, step)."""
-
-    method: Literal["leapalign", "refl", "full"] = "leapalign"
-    """leapalign: the paper. refl: one of the last steps, reward on its one-step estimate. full: the true gradient,
-    through all steps."""
-    alpha: float = 0.3
-    """Discount of the nested gradient (Eq. 9): 0 drops it, 1 keeps it whole."""
-    tau: float = 0.1
-    """Smallest distance that the similarity weight tells apart (Eq. 12), in latent units."""
-    lam: float | None = 0.4
-    """Reward at which a sample asks for no more (lambda of Eq. 11), in units of the loss's score (a cosine for
-    CLIP rewards). None switches the hinge off."""
-    leaps: int = 2
-    """Leaps through the trajectory: 2 in the paper."""
-    weight: Literal["both", "d_j", "d_0", "none"] = "both"
-    """Distances that the similarity weight uses (Eq. 12)."""
-    reward_input: Literal["x_0", "xhat_0"] = "x_0"
-    """Reward the image of the rollout, or the last leap's prediction of it."""
-    low: float = 0.0
-    """Leaps start at noise levels of at least this."""
-    high: float = 1.0
-    """Leaps start at noise levels of at most this."""
-    distance: float | None = None
-    """Fixed k - j instead of a random pair."""
-    nested_only: bool = False
-    """Drop the first leap's own term (Eq. 14), a diagnostic."""
-
-    steps: int = 300
-    """Updates."""
-    batch: int = 64
-    """Rollouts an update."""
-    rollout_steps: int = 5
-    """Euler steps of a rollout (T), in training and in evaluation."""
-    lr: float = 7e-5
-    """Learning rate of AdamW, betas 0.9 and 0.999."""
-    decay: bool = True
-    """Let the learning rate fall linearly to zero over the run; the paper keeps it constant."""
-    weight_decay: float = 1e-4
-    """Weight decay of AdamW."""
-    clip: float = 1.0
-    """Largest norm of the whole gradient."""
-    ema: float = 0.98
-    """Decay of the averaged weights, which are evaluated and saved. Averages about 1 / (1 - decay) updates."""
-    eval_every: int = 60
-    """Updates between evaluations; there is always one before the first update and one after the last."""
-
-
-PRESETS = {
-    "shapes": ("The tiny Flux and reward that the repository ships: minutes on two CPU cores.", Config()),
-}
-
+from prompts import batch_of, read_prompts
+from rewards import Reward, open_rewards, score_all
+from shapes.world import SIZE, accuracy, parse
 
 # ------------------------------------------------------------------------------------- one update
 
@@ -126,15 +48,9 @@ def pick(cfg: Config, levels: Tensor, generator: torch.Generator) -> tuple[int, 
     return pick_leaps(levels, generator, cfg.leaps, cfg.low, cfg.high, cfg.distance)
 
 
-def draw_prompts(prompts: list[str], n: int, generator: torch.Generator) -> list[str]:
-    """n prompts at random, each line once before any is drawn twice."""
-    orders = [torch.randperm(len(prompts), generator=generator) for _ in range(-(-n // len(prompts)))]
-    return [prompts[i] for i in torch.cat(orders)[:n].tolist()]
-
-
 def update_gradient(
     pipe: Pipeline,
-    reward: Reward,
+    rewards: list[Reward],
     prompts: list[str],
     noise: Tensor,
     levels: Tensor,
@@ -155,21 +71,29 @@ def update_gradient(
     if refl or cfg.reward_input == "xhat_0":
         x0 = one_step(ro.x[picks[-1]], ro.v[picks[-1]], ro.sigmas[picks[-1]], ro.sigmas[-1])
     x0 = x0.detach().requires_grad_()
-    r = reward.score(decode(pipe, x0, cfg.size, cfg.size), prompts)
-    loss = (w * hinge(r, cfg.lam)).mean()  # Eq. 11, 13
+    images = decode(pipe, x0, cfg.size, cfg.size)
+    scores = [reward.score(images, prompts) for reward in rewards]
+    wanted = [r.weight * hinge(score, r.lam) for r, score in zip(rewards, scores)]  # Eq. 11
+    loss = (w * sum(wanted)).mean()  # Eq. 13
     loss.backward()
 
     leap_backward(velocity, ro, picks, 1.0 if full else cfg.alpha, x0.grad, cfg.nested_only)  # Eq. 10
+    satisfied = [r.lam is not None and (score >= r.lam).float().mean().item() for r, score in zip(rewards, scores)]
     return dict(
-        reward=reward.scale * r.mean().item(),
+        **reported(rewards, {r.name: r.scale * score.mean().item() for r, score in zip(rewards, scores)}),
         loss=loss.item(),
-        satisfied=0.0 if cfg.lam is None else (r >= cfg.lam).float().mean().item(),
+        satisfied=float(min(satisfied)),
         k=levels[picks[0]].item(),
         j=levels[picks[-1]].item(),
         d_j=d[:-1].mean().item() if len(picks) > 1 else 0.0,
         d_0=d[-1].mean().item(),
         w=w.mean().item(),
     )
+
+
+def reported(rewards: list[Reward], means: dict[str, float]) -> dict[str, float]:
+    """What is logged of the trained rewards: their weighted sum, and each by name."""
+    return {"reward": sum(r.weight * means[r.name] for r in rewards), **means}
 
 
 def numbers(seed: int, step: int) -> torch.Generator:
@@ -180,18 +104,35 @@ def numbers(seed: int, step: int) -> torch.Generator:
 # ------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(pipe: Pipeline, reward: Reward, prompts: list[str], cfg: Config) -> tuple[dict[str, float], Tensor]:
-    """Mean reward and judge accuracy, overall and a task, on fixed prompts and noise; and the images."""
+def evaluate(
+    pipe: Pipeline, rewards: list[Reward], watched: list[Reward], prompts: list[str], cfg: Config
+) -> tuple[dict[str, Any], Tensor]:
+    """Mean rewards, and the judge's accuracy a task, on fixed prompts and noise; and the images.
+
+    `by_prompt` holds the watched rewards of each image, so that evaluations can be compared pair by pair.
+    """
     seeds = range(10**6, 10**6 + len(prompts))
     images = sample(pipe, prompts, seeds, cfg.rollout_steps, cfg.size, cfg.size, cfg.guidance)
-    with torch.no_grad():
-        pairs = zip(images.split(64), (prompts[i : i + 64] for i in range(0, len(prompts), 64)))
-        scores = torch.cat([reward.score(part.to(pipe.device), list(text)).cpu() for part, text in pairs])
-    result = {"reward": reward.scale * scores.mean().item()}
-    if cfg.judge:
-        scenes = [parse(p) for p in prompts]
-        result = accuracy(judge(images, scenes), scenes) | result
-    return result, images
+    scores = {r.name: score_all(r, images, prompts, pipe.device) for r in [*rewards, *watched]}
+    result = reported(rewards, {name: score.mean().item() for name, score in scores.items()})
+    if "judge" in scores:
+        by_task = accuracy(scores["judge"], [parse(p) for p in prompts])
+        result |= by_task | {"judge": by_task.pop("overall")}
+    return result | {"by_prompt": {r.name: [round(x, 5) for x in scores[r.name].tolist()] for r in watched}}, images
+
+
+def is_hacked(evals: list[dict[str, Any]], name: str, patience: int) -> bool:
+    """Whether a watched reward has been below its best for `patience` evaluations while the trained one is above.
+
+    Below is by more than two standard errors of the paired differences: the images start from the same noise.
+    """
+    best = max(evals, key=lambda e: e[name])
+    since = evals[evals.index(best) + 1 :][-patience:]
+    drops = [np.subtract(best["by_prompt"][name], e["by_prompt"][name]) for e in since]
+    return len(since) == patience and all(
+        e["reward"] > best["reward"] and drop.mean() > 2 * drop.std() / len(drop) ** 0.5
+        for e, drop in zip(since, drops, strict=True)
+    )
 
 
 # ------------------------------------------------------------------------------------------- loop
@@ -202,7 +143,8 @@ class Setup:
     """All that a run needs, read and checked before anything expensive starts."""
 
     pipe: Pipeline
-    reward: Reward
+    rewards: list[Reward]
+    watched: list[Reward]
     prompts: list[str]
     eval_prompts: list[str]
     levels: Tensor
@@ -211,7 +153,7 @@ class Setup:
 
 def prepare(cfg: Config) -> Setup:
     """Read and check all inputs. Raises ValueError naming the flag or the file, what is wrong and what to do."""
-    for name in ("steps", "batch", "rollout_steps", "eval_every", "text_length"):
+    for name in ("steps", "batch", "rollout_steps", "eval_every", "text_length", "patience"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if cfg.tau <= 0:
@@ -222,13 +164,23 @@ def prepare(cfg: Config) -> Setup:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is occupied: choose another folder, or remove it to run again")
     prompts, eval_prompts = read_prompts(cfg.prompts), read_prompts(cfg.eval_prompts)
-    if cfg.judge:
+    if not cfg.reward or "judge" in cfg.reward:
+        raise ValueError(f"--reward {' '.join(cfg.reward)}: give one or more that have a gradient (not the judge)")
+    if cfg.lam and len(cfg.lam) != len(cfg.reward):
+        raise ValueError(
+            f"--lam has {len(cfg.lam)} values for {len(cfg.reward)} rewards: give one each, or none at all"
+        )
+    if cfg.stop_early and not cfg.watch:
+        raise ValueError("--stop-early needs a reward to --watch")
+    if "judge" in cfg.watch:
         try:
             [parse(text) for text in eval_prompts]
         except ValueError as error:
-            raise ValueError(f"--eval-prompts {cfg.eval_prompts}: {error}; --no-judge takes any prompts") from error
+            raise ValueError(f"--eval-prompts {cfg.eval_prompts}: {error}; --watch without judge takes any") from error
         if cfg.size != SIZE:
-            raise ValueError(f"--size {cfg.size}: the judge reads images of {SIZE}x{SIZE}; --no-judge takes any size")
+            raise ValueError(
+                f"--size {cfg.size}: the judge reads images of {SIZE}x{SIZE}; --watch without it reads any"
+            )
     if cfg.nested_only and cfg.method != "leapalign":
         raise ValueError(f"--nested-only is an ablation of leapalign and means nothing with --method {cfg.method}")
     pipe = load(cfg.model, cfg.device, text_length=cfg.text_length)
@@ -237,7 +189,12 @@ def prepare(cfg: Config) -> Setup:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
     levels = sigmas(pipe.schedule, cfg.rollout_steps, rows * columns)
     pick(cfg, levels, torch.Generator())
-    return Setup(pipe, clip(cfg.reward, pipe.device), prompts, eval_prompts, levels.to(pipe.device), out)
+    specs = [*cfg.reward, *cfg.watch]
+    rewards = open_rewards(specs, pipe.device, pipe.clip_tokenizer, cfg.recompute_reward)
+    rewards, watched = rewards[: len(cfg.reward)], rewards[len(cfg.reward) :]
+    if cfg.lam:
+        rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam, strict=True)]
+    return Setup(pipe, rewards, watched, prompts, eval_prompts, levels.to(pipe.device), out)
 
 
 def log(path: Path, entry: dict) -> None:
@@ -246,7 +203,7 @@ def log(path: Path, entry: dict) -> None:
 
 
 def train(cfg: Config, setup: Setup) -> None:
-    pipe, reward, levels, out = setup.pipe, setup.reward, setup.levels, setup.out
+    pipe, rewards, watched, levels, out = setup.pipe, setup.rewards, setup.watched, setup.levels, setup.out
     rows, columns = grid(pipe, cfg.size, cfg.size)
     (out / "samples").mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2, default=str) + "\n")
@@ -255,7 +212,7 @@ def train(cfg: Config, setup: Setup) -> None:
     params = list(pipe.flux.parameters())
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
     averaged: Flux = copy.deepcopy(pipe.flux).requires_grad_(False)
-    start, warned, first = time.time(), False, None
+    start, warned, first, evals = time.time(), set(), None, []
     shown = [round(i * (len(setup.eval_prompts) - 1) / 23) for i in range(24)]  # spread over all tasks
     captions = [setup.eval_prompts[i] for i in shown]
 
@@ -263,19 +220,31 @@ def train(cfg: Config, setup: Setup) -> None:
     for step in range(cfg.steps + 1):
         last = step == cfg.steps
         if step % cfg.eval_every == 0 or last:
-            scores, images = evaluate(replace(pipe, flux=averaged), reward, setup.eval_prompts, cfg)
-            log(out / "eval.jsonl", {"step": step, **scores, "seconds": time.time() - start})
-            bar.write(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            scores, images = evaluate(replace(pipe, flux=averaged), rewards, watched, setup.eval_prompts, cfg)
+            evals.append({"step": step, **scores, "seconds": time.time() - start})
+            log(out / "eval.jsonl", evals[-1])
+            bar.write(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items() if k != "by_prompt"))
             contact_sheet(images[shown], captions, out / "samples" / f"step_{step:04d}.png", columns=8)
             first = images[shown] if first is None else first
+            if watched and evals[-1] is max(evals, key=lambda e: e[watched[0].name]):
+                save(out / "best", pipe.folder, averaged.config, averaged.state_dict())
+            hacked = [r.name for r in watched if is_hacked(evals, r.name, cfg.patience)]
+            for name in set(hacked) - warned:
+                best = max(evals, key=lambda e: e[name])
+                bar.write(
+                    f"warning: {name} fell from {best[name]:.3f} at step {best['step']} to {scores[name]:.3f} while "
+                    f"the trained reward rose from {best['reward']:.3f} to {scores['reward']:.3f}: it is being hacked"
+                )
+            warned |= set(hacked)
+            last |= cfg.stop_early and bool(hacked)
         if last:
             break
 
         began, random = time.time(), numbers(cfg.seed, step)
-        prompts = draw_prompts(setup.prompts, cfg.batch, random)
+        prompts = batch_of(setup.prompts, step, cfg.batch, cfg.seed)
         noise = torch.randn(len(prompts), rows * columns, pipe.flux.config.in_channels, generator=random)
         picks = pick(cfg, levels, random)
-        measured = update_gradient(pipe, reward, prompts, noise.to(pipe.device), levels, picks, cfg)
+        measured = update_gradient(pipe, rewards, prompts, noise.to(pipe.device), levels, picks, cfg)
         grad_norm = nn.utils.clip_grad_norm_(params, cfg.clip, error_if_nonfinite=True).item()
         if cfg.decay:
             optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
@@ -287,15 +256,16 @@ def train(cfg: Config, setup: Setup) -> None:
         log(out / "metrics.jsonl", entry)
         bar.set_postfix_str(f"reward {measured['reward']:.3f} grad {grad_norm:.2f}")
         bar.update()
-        if measured["satisfied"] == 1 and not warned:
-            warned = True
-            bar.write(f"warning: every reward is above --lam {cfg.lam}: the loss is zero and nothing is learned")
+        if measured["satisfied"] == 1 and "satisfied" not in warned:
+            warned.add("satisfied")
+            lam = " ".join(str(r.lam) for r in rewards)
+            bar.write(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
     bar.close()
 
     before_after(first, images[shown], captions, out / "before_after.png")
     curves(out, out / "curves.png")
     save(out / "final", pipe.folder, averaged.config, averaged.state_dict())
-    print(f"{time.time() - start:.0f} s; wrote {out}: final/ before_after.png curves.png samples/ *.jsonl")
+    print(f"{time.time() - start:.0f} s; wrote {out}: final/ best/ before_after.png curves.png samples/ *.jsonl")
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 import rewards
-from rewards import CLIP_MEAN, CLIP_STD, Reward, clip, preprocess
+from rewards import CLIP_MEAN, CLIP_STD, Reward, clip, open_reward, open_rewards, preprocess
 from shapes.models import make_tokenizers
+from shapes.world import all_prompts, scenes
 
 try:  # transformers 5 has PIL under a name of its own, in 4.57 it is the only one that needs no torchvision
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -199,6 +200,77 @@ def test_preprocessing_an_image_of_the_models_own_size_only_normalises():
     images = 3 * uniform(8, 2, 3, SIDE, SIDE) - 1
     mean, std = (torch.tensor(s)[:, None, None] for s in (CLIP_MEAN, CLIP_STD))
     torch.testing.assert_close(preprocess(images, SIDE), (images - mean) / std, atol=0, rtol=0)
+
+
+# ---------------------------------------------------------------------------- from the command line
+
+
+def test_a_spec_names_a_reward_its_path_and_its_weight(folder):
+    for spec, weight in ((f"clip={folder}", 1.0), (f"clip={folder}:0.5", 0.5), (f"pickscore={folder}:2", 2.0)):
+        reward = open_reward(spec)
+        assert (reward.name, reward.weight) == (spec.split("=")[0], weight)
+        assert reward.scale == pytest.approx(np.exp(3.0))
+    assert open_reward(f"clip={folder}").lam is None and open_reward(f"pickscore={folder}").lam == 0.4
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("nothing", "no reward 'nothing': it is one of tiny, pickscore, hpsv2, hpsv3, imagereward, clip=PATH, judge"),
+        ("clip", "no reward 'clip'"),
+        ("judge=x", "no reward 'judge=x'"),
+        ("tiny:1-2", "the weight of reward 'tiny:1-2' is no number"),
+        ("hpsv3", "no weights of the reward 'hpsv3' at weights/HPSv3: put them there, or say hpsv3=PATH"),
+    ],
+)
+def test_a_spec_that_means_nothing_is_an_error_that_says_what_does(spec, words):
+    with pytest.raises(ValueError, match=words):
+        open_reward(spec)
+
+
+def test_two_rewards_of_one_name_are_an_error_as_they_are_logged_by_it(folder):
+    with pytest.raises(ValueError, match="two are named 'clip'"):
+        open_rewards([f"clip={folder}", f"clip={folder}:2"])
+
+
+def test_the_judge_is_one_or_zero_an_image():
+    prompts = all_prompts()[:12]
+    images = scenes(prompts, np.random.default_rng(0))[0]
+    score = open_reward("judge").score(images, [p.text for p in prompts[::-1]])
+    assert score.dtype == torch.float32 and set(score.tolist()) == {0.0, 1.0}
+    assert torch.equal(open_reward("judge").score(images, [p.text for p in prompts]), torch.ones(12))
+
+
+def test_a_users_function_is_a_reward(tmp_path):
+    file = tmp_path / "my_file.py"
+    file.write_text(
+        "def redness(images, prompts):\n    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))\n"
+    )
+    reward = open_reward(f"{file}:redness:0.5")
+    images = uniform(9, 3, 3, 8, 8).requires_grad_()
+    reward.score(images, PROMPTS[:3]).sum().backward()
+    assert (reward.name, reward.weight, reward.scale, reward.lam) == ("redness", 0.5, 1.0, None)
+    assert images.grad[:, 0].unique().tolist() == pytest.approx([1 / 64]) and images.grad[:, 1].max() < 0
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        (None, "no file"),
+        ("def f(images, prompts) return", "does not run .SyntaxError"),
+        ("import no_such_module", "does not run .ModuleNotFoundError"),
+        ("g = 1", "defines no function 'f'"),
+        ("def f(images): return images", "fails on images .*takes 1 positional argument"),
+        ("def f(images, prompts): return images.mean()", r"one score an image, \(2,\) for 2, and returned \(\)"),
+        ("def f(images, prompts): return [0.0, 1.0]", "returned list"),
+    ],
+)
+def test_a_users_file_that_cannot_be_a_reward_is_an_error_before_anything_starts(code, words, tmp_path):
+    file = tmp_path / "mine.py"
+    if code is not None:
+        file.write_text(code)
+    with pytest.raises(ValueError, match=words):
+        open_reward(f"{file}:f")
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,11 +16,13 @@ import sample
 import train
 from pictures import read_log
 from pipeline import draw_noise, load, sigmas
-from rewards import clip
+from rewards import LAMBDA, WEIGHTS, open_reward
+from shapes.models import make_tokenizers
 from shapes.world import TASKS
+from tests.tiny_rewards import write_hpsv2, write_hpsv3
 
 ROOT = Path(train.__file__).parent
-SHORT = ["--steps", "8", "--batch", "24", "--eval-every", "4", "--lr", "4e-4", "--no-decay", "--ema", "0.5"]
+SHORT = ["--steps", "8", "--batch", "24", "--eval-every", "4", "--lr", "2e-4", "--no-decay", "--ema", "0.5"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -52,12 +55,12 @@ def short_run(tmp_path_factory, few_prompts) -> Path:
 def test_a_short_run_writes_all_its_files(short_run):
     names = {p.name for p in short_run.iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "eval.jsonl", "curves.png", "before_after.png", "samples", "final"
+        "config.json", "metrics.jsonl", "eval.jsonl", "curves.png", "before_after.png", "samples", "best", "final"
     }  # fmt: skip
     assert {p.name for p in (short_run / "samples").iterdir()} == {f"step_{i:04d}.png" for i in (0, 4, 8)}
     for picture in [*short_run.glob("*.png"), *short_run.glob("samples/*.png")]:
         assert Image.open(picture).size[0] > 300
-    assert json.loads((short_run / "config.json").read_text())["lr"] == 4e-4
+    assert json.loads((short_run / "config.json").read_text())["lr"] == 2e-4
 
 
 def test_every_update_logs_what_the_method_predicts(short_run):
@@ -74,19 +77,20 @@ def test_the_first_evaluation_precedes_the_first_update_and_the_last_follows_the
     evals = read_log(short_run / "eval.jsonl")
     assert [e["step"] for e in evals] == [0, 4, 8]
     for e in evals:
-        assert e.keys() == {"step", "overall", *TASKS, "reward", "seconds"}
-        assert e["overall"] == pytest.approx(sum(e[t] for t in TASKS) / 6)
+        assert e.keys() == {"step", "judge", *TASKS, "reward", "tiny", "seconds", "by_prompt"}
+        assert e["judge"] == pytest.approx(sum(e[t] for t in TASKS) / 6)
+        assert e["reward"] == e["tiny"]
 
 
 def test_a_short_run_raises_the_reward_of_held_out_prompts(short_run):
     evals = read_log(short_run / "eval.jsonl")
-    assert evals[-1]["reward"] > evals[0]["reward"] + 0.02
+    assert evals[-1]["reward"] > evals[0]["reward"] + 0.1
 
 
 def test_the_final_folder_is_a_checkpoint_that_was_trained(short_run):
     before, after = load(ROOT / "shapes" / "tiny-flux"), load(short_run / "final")
     moved = [(a - b).abs().max().item() for a, b in zip(after.flux.parameters(), before.flux.parameters(), strict=True)]
-    assert max(moved) < 8 * 4e-4 * 1.2 and sum(m > 0 for m in moved) > 0.9 * len(moved)
+    assert max(moved) < 8 * 2e-4 * 1.2 and sum(m > 0 for m in moved) > 0.9 * len(moved)
 
 
 def test_sample_draws_from_the_final_folder(short_run, tmp_path):
@@ -104,7 +108,7 @@ def gradient_of_a_step(cfg: train.Config) -> torch.Tensor:
     levels = sigmas(pipe.schedule, cfg.rollout_steps, 16)
     picks = train.pick(cfg, levels, train.numbers(cfg.seed, 2))  # two long leaps, steps 0 and 2 of 5
     noise = draw_noise(pipe, range(4), 4, 4)
-    train.update_gradient(pipe, clip(cfg.reward), ["a photo of a red circle"] * 4, noise, levels, picks, cfg)
+    train.update_gradient(pipe, [open_reward("tiny")], ["a photo of a red circle"] * 4, noise, levels, picks, cfg)
     return torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
 
 
@@ -127,18 +131,111 @@ def test_one_gradient_differs_by_method_and_by_ablation():
         assert all((a - b).norm() > 1e-4 * a.norm() for b in gradients[i + 1 :])
 
 
-def test_each_prompt_is_drawn_once_before_any_is_drawn_twice():
-    prompts = [str(i) for i in range(10)]
-    drawn = train.draw_prompts(prompts, 25, train.numbers(0, 0))
-    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == prompts and len(set(drawn[20:])) == 5
-    assert drawn[:10] != drawn[10:20]
-
-
 def test_refl_stops_at_one_of_the_last_steps():
     levels = sigmas(load(ROOT / "shapes" / "tiny-flux").schedule, 25, 16)
     cfg = train.Config(method="refl")
     picks = [train.pick(cfg, levels, train.numbers(0, i)) for i in range(200)]
     assert {len(p) for p in picks} == {1} and {p[0] for p in picks} == set(range(14, 25))
+
+
+# ------------------------------------------------------------------------------------------- rewards
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """The rewards of the paper, small and random, under their published names."""
+    root = tmp_path_factory.mktemp("weights")
+    make_tokenizers(root)
+    words = len(load(ROOT / "shapes" / "tiny-flux").clip_tokenizer)
+    write_hpsv2(root / "HPS_v2.1_compressed.pt", words)
+    write_hpsv3(root / "HPSv3")
+    shutil.copytree(ROOT / "shapes" / "tiny-reward", root / "PickScore_v1")
+    return root
+
+
+FILES = {"hpsv2": "HPS_v2.1_compressed.pt", "pickscore": "PickScore_v1", "hpsv3": "HPSv3"}
+QUICK = dict(steps=6, batch=8, rollout_steps=3, eval_every=6, lr=4e-4, decay=False, ema=0.0, watch=())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_reward_of_the_paper_is_raised_end_to_end(name, weights, few_prompts, tmp_path):
+    cfg = train.Config(out=tmp_path / "run", reward=(f"{name}={weights / FILES[name]}",), lam=(None,),
+                       eval_prompts=few_prompts, **QUICK)  # fmt: skip
+    train.train(cfg, train.prepare(cfg))
+    first, last = read_log(tmp_path / "run" / "eval.jsonl")
+    spread = {"hpsv2": 1e-3, "pickscore": 1e-2, "hpsv3": 1e-4}[name]  # what 6 updates do to these random networks
+    assert last[name] > first[name] + spread and last["reward"] == last[name]
+
+
+def test_several_rewards_are_weighed_and_logged_separately(weights, few_prompts, tmp_path):
+    specs = tuple(f"{name}={weights / file}:{weight}" for (name, file), weight in zip(FILES.items(), (0.5, 2, 0.25)))
+    cfg = train.Config(out=tmp_path / "run", reward=specs, eval_prompts=few_prompts, **QUICK | dict(steps=2))
+    setup = train.prepare(cfg)
+    assert [r.lam for r in setup.rewards] == [0.55, 0.4, 13.5]  # the paper's
+    train.train(cfg, setup)
+    for entry in [*read_log(cfg.out / "metrics.jsonl"), *read_log(cfg.out / "eval.jsonl")]:
+        assert entry["reward"] == pytest.approx(0.5 * entry["hpsv2"] + 2 * entry["pickscore"] + 0.25 * entry["hpsv3"])
+
+
+def test_the_gradient_of_several_rewards_is_the_weighted_sum_of_theirs():
+    def gradient(*rewards) -> torch.Tensor:
+        pipe = load(ROOT / "shapes" / "tiny-flux")
+        levels = sigmas(pipe.schedule, 3, 16)
+        noise = draw_noise(pipe, range(4), 4, 4)
+        train.update_gradient(pipe, list(rewards), ["a photo of a circle"] * 4, noise, levels, (0, 2), train.Config())
+        return torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
+
+    tiny, vivid = open_reward("tiny"), open_reward("shapes/vivid.py:vivid")
+    expected = 0.5 * gradient(tiny) + 2 * gradient(vivid)
+    together = gradient(replace(tiny, weight=0.5), replace(vivid, weight=2.0))
+    torch.testing.assert_close(together, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_watched_reward_catches_a_hackable_one(tmp_path, few_prompts, capfd):
+    cfg = train.Config(out=tmp_path / "run", reward=("shapes/vivid.py:vivid",), watch=("judge", "tiny"), steps=60,
+                       batch=16, eval_every=5, eval_prompts=few_prompts, lr=2e-4, decay=False, ema=0.5, patience=2,
+                       stop_early=True)  # fmt: skip
+    train.train(cfg, train.prepare(cfg))
+    evals, said = read_log(cfg.out / "eval.jsonl"), capfd.readouterr()
+    assert "it is being hacked" in said.out + said.err
+    assert len(evals) < 13 and evals[-1]["vivid"] > evals[0]["vivid"]  # it stopped before 60
+    best = max(evals, key=lambda e: e["judge"])
+    assert best["judge"] > evals[-1]["judge"] and best["step"] < evals[-1]["step"]
+    after = train.evaluate(load(cfg.out / "best"), [open_reward("tiny")], [], train.read_prompts(few_prompts), cfg)[0]
+    assert after["tiny"] == pytest.approx(best["tiny"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "judge, reward, hacked",
+    [
+        ([5, 4, 3, 2], [1, 2, 3, 4], True),
+        ([4, 5, 4, 3, 2], [1, 2, 3, 4, 5], True),
+        ([5, 4, 3, 6], [1, 2, 3, 4], False),  # it came back
+        ([2, 5, 4, 3], [1, 2, 3, 4], False),  # only two evaluations ago
+        ([5, 4, 3, 2], [2, 3, 4, 1], False),  # the reward fell too
+        ([5, 4.99, 4.99, 4.99], [1, 2, 3, 4], False),  # a change that noise explains
+        ([5], [1], False),
+    ],
+)
+def test_hacking_is_a_watched_reward_clearly_below_its_best_while_the_trained_one_is_above(judge, reward, hacked):
+    noise = np.random.default_rng(0).normal(size=(len(judge), 100))
+    noise -= noise.mean(1, keepdims=True)
+    by_prompt = [{"judge": j + row} for j, row in zip(judge, noise, strict=True)]
+    evals = [{"judge": j, "reward": r, "by_prompt": b} for j, r, b in zip(judge, reward, by_prompt, strict=True)]
+    assert train.is_hacked(evals, "judge", patience=3) == hacked
+
+
+@pytest.mark.parametrize(
+    "preset, alpha, lam, lr",
+    [("flux-dev-hpsv2", 0.3, 0.55, 1e-5), ("flux-dev-pickscore", 0.1, 0.4, 1e-5), ("flux-dev-hpsv3", 0.1, 13.5, 8e-6)],
+)
+def test_the_flux_presets_are_the_papers_settings_and_name_what_they_need(preset, alpha, lam, lr):
+    description, cfg = train.PRESETS[preset]
+    assert (cfg.alpha, cfg.lr, cfg.tau, cfg.ema, cfg.decay) == (alpha, lr, 0.1, 0.995, False)
+    assert (cfg.rollout_steps, cfg.size, cfg.guidance, cfg.batch, cfg.steps) == (25, 720, 3.5, 64, 300)
+    assert LAMBDA[cfg.reward[0]] == lam and cfg.lam == () and set(cfg.watch).isdisjoint(cfg.reward)
+    for needed in (cfg.model, cfg.prompts, *(WEIGHTS[name] for name in (*cfg.reward, *cfg.watch))):
+        assert str(needed) in description
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -162,10 +259,21 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
         (["flux-de"], ["flux-de"]),
         (["--lr", "fast"], ["lr"]),
         (["--model", "no/such/folder"], ["no/such/folder"]),
-        (["--reward", "no/such/reward"], ["no/such/reward"]),
+        (["--reward", "no/such/reward"], ["no/such/reward", "hpsv2", "NAME=PATH"]),
+        (["--reward", "clip=./no/such"], ["./no/such"]),
+        (["--reward", "hpsv2"], ["weights/HPS_v2.1_compressed.pt", "hpsv2=PATH"]),
+        (["--reward", "tiny:heavy"], ["tiny:heavy"]),
+        (["--reward", "tiny:1e"], ["weight", "tiny:1e"]),
+        (["--reward"], ["--reward"]),
+        (["--reward", "judge"], ["gradient"]),
+        (["--reward", "tiny", "tiny"], ["two are named 'tiny'"]),
+        (["--watch", "tiny"], ["two are named 'tiny'"]),
+        (["--lam", "0.1", "0.2"], ["--lam", "2 values for 1"]),
+        (["--stop-early", "--watch"], ["--stop-early", "--watch"]),
+        (["--patience", "0"], ["--patience", "0"]),
         (["--prompts", "no-such.txt"], ["no-such.txt"]),
         (["--size", "40"], ["--size 40", "64x64"]),
-        (["--size", "40", "--no-judge"], ["40", "16"]),
+        (["--size", "40", "--watch"], ["40", "16"]),
         (["--method", "full", "--nested-only"], ["--nested-only", "full"]),
         (["--steps", "0"], ["--steps", "0"]),
         (["--text-length", "0"], ["--text-length", "0"]),
@@ -207,7 +315,7 @@ def test_a_prompt_that_the_judge_cannot_know_is_named(capsys, monkeypatch, tmp_p
     file = tmp_path / "prompts.txt"
     file.write_text("a photo of a dragon\n")
     said = told(train, capsys, monkeypatch, "--eval-prompts", str(file), "--out", str(tmp_path / "new"))
-    assert "dragon" in said and str(file) in said and "--no-judge" in said
+    assert "dragon" in said and str(file) in said and "--watch" in said
 
 
 def test_sample_without_a_prompt_says_how_to_give_one(capsys, monkeypatch):
@@ -215,7 +323,7 @@ def test_sample_without_a_prompt_says_how_to_give_one(capsys, monkeypatch):
 
 
 def test_a_lambda_below_every_reward_is_pointed_out_once(few_prompts, tmp_path, capfd, monkeypatch):
-    cfg = train.Config(out=tmp_path / "run", eval_prompts=few_prompts, steps=3, batch=4, eval_every=3, lam=-2.0)
+    cfg = train.Config(out=tmp_path / "run", eval_prompts=few_prompts, steps=3, batch=4, eval_every=3, lam=(-2.0,))
     train.train(cfg, train.prepare(cfg))
     text = capfd.readouterr()
     assert (text.out + text.err).count("warning: every reward is above --lam -2.0") == 1

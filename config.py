@@ -1,0 +1,125 @@
+"""What a run is told: one flag a field, its help the text beneath, and the presets.
+
+`python train.py PRESET --help` prints them; `prepare` in train.py checks them.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """Post-train a flow model with reward gradients."""
+
+    out: Path | None = None
+    """Run folder; the default is runs/METHOD-seedN. Must not hold a run yet."""
+    model: str = str(HERE / "shapes" / "tiny-flux")
+    """Checkpoint folder in the diffusers layout of FLUX, or a hub id."""
+    reward: tuple[str, ...] = ("tiny",)
+    """Rewards to raise, NAME[=PATH][:WEIGHT] or my_file.py:function[:WEIGHT]. Names: tiny, clip, pickscore, hpsv2,
+    hpsv3, imagereward; weights multiply what the loss sees (cosines for CLIP rewards, about 13 for hpsv3)."""
+    watch: tuple[str, ...] = ("judge",)
+    """Rewards that are evaluated but never trained on: the run keeps its best checkpoint by the first, and warns when
+    one has fallen while the trained reward rose. judge is the rules of the shapes world."""
+    prompts: Path = HERE / "shapes" / "train-prompts.txt"
+    """Prompts to train on, one a line or JSON lines with a "prompt"; a line that occurs twice is seen twice as
+    often."""
+    eval_prompts: Path = HERE / "shapes" / "eval-prompts.txt"
+    """Prompts to evaluate on, one image a line, always from the same noise."""
+    size: int = 64
+    """Image side in pixels."""
+    guidance: float | None = None
+    """Guidance scale of a guidance-distilled model (FLUX.1-dev: 3.5); none for one that takes none."""
+    text_length: int | None = None
+    """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute, in fp32."""
+    seed: int = 0
+    """All randomness is a function of (seed, step)."""
+
+    method: Literal["leapalign", "refl", "full"] = "leapalign"
+    """leapalign: the paper. refl: one of the last steps, reward on its one-step estimate. full: the true gradient,
+    through all steps."""
+    alpha: float = 0.3
+    """Discount of the nested gradient (Eq. 9): 0 drops it, 1 keeps it whole."""
+    tau: float = 0.1
+    """Smallest distance that the similarity weight tells apart (Eq. 12), in latent units."""
+    lam: tuple[float | None, ...] = ()
+    """Score at which a sample asks for no more (lambda of Eq. 11), one a reward, in the loss's units; None switches
+    the hinge off. Default: the paper's (hpsv2 0.55, pickscore 0.4, hpsv3 13.5; tiny 0.4), none for the others."""
+    leaps: int = 2
+    """Leaps through the trajectory: 2 in the paper."""
+    weight: Literal["both", "d_j", "d_0", "none"] = "both"
+    """Distances that the similarity weight uses (Eq. 12)."""
+    reward_input: Literal["x_0", "xhat_0"] = "x_0"
+    """Reward the image of the rollout, or the last leap's prediction of it."""
+    low: float = 0.0
+    """Leaps start at noise levels of at least this."""
+    high: float = 1.0
+    """Leaps start at noise levels of at most this."""
+    distance: float | None = None
+    """Fixed k - j instead of a random pair."""
+    nested_only: bool = False
+    """Drop the first leap's own term (Eq. 14), a diagnostic."""
+
+    steps: int = 300
+    """Updates."""
+    batch: int = 64
+    """Rollouts an update."""
+    rollout_steps: int = 5
+    """Euler steps of a rollout (T), in training and in evaluation."""
+    lr: float = 7e-5
+    """Learning rate of AdamW, betas 0.9 and 0.999."""
+    decay: bool = True
+    """Let the learning rate fall linearly to zero over the run; the paper keeps it constant."""
+    weight_decay: float = 1e-4
+    """Weight decay of AdamW."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+    ema: float = 0.98
+    """Decay of the averaged weights, which are evaluated and saved. Averages about 1 / (1 - decay) updates."""
+    eval_every: int = 60
+    """Updates between evaluations; there is always one before the first update and one after the last."""
+    patience: int = 3
+    """Evaluations that a watched reward may stay below its best, while the trained one rises, before a warning."""
+    stop_early: bool = False
+    """Stop at that warning instead of going on."""
+    recompute_reward: bool = False
+    """Recompute the reward's activations in its backward: less memory, more time."""
+
+
+FLUX_DEV = Config(
+    model="weights/FLUX.1-dev",
+    prompts=Path("weights/train-prompts.txt"),
+    eval_prompts=HERE / "prompts.txt",
+    size=720,
+    guidance=3.5,
+    rollout_steps=25,
+    lr=1e-5,
+    decay=False,
+    ema=0.995,
+    eval_every=50,
+)
+NEEDS = "Needs weights/FLUX.1-dev, weights/train-prompts.txt"  # and the files of the rewards
+PRESETS = {
+    "shapes": ("The tiny Flux and reward that the repository ships: minutes on two CPU cores.", Config()),
+    "flux-dev-hpsv2": (
+        f"FLUX.1-dev and HPSv2.1 as in the paper. {NEEDS}, weights/HPS_v2.1_compressed.pt, and weights/PickScore_v1 to "
+        "watch.",
+        replace(FLUX_DEV, reward=("hpsv2",), watch=("pickscore",), alpha=0.3),
+    ),
+    "flux-dev-pickscore": (
+        f"FLUX.1-dev and PickScore as in the paper. {NEEDS}, weights/PickScore_v1, and weights/HPS_v2.1_compressed.pt "
+        "to watch.",
+        replace(FLUX_DEV, reward=("pickscore",), watch=("hpsv2",), alpha=0.1),
+    ),
+    "flux-dev-hpsv3": (
+        f"FLUX.1-dev and HPSv3 as in the paper. {NEEDS}, weights/HPSv3, and weights/HPS_v2.1_compressed.pt to watch.",
+        replace(FLUX_DEV, reward=("hpsv3",), watch=("hpsv2",), alpha=0.1, lr=8e-6),
+    ),
+}

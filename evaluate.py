@@ -1,0 +1,289 @@
+"""Compare checkpoints side by side: the same prompts and noise, any rewards, with error bars.
+
+    python evaluate.py --model shapes/tiny-flux runs/leapalign-seed0/final --rewards judge tiny
+    torchrun --nproc-per-node 8 -- evaluate.py --model weights/FLUX.1-dev runs/flux/final --prompts F --rewards hpsv2
+    # the -- keeps torchrun from reading --num as one of its own flags
+
+Prints means with 95% intervals, and the differences to the first model, paired by prompt.  Writes to --out:
+
+    results.json                            all of the printed numbers, and the scores of every prompt
+    best.png  worst.png  changed.png        by the first reward: of the last model, and its change from the first
+    MODEL/00000.json  00000.png             a prompt's scores and its first image, small; what is there is kept
+
+The interval is Student's over prompts: images of one prompt are averaged first, as they are not independent.
+"""
+
+import gc
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from PIL import Image
+from scipy import stats
+from torch import Tensor
+from tqdm import tqdm
+
+from pictures import grid_of, save_png, to_pil
+from pipeline import Pipeline, find, grid, load, sample
+from prompts import read_entries, shard
+from rewards import Reward, open_rewards, score_all
+from shapes.world import SIZE, parse
+
+HERE = Path(__file__).parent
+THUMB = 256  # pixels, the longest side of the images that are always kept
+
+
+@dataclass(frozen=True)
+class Config:
+    """Score models on the same prompts and noise."""
+
+    model: tuple[str, ...] = (str(HERE / "shapes" / "tiny-flux"),)
+    """Checkpoint folders or hub ids; the others are compared with the first."""
+    prompts: Path = HERE / "shapes" / "eval-prompts.txt"
+    """Prompts, one a line or JSON lines with a "prompt"."""
+    rewards: tuple[str, ...] = ("judge", "tiny")
+    """NAME[=PATH] or my_file.py:function: tiny, clip, pickscore, hpsv2, hpsv3, imagereward, or judge, the rules of the
+    shapes world."""
+    num: int = 4
+    """Images a prompt."""
+    steps: int = 50
+    """Euler steps."""
+    guidance: float = 3.5
+    """Guidance scale, for models that were distilled with guidance; others ignore it."""
+    size: int | None = None
+    """Image side in pixels; the default is the VAE's own."""
+    text_length: int | None = None
+    """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
+    seed: int = 0
+    """Image n of prompt i starts from the noise of seed + i x num + n, whatever the model."""
+    out: Path = Path("runs/evaluation")
+    """Folder to write; give it again to go on where it stopped, or to add a model."""
+    geneval: Path | None = None
+    """Write the images to GENEVAL/MODEL as GenEval's evaluator reads them: INDEX/metadata.jsonl and
+    INDEX/samples/0000.png. Needs prompts with its tags, such as prompts.py writes."""
+    keep_images: bool = False
+    """Keep every image at its size, in OUT/MODEL/images."""
+    batch: int = 8
+    """Images at a time."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
+    bf16: bool = False
+    """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published."""
+
+
+RUNTIME = {"model", "out", "batch", "device"}  # flags that an evaluation may go on with changed
+
+
+def label(model: str) -> str:
+    """A model's name in files and tables: runs/a/final is runs_a_final."""
+    path = Path(model)
+    relative = path.resolve().is_relative_to(HERE) and path.exists()
+    return str(path.resolve().relative_to(HERE) if relative else path).strip("./").replace("/", "_")
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+def evaluate(
+    pipe: Pipeline, rewards: list[Reward], entries: list[dict], indices: Sequence[int], cfg: Config, folder: Path
+):
+    """Draw and score the prompts `indices`; what each has is written when it is whole, so nothing is lost."""
+    size = cfg.size or pipe.vae.config.sample_size
+    name, together = folder.name, max(1, cfg.batch // cfg.num)
+    todo = [i for i in indices if not (folder / f"{i:05d}.json").exists()]
+    for start in tqdm(range(0, len(todo), together), desc=name, file=sys.stderr, disable=not todo):
+        chunk = [(i, n) for i in todo[start : start + together] for n in range(cfg.num)]
+        texts = [entries[i]["prompt"] for i, _ in chunk]
+        seeds = [cfg.seed + i * cfg.num + n for i, n in chunk]
+        images = sample(pipe, texts, seeds, cfg.steps, size, size, cfg.guidance, cfg.batch)
+        scores = {r.name: score_all(r, images, texts, pipe.device, cfg.batch).view(-1, cfg.num) for r in rewards}
+        for row, (i, drawn) in enumerate(zip(todo[start : start + together], images.split(cfg.num))):
+            if cfg.keep_images:
+                for n, image in enumerate(drawn):
+                    save_png(to_pil(image), folder / "images" / f"{i:05d}_{n}.png")
+            if cfg.geneval:
+                write_geneval(cfg.geneval / name / f"{i:05d}", entries[i], drawn)
+            small = to_pil(drawn[0])
+            small.thumbnail((THUMB, THUMB))
+            save_png(small, folder / f"{i:05d}.png")
+            entry = {"prompt": entries[i]["prompt"], **{k: s[row].tolist() for k, s in scores.items()}}
+            (part := folder / f"{i:05d}.part").write_text(json.dumps(entry) + "\n")
+            part.replace(folder / f"{i:05d}.json")
+
+
+def write_geneval(folder: Path, entry: dict[str, Any], images: Tensor) -> None:
+    """One prompt as GenEval's evaluate_images.py reads it."""
+    for n, image in enumerate(images):
+        save_png(to_pil(image), folder / "samples" / f"{n:04d}.png")
+    (folder / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
+
+
+# ----------------------------------------------------------------------------------------- numbers
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean of independent values, and half the width of its 95% interval (Student's t); infinite for a single one."""
+    n = len(values)
+    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return float(values.mean()), float(half)
+
+
+def summarize(scores: dict[str, dict[str, np.ndarray]], tags: list[str] | None) -> dict[str, dict[str, dict[str, Any]]]:
+    """reward -> model -> mean, half, change and change_half against the first model, tasks.
+
+    scores: model -> reward -> (prompts, num).
+    """
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
+    for reward in next(iter(scores.values())):
+        by_prompt = {model: scores[model][reward].mean(1) for model in scores}
+        first = next(iter(by_prompt.values()))
+        summary[reward] = {}
+        for model, values in by_prompt.items():
+            entry = dict(zip(("mean", "half"), interval(values)))
+            if values is not first:
+                entry |= dict(zip(("change", "change_half"), interval(values - first)))
+            if tags:
+                entry["tasks"] = {t: float(values[np.array(tags) == t].mean()) for t in dict.fromkeys(tags)}
+            summary[reward][model] = entry
+    return summary
+
+
+def table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The summary for people; of the tasks only the judge's."""
+    width = max(len(name) for models in summary.values() for name in [*models, *summary])
+    lines = []
+    for reward, models in summary.items():
+        tasks = list(next(iter(models.values())).get("tasks", {})) if reward == "judge" else []
+        lines.append(f"{reward:{width}}  {'mean':17}{'change':19}" + "".join(f"{t:>9}" for t in tasks))
+        for model, e in models.items():
+            change = f"{e['change']:+.4f} ±{e['change_half']:.4f}" if "change" in e else ""
+            cells = "".join(f"{e['tasks'][t]:9.3f}" for t in tasks)
+            lines.append(f"{model:{width}}  {e['mean']:8.4f} ±{e['half']:.4f}  {change:19}{cells}".rstrip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def sheets(scores: dict[str, dict[str, np.ndarray]], prompts: list[str], out: Path) -> None:
+    """Write best.png, worst.png and, for two models or more, changed.png: a cell a prompt, models top to bottom."""
+    reward = next(iter(next(iter(scores.values()))))
+    by_prompt = [scores[model][reward].mean(1) for model in scores]
+    order = by_prompt[-1].argsort(kind="stable")
+    shown = {"best": order[::-1], "worst": order}
+    if len(by_prompt) > 1:
+        shown["changed"] = (-np.abs(by_prompt[-1] - by_prompt[0])).argsort(kind="stable")
+    for name, indices in shown.items():
+        cells, captions = [], []
+        for i in indices[:16].tolist():
+            files = [out / model / f"{i:05d}.png" for model in scores]
+            cells.append([torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1) / 255 for f in files])
+            captions.append(" to ".join(f"{values[i]:.2f}" for values in by_prompt) + f": {prompts[i]}")
+        save_png(grid_of(cells, captions, columns=8, side=128), out / f"{name}.png")
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
+    """Check all but the weights: the prompts' entries and their tags. Raises ValueError naming the flag."""
+    if not cfg.model or not cfg.rewards:
+        raise ValueError("give at least one --model and one of --rewards")
+    if min(cfg.num, cfg.steps, cfg.batch) < 1:
+        raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
+    labels = [label(m) for m in cfg.model]
+    if twice := {name for name in labels if labels.count(name) > 1}:
+        raise ValueError(f"--model names {twice.pop()} twice")
+    entries = read_entries(cfg.prompts)
+    tags = [e.get("tag") for e in entries]
+    if cfg.geneval and not all(tags):
+        raise ValueError(
+            f"--geneval needs prompts with GenEval's tags, and {cfg.prompts} has some without: see prompts.py"
+        )
+    if "judge" in cfg.rewards:
+        try:
+            tags = [parse(e["prompt"]).task for e in entries]
+        except ValueError as error:
+            raise ValueError(f"--prompts {cfg.prompts}: {error}; --rewards without judge takes any") from error
+    for model in cfg.model:
+        find(model)
+    told = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in RUNTIME}, default=str))
+    told["prompts"] = [e["prompt"] for e in entries]
+    if (file := cfg.out / "config.json").exists():
+        before = json.loads(file.read_text())
+        if other := [k for k in told if told[k] != before.get(k)]:
+            raise ValueError(f"--out {cfg.out} holds an evaluation with another --{other[0].replace('_', '-')}")
+    elif cfg.out.exists() and any(cfg.out.iterdir()):
+        raise ValueError(f"--out {cfg.out} is occupied by something else")
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(told, indent=2) + "\n")
+    return entries, tags if all(tags) else None
+
+
+def open_model(model: str, cfg: Config) -> tuple[Pipeline, Path]:
+    """Load a model, and make its folder. Raises ValueError if the folder is of the model before it was changed."""
+    pipe = load(model, cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
+    size = cfg.size or pipe.vae.config.sample_size
+    grid(pipe, size, size)
+    if "judge" in cfg.rewards and size != SIZE:
+        raise ValueError(f"--size {size}: the judge reads {SIZE}x{SIZE} pixels")
+    files = sorted((pipe.folder / "transformer").glob("*.safetensors"))
+    weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    folder = cfg.out / label(model)
+    folder.mkdir(exist_ok=True)
+    if (file := folder / "weights").exists() and json.loads(file.read_text()) != weights:
+        raise ValueError(f"{model} was written again since {folder} was evaluated: remove that folder")
+    file.write_text(json.dumps(weights))
+    return pipe, folder
+
+
+def run(cfg: Config, entries: list[dict[str, Any]], tags: list[str] | None, rank: int, world: int) -> None:
+    rewards: list[Reward] = []
+    for model in cfg.model:
+        pipe, folder = open_model(model, cfg)
+        rewards = rewards or open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer)
+        evaluate(pipe, rewards, entries, shard(range(len(entries)), rank, world), cfg, folder)
+        del pipe
+        gc.collect()  # the next model needs the room
+    if world > 1:
+        dist.barrier()
+    if rank:
+        return
+    labels = [label(m) for m in cfg.model]
+    read = {m: [json.loads((cfg.out / m / f"{i:05d}.json").read_text()) for i in range(len(entries))] for m in labels}
+    scores = {m: {r.name: np.array([e[r.name] for e in read[m]]) for r in rewards} for m in labels}
+    summary = summarize(scores, tags)
+    results = {"summary": summary, "scores": {m: {k: v.tolist() for k, v in scores[m].items()} for m in scores}}
+    (cfg.out / "results.json").write_text(json.dumps(results) + "\n")
+    sheets(scores, [e["prompt"] for e in entries], cfg.out)
+    print(f"{len(entries)} prompts, {cfg.num} images each, {cfg.steps} steps; ± is half of a 95% interval\n")
+    print(table(summary))
+    print(f"wrote {cfg.out}: results.json {' '.join(sorted(p.name for p in cfg.out.glob('*.png')))}")
+
+
+def main() -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cfg = tyro.cli(Config, description=__doc__)
+    if world > 1:
+        dist.init_process_group("gloo")
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        run(cfg, *prepare(cfg), rank, world)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""evaluate.py as a user runs it, on what is shipped, and its numbers against closed forms."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+import evaluate
+from pipeline import load, sample
+from prompts import generate
+from rewards import open_reward, score_all
+
+ROOT = Path(evaluate.__file__).parent
+TINY = ROOT / "shapes" / "tiny-flux"
+FLAGS = ["--num", "2", "--steps", "3", "--batch", "8"]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
+    file = tmp_path_factory.mktemp("prompts") / "few.txt"
+    file.write_text("\n".join(lines[5::30]) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """A second model: the shipped one, disturbed."""
+    from pipeline import save
+
+    pipe = load(TINY)
+    torch.manual_seed(0)
+    state = {k: v + 0.02 * torch.randn_like(v) for k, v in pipe.flux.state_dict().items()}
+    folder = tmp_path_factory.mktemp("models") / "other" / "final"
+    save(folder, TINY, pipe.flux.config, state)
+    return folder
+
+
+def run(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess:
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as s:
+            s.bind(("", 0))
+            port = s.getsockname()[1]
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", "--"]
+    return subprocess.run(
+        [*command, "evaluate.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, few, other) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("evaluation") / "out"
+    done = run("--model", TINY, other, "--prompts", few, "--out", out, "--keep-images", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+# --------------------------------------------------------------------------------------- the command
+
+
+def test_the_table_shows_both_models_and_the_paired_change(evaluated, other):
+    out, said = evaluated
+    for word in (
+        "judge",
+        "tiny",
+        "single",
+        "attr",
+        evaluate.label(str(TINY)),
+        evaluate.label(str(other)),
+        "±",
+        str(out),
+    ):
+        assert word in said
+    changes = [line for line in said.splitlines() if line.startswith(evaluate.label(str(other)))]
+    assert len(changes) == 2 and all(line.count("±") == 2 for line in changes)
+
+
+def test_the_scores_are_those_of_the_same_images_drawn_by_hand(evaluated, few):
+    out, _ = evaluated
+    prompts = few.read_text().splitlines()
+    texts = [p for p in prompts for _ in range(2)]
+    images = sample(load(TINY), texts, range(24), 3, 64, 64)  # seeds count on over prompts and images
+    results = json.loads((out / "results.json").read_text())
+    for name in ("judge", "tiny"):
+        expected = score_all(open_reward(name), images, texts, "cpu").view(-1, 2)
+        torch.testing.assert_close(
+            torch.tensor(results["scores"]["shapes_tiny-flux"][name]), expected, atol=1e-4, rtol=0
+        )
+    kept = np.array(Image.open(out / "shapes_tiny-flux" / "images" / "00003_1.png")) / 255
+    np.testing.assert_allclose(kept, images[7].permute(1, 2, 0).numpy(), atol=0.6 / 255)
+
+
+def test_contact_sheets_are_written(evaluated):
+    for name in ("best", "worst", "changed"):
+        assert Image.open(evaluated[0] / f"{name}.png").size[0] > 500
+
+
+def test_two_ranks_find_what_one_finds(evaluated, few, other, tmp_path):
+    done = run("--model", TINY, other, "--prompts", few, "--out", tmp_path / "out", *FLAGS, processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((f / "results.json").read_text()) for f in (evaluated[0], tmp_path / "out"))
+    for model in one["scores"]:
+        for name in ("judge", "tiny"):
+            np.testing.assert_allclose(two["scores"][model][name], one["scores"][model][name], atol=1e-4)
+    assert done.stdout.count("wrote") == 1
+
+
+def test_killed_it_goes_on_where_it_was(evaluated, few, other, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--model", str(TINY), str(other), "--prompts", str(few), "--out", str(out)]
+    slow = [sys.executable, "evaluate.py", *flags, "--num", "2", "--steps", "3", "--batch", "2"]
+    process = subprocess.Popen(slow, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(out.glob("*/*.json"))) < 4:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {f: f.stat().st_mtime_ns for f in out.glob("*/*.json")}
+    assert 4 <= len(before) < 24 and not (out / "results.json").exists()
+    assert run(*flags, *FLAGS).returncode == 0
+    assert all(f.stat().st_mtime_ns == t for f, t in before.items())
+    one, two = (json.loads((f / "results.json").read_text())["scores"] for f in (evaluated[0], out))
+    for model in one:
+        np.testing.assert_allclose(two[model]["tiny"], one[model]["tiny"], atol=1e-4)
+
+
+def test_geneval_folders_are_what_its_evaluator_reads(tmp_path):
+    entries = generate(6, (1, 1, 1, 1, 1, 1), seed=0)
+    file = tmp_path / "metadata.jsonl"
+    file.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    done = run("--prompts", file, "--rewards", "tiny", "--geneval", tmp_path / "g", "--out", tmp_path / "out", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    root = tmp_path / "g" / "shapes_tiny-flux"
+    assert sorted(p.name for p in root.iterdir()) == [f"{i:05d}" for i in range(6)]
+    for i, entry in enumerate(entries):
+        with open(root / f"{i:05d}" / "metadata.jsonl") as fp:
+            assert json.load(fp) == entry
+        samples = sorted((root / f"{i:05d}" / "samples").iterdir())
+        assert [s.name for s in samples] == ["0000.png", "0001.png"]
+        assert all(Image.open(s).size == (64, 64) for s in samples)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--model", "no/such/model"], ["no/such/model"]),
+        (["--model", str(TINY), str(TINY)], ["names", "twice"]),
+        (["--rewards", "hpsv9"], ["hpsv9", "hpsv2"]),
+        (["--rewards", "clip=./no/such"], ["./no/such"]),
+        (["--prompts", "no-such.txt"], ["no-such.txt"]),
+        (["--prompts", "prompts.txt"], ["fisherman", "judge"]),
+        (["--num", "0"], ["--num", "0"]),
+        (["--geneval", "x"], ["--geneval", "tags"]),
+        (["--size", "96"], ["--size 96", "64x64"]),
+    ],
+)
+def test_a_bad_flag_is_named(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main()
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and all(word in said for word in words) and "Traceback" not in said
+
+
+def test_a_folder_of_other_settings_or_of_a_model_since_rewritten_is_not_mixed_in(
+    few, other, tmp_path, monkeypatch, capsys
+):
+    model, out = shutil.copytree(other, tmp_path / "model"), tmp_path / "out"
+
+    def again(*changes: str) -> str:
+        flags = [
+            "--model",
+            str(model),
+            "--prompts",
+            str(few),
+            "--out",
+            str(out),
+            "--num",
+            "1",
+            "--steps",
+            "1",
+            *changes,
+        ]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--rewards", "tiny", *flags])
+        try:
+            evaluate.main()
+        except SystemExit:
+            return capsys.readouterr().err
+        return ""
+
+    assert again() == "" and again("--batch", "3") == ""
+    assert "another --steps" in again("--steps", "2") and "another --seed" in again("--seed", "1")
+    (weights,) = (model / "transformer").glob("*.safetensors")
+    os.utime(weights)
+    assert "was written again" in again()
+
+
+# ----------------------------------------------------------------------------------------- numbers
+
+
+def test_the_interval_is_students():
+    values = np.array([1.0, 2.0, 4.0, 7.0])
+    mean, half = evaluate.interval(values)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert evaluate.interval(np.array([3.0])) == (3.0, math.inf)
+
+
+def test_the_interval_covers_the_truth_95_times_of_100():
+    rng = np.random.default_rng(0)
+    hits = [abs(mean) <= half for mean, half in (evaluate.interval(rng.normal(size=12)) for _ in range(4000))]
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.011)  # 3 standard errors
+
+
+def test_changes_are_paired_by_prompt_and_images_of_a_prompt_averaged_first():
+    rng = np.random.default_rng(1)
+    hard, noise = rng.normal(size=(50, 1)), rng.normal(scale=0.01, size=(2, 50, 4))
+    scores = {"a": {"r": hard + noise[0]}, "b": {"r": hard + noise[1] + 0.1}}
+    a, b = evaluate.summarize(scores, None)["r"].values()
+    assert b["change"] == pytest.approx(0.1, abs=0.01) and b["change_half"] < 0.01 < 0.1 < b["half"]
+    assert (a["mean"], a["half"]) == evaluate.interval(scores["a"]["r"].mean(1)) and "change" not in a

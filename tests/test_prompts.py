@@ -1,0 +1,168 @@
+"""prompts.py: what files say, the order of an epoch, and prompts that GenEval's evaluator can score."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prompts
+from prompts import (
+    COLORS,
+    NUMBERS,
+    PLURAL,
+    RATIO,
+    TASKS,
+    batch_of,
+    compose,
+    generate,
+    read_entries,
+    read_prompts,
+    shard,
+)
+
+ROOT = Path(prompts.__file__).parent
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(text.encode())
+    return file
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_lines_are_prompts_but_blanks_and_comments(tmp_path):
+    assert read_prompts(written(tmp_path, "\ufeffa cat\n\n  # no\n\t a café \r\n#x\nb # c\n")) == [
+        "a cat",
+        "a café",
+        "b # c",
+    ]
+
+
+def test_json_lines_are_read_for_their_prompt_and_keep_the_rest(tmp_path):
+    file = written(tmp_path, '{"prompt": "a cat", "tag": "single_object"}\n\n# note\na dog\n{"prompt": "é"}\n')
+    assert read_prompts(file) == ["a cat", "a dog", "é"]
+    assert read_entries(file)[0]["tag"] == "single_object" and read_entries(file)[1] == {"prompt": "a dog"}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "holds no prompt"),
+        ("# only this\n", "holds no prompt"),
+        ("a\n{broken\n", "line 2: no JSON object"),
+        ('{"text": "a cat"}', 'line 1: it has no "prompt", but text'),
+        ('{"prompt": " "}', 'line 1: it has no "prompt"'),
+        ('{"prompt": 3}', 'line 1: it has no "prompt"'),
+    ],
+)
+def test_a_bad_file_is_an_error_that_names_it_and_the_line(text, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        read_prompts(written(tmp_path, text))
+    assert "prompts.txt" in str(error.value)
+
+
+def test_the_prompts_that_ship_are_read():
+    assert len(set(read_prompts(ROOT / "prompts.txt"))) > 20
+    assert len(read_prompts(ROOT / "shapes" / "eval-prompts.txt")) == 360
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 25])
+def test_every_prompt_is_seen_once_an_epoch_whatever_the_batch(size):
+    seen = [x for step in range(-(-30 // size)) for x in batch_of(range(10), step, size, seed=0)][:30]
+    epochs = [seen[0:10], seen[10:20], seen[20:30]]
+    assert all(sorted(e) == list(range(10)) for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 3
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_and_not_of_the_batch_size():
+    whole = batch_of(range(10), 0, 10, seed=5)
+    assert whole == batch_of(range(10), 0, 5, seed=5) + batch_of(range(10), 1, 5, seed=5)
+    assert whole != batch_of(range(10), 0, 10, seed=6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_the_shards_of_the_ranks_are_the_batch_in_order_and_of_equal_size_within_one(world):
+    parts = [shard(list(range(12)), rank, world) for rank in range(world)]
+    assert [x for part in parts for x in part] == list(range(12)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# ------------------------------------------------------------------------------------------ generator
+
+
+def test_tasks_come_in_the_papers_ratio():
+    counts = Counter(e["tag"] for e in generate(1700, RATIO, seed=0))
+    assert counts == {"position": 700, "counting": 500, "color_attr": 300, "colors": 100, "two_object": 100}
+
+
+def test_any_number_of_prompts_is_met_exactly():
+    for num in (1, 5, 16, 100):
+        assert len(generate(num, (1, 1, 1, 1, 1, 1), seed=0)) == num
+
+
+def test_the_same_seed_writes_the_same_prompts_and_another_seed_others():
+    assert generate(50, RATIO, 0) == generate(50, RATIO, 0) != generate(50, RATIO, 1)
+
+
+def test_the_classes_are_those_of_the_detector():
+    assert len(PLURAL) == 80 and {"computer mouse", "tv remote", "computer keyboard", "hair drier"} <= PLURAL.keys()
+    assert PLURAL["person"] == "people" and PLURAL["bench"] == "benches" and PLURAL["cat"] == "cats"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_metadata_says_what_the_prompt_says(task):
+    """Read as GenEval's evaluator reads it: classes, counts, colors, and positions relative to the first included."""
+    for seed in range(100):
+        entry = compose(task, np.random.default_rng(seed))
+        include, text = entry["include"], entry["prompt"]
+        assert entry["tag"] == task and text.startswith("a photo of ")
+        assert all((i["class"] in PLURAL and i["class"].split()[0] in text) or i["count"] > 1 for i in include)
+        if task == "counting":
+            ((thing,), (more,)) = include, entry["exclude"]
+            assert f"{NUMBERS[thing['count']]} {PLURAL[thing['class']]}" in text
+            assert more == {"class": thing["class"], "count": thing["count"] + 1}
+        if task in ("colors", "color_attr"):
+            assert all(i["color"] in COLORS and f"{i['color']} {i['class']}" in text for i in include)
+            assert "person" not in text
+        if task == "position":
+            target, thing = include
+            relation, index = thing["position"]
+            assert index == 0 and text.index(thing["class"]) < text.index(f" {relation} ")
+            assert text.endswith(target["class"])
+        assert len(include) == (2 if task in ("two_object", "color_attr", "position") else 1)
+        assert len({i["class"] for i in include}) == len(include)
+
+
+def test_prompts_can_be_left_out():
+    every = frozenset(e["prompt"] for e in generate(2000, (0, 0, 0, 0, 0, 1), seed=0))
+    some = frozenset(sorted(every)[:40])
+    assert {e["prompt"] for e in generate(2000, (0, 0, 0, 0, 0, 1), seed=0, without=some)} == every - some
+    with pytest.raises(ValueError, match="--without leaves no prompt of the task single_object"):
+        generate(10, (0, 0, 0, 0, 0, 1), seed=0, without=every)
+
+
+def test_the_command_writes_a_file_that_is_read_back(tmp_path, monkeypatch, capsys):
+    out, without = tmp_path / "deep" / "p.jsonl", tmp_path / "without.txt"
+    without.write_text("a photo of a cat\n")
+    monkeypatch.setattr(sys, "argv", ["prompts.py", "--out", str(out), "--num", "34", "--without", str(without)])
+    prompts.main()
+    assert [e["tag"] for e in read_entries(out)].count("position") == 14 and str(out) in capsys.readouterr().out
+    assert all(json.loads(line)["include"] for line in out.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--num", "0"], ["--ratio", "0", "0", "0", "0", "0", "0"], ["--without", "no.txt"]]
+)
+def test_a_bad_flag_is_named(arguments, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["prompts.py", "--out", str(tmp_path / "p"), *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        prompts.main()
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and (arguments[0] in said or "no.txt" in said)
