@@ -17,7 +17,7 @@ class Config:
     """Post-train a flow model with reward gradients."""
 
     out: Path | None = None
-    """Run folder; the default is runs/METHOD-seedN. Must not hold a run yet."""
+    """Run folder; the default is runs/METHOD-seedN. Must not hold a run yet, but with --resume."""
     model: str = str(HERE / "shapes" / "tiny-flux")
     """Checkpoint folder in the diffusers layout of FLUX, or a hub id."""
     reward: tuple[str, ...] = ("tiny",)
@@ -38,7 +38,7 @@ class Config:
     text_length: int | None = None
     """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute, in fp32."""
+    """Where to compute."""
     seed: int = 0
     """All randomness is a function of (seed, step)."""
 
@@ -89,8 +89,45 @@ class Config:
     """Evaluations that a watched reward may stay below its best, while the trained one rises, before a warning."""
     stop_early: bool = False
     """Stop at that warning instead of going on."""
-    recompute_reward: bool = False
-    """Recompute the reward's activations in its backward: less memory, more time."""
+    save_every: int = 60
+    """Updates between checkpoints, which --resume goes on from."""
+    keep: int = 2
+    """Checkpoints kept, the newest; best/ is kept beside them."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out, given the same flags; from the start if there is none yet."""
+    export: Path | None = None
+    """Write the averaged weights of a checkpoint to this folder, as final/ is, and stop; needs --resume."""
+    at: int | None = None
+    """Resume or export the checkpoint of this step instead of the newest."""
+    skip_nonfinite: int = 0
+    """Updates with a loss or gradient that is not finite to leave out before the run stops at one."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where to log beside metrics.jsonl and eval.jsonl. Needs that package."""
+
+    bf16: bool = False
+    """Compute the transformer and the text encoders in bfloat16; trained weights, gradients and optimizer stay fp32."""
+    rollout_batch: int | None = None
+    """Rollouts at a time on a rank; None: all of its share of --batch. Only memory and time depend on it."""
+    micro_batch: int | None = None
+    """Samples at a time in the backward of reward and leaps; None: as many as in a rollout. Nor does this matter."""
+    recompute: bool = False
+    """Recompute the activations of transformer, VAE and rewards in their backward: less memory, more time."""
+    compile: bool = False
+    """Compile the transformer's blocks."""
+    shard: int | None = None
+    """Ranks that share a copy of the weights, such as the 8 of a node; None: all of them."""
+    keep_gathered: bool = False
+    """Keep the weights whole through a rollout: one gather instead of one an evaluation, if memory allows."""
+    shard_frozen: bool = False
+    """Cut T5 and the rewards over the ranks too."""
+    offload_encoders: bool = False
+    """Keep the text encoders on the CPU but while they encode: for a single small GPU."""
+    check_every: int = 50
+    """Updates between checks that all ranks hold the same weights."""
+    lora: int | None = None
+    """Train a LoRA of this rank instead of all weights; what it changes is frozen, in bfloat16 with --bf16."""
+    lora_alpha: float | None = None
+    """Alpha of the LoRA; None: twice its rank."""
 
 
 FLUX_DEV = Config(
@@ -104,6 +141,11 @@ FLUX_DEV = Config(
     decay=False,
     ema=0.995,
     eval_every=50,
+    save_every=25,
+    bf16=True,
+    rollout_batch=4,
+    micro_batch=1,
+    recompute=True,
 )
 NEEDS = "Needs weights/FLUX.1-dev, weights/train-prompts.txt"  # and the files of the rewards
 PRESETS = {
@@ -121,5 +163,10 @@ PRESETS = {
     "flux-dev-hpsv3": (
         f"FLUX.1-dev and HPSv3 as in the paper. {NEEDS}, weights/HPSv3, and weights/HPS_v2.1_compressed.pt to watch.",
         replace(FLUX_DEV, reward=("hpsv3",), watch=("hpsv2",), alpha=0.1, lr=8e-6),
+    ),
+    "flux-dev-lora": (
+        f"A LoRA of FLUX.1-dev on HPSv2.1, for one 80 GB GPU. {NEEDS}, weights/HPS_v2.1_compressed.pt, and "
+        "weights/PickScore_v1 to watch.",
+        replace(FLUX_DEV, reward=("hpsv2",), watch=("pickscore",), lora=64, lr=1e-4, batch=16),
     ),
 }

@@ -53,7 +53,7 @@ def hpsv2(
         projection_dim=len(state["text_projection.weight"]),
     )
     model = build(CLIPModel, config, state, source=file)
-    return Reward(cosine(model, tokenizer, letterbox, device, recompute))
+    return Reward(cosine(model, tokenizer, letterbox, device, recompute), model=model)
 
 
 def tower(state: dict[str, Tensor], prefix: str) -> dict[str, int | str]:

@@ -82,7 +82,7 @@ def hpsv3(
         last = ids.shape[1] - 1 - (ids == reward_id).int().flip(1).argmax(1)  # whatever a user's prompt says before
         return head(hidden[torch.arange(len(ids), device=ids.device), last].to(head[0].weight.dtype))[:, 0]
 
-    return Reward(score)
+    return Reward(score, model=model)
 
 
 def current_name(name: str) -> str:

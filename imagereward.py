@@ -63,7 +63,7 @@ def imagereward(folder: str | Path, device: Device = "cpu", recompute: bool = Fa
         ).last_hidden_state
         return (head(read[:, 0])[:, 0] - MEAN) / STD
 
-    return Reward(score)
+    return Reward(score, model=vision)
 
 
 def build_vision(state: dict[str, Tensor], file: Path) -> BlipVisionModel:

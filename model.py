@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 EMBED_CHANNELS = 256  # of the sinusoidal embeddings of time and guidance
 EPS = 1e-6  # of every norm
@@ -274,6 +275,12 @@ class Flux(nn.Module):
         singles = range(config.depth_single_blocks)
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in singles)
         self.final_layer = LastLayer(config)
+        self.recompute = False  # keep only the blocks' inputs for the backward, and run each again there
+
+    def run(self, block: nn.Module, *inputs: Tensor) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+        return block(*inputs)
 
     def forward(
         self,
@@ -309,10 +316,10 @@ class Flux(nn.Module):
 
         img, txt = self.img_in(img), self.txt_in(txt)
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe)
+            img, txt = self.run(block, img, txt, vec, pe)
         x = torch.cat([txt, img], dim=1)
         for block in self.single_blocks:
-            x = block(x, vec, pe)
+            x = self.run(block, x, vec, pe)
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
 
@@ -425,8 +432,10 @@ def to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tens
     return result
 
 
-def from_diffusers(state: dict[str, Tensor], config: FluxConfig, source: str = "the state dict") -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`, for a whole state dict.
+def from_diffusers(
+    state: dict[str, Tensor], config: FluxConfig, source: str = "the state dict"
+) -> Iterator[tuple[str, Tensor]]:
+    """The inverse of `to_diffusers`, for a whole state dict: names and tensors, one at a time as they are asked for.
 
     Raises ValueError naming `source` and the tensors, by diffusers' names, that are missing, unexpected or
     misshapen.
@@ -434,12 +443,11 @@ def from_diffusers(state: dict[str, Tensor], config: FluxConfig, source: str = "
     with torch.device("meta"):
         ours = Flux(config).state_dict()
     check_state(state, to_diffusers(ours, config), source)
-    table, result = dict(module_names(config)), {}
+    table = dict(module_names(config))
     for key in ours:
         parts = [state[name] for name in diffusers_keys(key, table)]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        result[key] = swap_halves(tensor) if key.startswith(SWAPPED) else tensor
-    return result
+        yield key, swap_halves(tensor) if key.startswith(SWAPPED) else tensor
 
 
 def config_to_diffusers(config: FluxConfig) -> dict[str, Any]:

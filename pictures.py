@@ -1,6 +1,5 @@
 """Pictures for people: captioned grids of images, before and after, and curves of what a run measured."""
 
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from logs import read_log
 from shapes.world import TASKS
 
 PAD, LINE = 6, 13  # pixels between things, and a line of text
@@ -96,11 +96,6 @@ def chart(series: Series, title: str, size: tuple[int, int] = (440, 280)) -> Ima
         spot = (width - right + 6 * zoom, free[by_height.index(name)])
         draw.text(spot, f"{name} {y[-1]:.2f}", fill=color, font=small)
     return picture.resize(size, Image.LANCZOS)
-
-
-def read_log(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def curves(run: Path, path: Path) -> None:

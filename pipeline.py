@@ -12,7 +12,8 @@ Legend: b images, h w pixels, n = (h/16)(w/16) image tokens of c channels, m tex
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,10 +29,12 @@ from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, 
 from transformers.utils import logging
 
 from leaps import Velocity, rollout
+from lora import FILE, merge_lora
 from model import (
     FLUX_DEV,
     Flux,
     FluxConfig,
+    check_state,
     config_from_diffusers,
     config_to_diffusers,
     from_diffusers,
@@ -42,7 +45,9 @@ from model import (
 PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a transformer in one piece; others have an index
 INDEX = f"{WEIGHTS}.index.json"
+PIECE = 5e9  # bytes a file of a saved transformer, as published
 Device = str | torch.device
+Tensors = Iterator[tuple[str, Tensor]]
 Name, Result = TypeVar("Name"), TypeVar("Result")
 PATCH = 2  # FLUX sees 2x2 patches of latents
 SHIFTS = {"use_dynamic_shifting", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
@@ -68,6 +73,8 @@ class Pipeline:
     t5_tokenizer: PreTrainedTokenizerBase
     schedule: dict[str, Any]  # scheduler_config.json
     text_length: int  # T5 tokens a prompt is padded or cut to
+    compute: torch.dtype  # of the transformer, whatever its weights are kept in
+    offload: bool = False  # text encoders on the CPU but while they encode
 
     @property
     def cell(self) -> int:
@@ -97,14 +104,24 @@ def find(name: str | Path) -> Path:
 
 
 def load(
-    name: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32, text_length: int | None = None
+    name: str | Path,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    text_length: int | None = None,
+    offload: bool = False,
+    place: Callable[[Flux, Tensors], None] | None = None,
 ) -> Pipeline:
     """Load a checkpoint folder. `dtype` is that of the transformer and the text encoders; the VAE stays fp32.
 
-    `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev.
+    `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev. `offload` keeps
+    the text encoders on the CPU, and `place` says where the transformer goes: see `load_flux`.
     Raises ValueError for a folder, file or tensor that is missing or does not fit.
     """
     logging.disable_progress_bar()  # transformers shows one for each tiny part
+    if (Path(name) / "lora.json").exists():
+        pipe = load(json.loads((Path(name) / "lora.json").read_text())["base"], device, dtype, text_length, offload)
+        merge_lora(pipe.flux, Path(name) / FILE)
+        return pipe
     folder = find(name)
     schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule)
     tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
@@ -112,24 +129,35 @@ def load(
     vae = read(folder / "vae", partial(parse_model, AutoencoderKL)).float()
     clip = read(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
     t5 = read(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
-    vae, clip, t5 = (part.eval().requires_grad_(False).to(device) for part in (vae, clip, t5))
-    flux = load_flux(folder / "transformer", device, dtype)
+    vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
+    flux = load_flux(folder / "transformer", device, dtype, place)
     given = vae.config.latent_channels * PATCH**2, clip.config.hidden_size, t5.config.d_model
     taken = flux.config.in_channels, flux.config.vec_in_dim, flux.config.context_in_dim
     if given != taken:
         raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {given} channels, Flux takes {taken}")
     text_length = text_length or min(tokenizers[1].model_max_length, 512)  # of a T5 without limit, 1e30
-    return Pipeline(folder, flux, vae, clip, t5, *tokenizers, schedule, text_length)
+    vae.to(device)
+    if not offload:
+        clip.to(device), t5.to(device)
+    return Pipeline(folder, flux, vae, clip, t5, *tokenizers, schedule, text_length, dtype, offload)
 
 
-def load_flux(path: Path, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Flux:
+def load_flux(
+    path: Path,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    place: Callable[[Flux, Tensors], None] | None = None,
+) -> Flux:
     """The transformer from a diffusers `transformer/` folder, sharded or not, or from flux1-dev.safetensors.
 
+    `place(flux, tensors)` is for models that no rank holds whole: it gets a Flux without memory and an iterator over
+    names and tensors, which are read from disk as they are asked for.
     Raises ValueError naming the folder or file and what is missing or does not fit.
     """
     if path.is_file():
         state = read(path, load_file)
         config = replace(FLUX_DEV, guidance_embed="guidance_in.in_layer.weight" in state)
+        tensors: Tensors = iter(state.items())
     else:
         config = read(path / "config.json", lambda file: config_from_diffusers(json.loads(file.read_text())))
         shards, index = [WEIGHTS], path / INDEX
@@ -137,12 +165,17 @@ def load_flux(path: Path, device: Device = "cpu", dtype: torch.dtype = torch.flo
             shards = read(index, lambda file: sorted(set(json.loads(file.read_text())["weight_map"].values())))
         if missing := [name for name in shards if not (path / name).exists()]:
             raise ValueError(f"{path} is incomplete: copy or download {', '.join(missing)}")
-        state = {k: v for name in shards for k, v in read(path / name, load_file).items()}
-        state = from_diffusers(state, config, source=str(path))
+        state = {k: v for name in shards for k, v in read(path / name, load_file).items()}  # mapped, not read
+        tensors = from_diffusers(state, config, source=str(path))
     with torch.device("meta"):
         flux = Flux(config)
-    load_weights(flux, state, source=str(path))
-    return flux.to(device, dtype)  # names were converted on the CPU: a GPU holds the weights once
+    if place is None:
+        load_weights(flux, dict(tensors), source=str(path))
+        return flux.to(device, dtype)  # names were converted on the CPU: a GPU holds the weights once
+    if path.is_file():
+        check_state(state, flux.state_dict(), source=str(path))
+    place(flux, tensors)
+    return flux
 
 
 def read(what: Name, parse: Callable[[Name], Result]) -> Result:
@@ -173,26 +206,57 @@ def parse_model(kind: type, folder: Path, **options: Any) -> Any:
     return model
 
 
-def save(folder: Path, source: Path, config: FluxConfig, state: dict[str, Tensor]) -> None:
+def save(folder: Path, source: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
     """Write a checkpoint folder: frozen parts copied from `source`, a transformer from `state` (BFL names)."""
     if folder.resolve() != source.resolve():
         for part in set(PARTS) - {"transformer"}:
-            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+            shutil.copytree(source / part, folder / part, dirs_exist_ok=True, copy_function=link_or_copy)
         shutil.copy(source / "model_index.json", folder)
     save_flux(folder / "transformer", config, state)
 
 
-def save_flux(folder: Path, config: FluxConfig, state: dict[str, Tensor]) -> None:
-    """Write a diffusers `transformer/` folder from a state dict with BFL names.
+def link_or_copy(source: str, target: str) -> None:
+    """Large files, which nobody edits, are linked where the disk is the same: T5 need not be there twice."""
+    real = Path(source).resolve()  # a hub's cache is made of symbolic links
+    if real.stat().st_size > 100e6:
+        with suppress(OSError):
+            Path(target).unlink(missing_ok=True)
+            return Path(target).hardlink_to(real)
+    shutil.copy2(real, target)
 
-    The file is renamed into place: `state` may be mapped from the one it replaces, and none is half-written.
+
+def save_flux(folder: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
+    """Write a diffusers `transformer/` folder from names (BFL's) and tensors, in files of PIECE bytes.
+
+    `state` may be an iterator, so that no more than a file of it is in memory.  Files are renamed into place: it
+    may also be mapped from the one it replaces, and none is half-written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in to_diffusers(state, config).items()}
-    save_file(state, part := folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
-    part.replace(folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
+    parts: list[Path] = []
+    where: dict[str, int] = {}
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        parts.append(folder / f"{len(parts)}.part")
+        save_file(held, parts[-1], metadata={"format": "pt"})
+        where.update({key: len(parts) for key in held})
+        held.clear()
+
+    for name, tensor in state.items() if isinstance(state, Mapping) else state:
+        held |= {k: v.detach().cpu().contiguous() for k, v in to_diffusers({name: tensor}, config).items()}
+        if sum(t.nbytes for t in held.values()) > PIECE:
+            flush()
+    if held:
+        flush()
+    names = [f"{Path(WEIGHTS).stem}-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    names = names if len(parts) > 1 else [WEIGHTS]
     (folder / INDEX).unlink(missing_ok=True)  # it would send readers to older pieces
+    for part, name in zip(parts, names):
+        part.replace(folder / name)
+    if len(parts) > 1:
+        index = {"metadata": {}, "weight_map": {key: names[i - 1] for key, i in where.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------------- text and images
@@ -206,9 +270,13 @@ def encode(pipe: Pipeline, prompts: Sequence[str]) -> Text:
         pad = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return tokenizer(list(prompts), **pad).input_ids.to(pipe.device)
 
+    if pipe.offload:
+        pipe.t5.to(pipe.device), pipe.clip.to(pipe.device)
     clip_length = min(pipe.clip_tokenizer.model_max_length, pipe.clip.config.max_position_embeddings)
     txt = pipe.t5(tokens(pipe.t5_tokenizer, pipe.text_length))[0]
     vec = pipe.clip(tokens(pipe.clip_tokenizer, clip_length)).pooler_output
+    if pipe.offload:
+        pipe.t5.to("cpu"), pipe.clip.to("cpu")
     return Text(txt, vec)
 
 
@@ -263,9 +331,19 @@ def sigmas(schedule: dict, steps: int, tokens: int) -> Tensor:
     return torch.cat([sigma, sigma.new_zeros(1)]).float()
 
 
-def velocity_of(flux: Flux, text: Text, rows: int, columns: int, guidance: float | None = None) -> Velocity:
-    """v_theta(x, sigma) for fixed prompts: the network in its own precision, latents in theirs."""
-    dtype, device = flux.img_in.weight.dtype, flux.img_in.weight.device
+def velocity_of(
+    flux: Flux,
+    text: Text,
+    rows: int,
+    columns: int,
+    guidance: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Velocity:
+    """v_theta(x, sigma) for fixed prompts: latents in their own precision, the network in `dtype`.
+
+    `dtype` is that of its weights unless they are kept in another, as FSDP's fp32 masters of a bf16 network.
+    """
+    dtype, device = dtype or flux.img_in.weight.dtype, flux.img_in.weight.device
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     img_ids = torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1).to(device)
     txt_ids = torch.zeros(text.txt.shape[1], 3, dtype=torch.long, device=device)
@@ -295,7 +373,8 @@ def sample(
     levels = sigmas(pipe.schedule, steps, rows * columns).to(pipe.device)
     images = []
     for i in range(0, len(prompts), batch):
-        velocity = velocity_of(pipe.flux, encode(pipe, prompts[i : i + batch]), rows, columns, guidance)
+        text = encode(pipe, prompts[i : i + batch])
+        velocity = velocity_of(pipe.flux, text, rows, columns, guidance, pipe.compute)
         x = rollout(velocity, draw_noise(pipe, seeds[i : i + batch], rows, columns), levels).x[-1]
         images.append(decode(pipe, x, height, width).cpu())
     return torch.cat(images)

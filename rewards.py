@@ -52,6 +52,7 @@ class Reward:
     name: str = "reward"
     weight: float = 1.0  # in a sum of several, of the loss's scores
     lam: float | None = None  # lambda of Eq. 11, in units of the score; None: no hinge
+    model: nn.Module | None = None  # the frozen network, if that is what it is
 
 
 # --------------------------------------------------------------------------------- from the command line
@@ -115,6 +116,11 @@ def score_all(reward: Reward, images: Tensor, prompts: Sequence[str], device: De
     return reward.scale * torch.cat([reward.score(part.to(device), list(text)).cpu() for part, text in parts])
 
 
+def reported(rewards: list[Reward], means: dict[str, float]) -> dict[str, float]:
+    """What is logged of the trained rewards: their weighted sum, and each by name."""
+    return {"reward": sum(r.weight * means[r.name] for r in rewards), **means}
+
+
 def users(spec: str, device: Device = "cpu") -> Reward:
     """A user's own `FILE.py:FUNCTION`, a function (images, prompts) -> (b,). Tried at once on random images."""
     file, _, function = spec.rpartition(":")
@@ -160,7 +166,8 @@ def clip(name: str | Path, device: Device = "cpu", recompute: bool = False) -> R
     how PickScore quotes 22 to 26.  Raises ValueError if the folder does not hold such a model.
     """
     model, tokenizer = load_clip(name)
-    return Reward(cosine(model, tokenizer, preprocess, device, recompute), scale=model.logit_scale.exp().item())
+    score = cosine(model, tokenizer, preprocess, device, recompute)
+    return Reward(score, scale=model.logit_scale.exp().item(), model=model)
 
 
 def cosine(

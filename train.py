@@ -3,49 +3,51 @@
     python train.py                                  # the tiny Flux of the shapes world, minutes on a laptop
     python train.py shapes --lr 3e-5 --seed 1        # a preset and what to change of it
     python train.py --method refl                    # a baseline through the same loop
-    python train.py flux-dev-hpsv2                   # FLUX.1-dev and HPSv2.1, as the paper
+    torchrun --nproc-per-node 8 train.py flux-dev-hpsv2 --resume
 
 One iteration, and nothing else, is `update_gradient` below; the mathematics is leaps.py.  Writes, to --out:
 
-    config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png  best/  final/
+    config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png
+    checkpoints/step_NNNNNN/  best/  final/
 
 The shapes preset differs from the paper in its learning rate, T and EMA: shapes/README.md says why.
 """
 
-import copy
 import json
+import os
+import shutil
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from checkpoint import Run, load_newest, save_checkpoint
 from config import PRESETS, Config
-from leaps import hinge, leap_backward, one_step, pick_leaps, rollout, similarity_weight
-from model import Flux
-from pictures import before_after, contact_sheet, curves
-from pipeline import Pipeline, decode, encode, grid, load, sample, save, sigmas, velocity_of
-from prompts import batch_of, read_prompts
-from rewards import Reward, open_rewards, score_all
-from shapes.world import SIZE, accuracy, parse
+from leaps import Rollout, Velocity, hinge, leap_backward, one_step, rollout, similarity_weight
+from logs import append, open_trackers, peak_flops, peak_memory, stopwatch, truncate
+from lora import save_lora
+from parallel import World, disagreement, fingerprint, gather, join, kept_gathered, swapped, whole_tensors
+from pictures import before_after, curves
+from pipeline import Pipeline, Text, decode, encode, grid, save, velocity_of
+from plan import forward_flops
+from prompts import batch_of, shard
+from rewards import Reward, reported
+from start import Setup, pick, prepare
+from watch import shown, watch
+
+REQUEUE, NONFINITE = 75, 3  # exit codes: stopped by a signal and resumable; stopped before a bad update
+
 
 # ------------------------------------------------------------------------------------- one update
-
-
-def pick(cfg: Config, levels: Tensor, generator: torch.Generator) -> tuple[int, ...]:
-    """The steps of a rollout that the method differentiates. Raises ValueError if the flags leave none."""
-    steps = len(levels) - 1
-    if cfg.method == "full":
-        return tuple(range(steps))
-    if cfg.method == "refl":  # a random one of the last 11 of 25 steps, as in the paper's baseline
-        return (steps - 1 - int(torch.randint(max(1, round(steps * 11 / 25)), (), generator=generator)),)
-    return pick_leaps(levels, generator, cfg.leaps, cfg.low, cfg.high, cfg.distance)
 
 
 def update_gradient(
@@ -56,44 +58,57 @@ def update_gradient(
     levels: Tensor,
     picks: tuple[int, ...],
     cfg: Config,
+    share: float = 1.0,
 ) -> dict[str, float]:
-    """Add one batch's gradient to `pipe.flux` and return what was measured.
+    """Add one batch's gradient, times `share`, to `pipe.flux` and return what was measured.
 
     The baselines are the same lines: ReFL is a single leap with the reward on its prediction, the true gradient
     a leap over every step, whole (alpha = 1); neither weighs samples.
     """
     refl, full = cfg.method == "refl", cfg.method == "full"
-    velocity = velocity_of(pipe.flux, encode(pipe, prompts), *grid(pipe, cfg.size, cfg.size), cfg.guidance)
-    ro = rollout(velocity, noise, levels)
-    w, d = similarity_weight(ro, picks, cfg.tau, "none" if refl or full else cfg.weight)
+    lap = stopwatch(pipe.device)
+    text, tokens = encode(pipe, prompts), grid(pipe, cfg.size, cfg.size)
 
+    def velocity(part: slice = slice(None)) -> Velocity:  # of some samples of the batch
+        return velocity_of(pipe.flux, Text(*(t[part] for t in text)), *tokens, cfg.guidance, pipe.compute)
+
+    with kept_gathered(pipe.flux, cfg.keep_gathered):
+        ro = rollout(velocity(), noise, levels)
+    w, d = similarity_weight(ro, picks, cfg.tau, "none" if refl or full else cfg.weight)
+    lap("rollout")
+
+    n, micro = len(prompts), cfg.micro_batch or len(prompts)
+    parts = [slice(i, i + micro) for i in range(0, n, micro)]
     x0 = ro.x[-1]
     if refl or cfg.reward_input == "xhat_0":
         x0 = one_step(ro.x[picks[-1]], ro.v[picks[-1]], ro.sigmas[picks[-1]], ro.sigmas[-1])
     x0 = x0.detach().requires_grad_()
-    images = decode(pipe, x0, cfg.size, cfg.size)
-    scores = [reward.score(images, prompts) for reward in rewards]
-    wanted = [r.weight * hinge(score, r.lam) for r, score in zip(rewards, scores)]  # Eq. 11
-    loss = (w * sum(wanted)).mean()  # Eq. 13
-    loss.backward()
+    loss, scores = 0.0, []
+    for part in parts:
+        images = decode(pipe, x0[part], cfg.size, cfg.size)
+        scores.append(torch.stack([reward.score(images, prompts[part]) for reward in rewards]))
+        wanted = sum(r.weight * hinge(score, r.lam) for r, score in zip(rewards, scores[-1]))  # Eq. 11
+        part_loss = (w[part] * wanted).sum() / n  # Eq. 13
+        (share * part_loss).backward()
+        loss += part_loss.item()
+    lap("reward")
 
-    leap_backward(velocity, ro, picks, 1.0 if full else cfg.alpha, x0.grad, cfg.nested_only)  # Eq. 10
-    satisfied = [r.lam is not None and (score >= r.lam).float().mean().item() for r, score in zip(rewards, scores)]
+    for part in parts:
+        states = Rollout(ro.x[:, part], ro.v[:, part], ro.sigmas)
+        leap_backward(
+            velocity(part), states, picks, 1.0 if full else cfg.alpha, x0.grad[part], cfg.nested_only
+        )  # Eq. 10
+    score = torch.cat(scores, dim=1).detach()  # (rewards, b)
+    satisfied = [r.lam is not None and (s >= r.lam).float().mean().item() for r, s in zip(rewards, score)]
     return dict(
-        **reported(rewards, {r.name: r.scale * score.mean().item() for r, score in zip(rewards, scores)}),
-        loss=loss.item(),
+        **reported(rewards, {r.name: r.scale * s.mean().item() for r, s in zip(rewards, score)}),
+        loss=loss,
         satisfied=float(min(satisfied)),
-        k=levels[picks[0]].item(),
-        j=levels[picks[-1]].item(),
         d_j=d[:-1].mean().item() if len(picks) > 1 else 0.0,
         d_0=d[-1].mean().item(),
         w=w.mean().item(),
+        **lap("leaps"),
     )
-
-
-def reported(rewards: list[Reward], means: dict[str, float]) -> dict[str, float]:
-    """What is logged of the trained rewards: their weighted sum, and each by name."""
-    return {"reward": sum(r.weight * means[r.name] for r in rewards), **means}
 
 
 def numbers(seed: int, step: int) -> torch.Generator:
@@ -101,188 +116,220 @@ def numbers(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
-# ------------------------------------------------------------------------------------- evaluation
+class Batch(NamedTuple):
+    """What a step starts from: all of it, the same on every rank."""
+
+    prompts: list[str]
+    noise: Tensor  # (batch, n, c), on the CPU
+    picks: tuple[int, ...]
 
 
-def evaluate(
-    pipe: Pipeline, rewards: list[Reward], watched: list[Reward], prompts: list[str], cfg: Config
-) -> tuple[dict[str, Any], Tensor]:
-    """Mean rewards, and the judge's accuracy a task, on fixed prompts and noise; and the images.
+def draw(cfg: Config, setup: Setup, step: int) -> Batch:
+    """The batch of a step, a function of (seed, step)."""
+    random, (rows, columns) = numbers(cfg.seed, step), grid(setup.pipe, cfg.size, cfg.size)
+    noise = torch.randn(cfg.batch, rows * columns, setup.pipe.flux.config.in_channels, generator=random)
+    return Batch(batch_of(setup.prompts, step, cfg.batch, cfg.seed), noise, pick(cfg, setup.levels, random))
 
-    `by_prompt` holds the watched rewards of each image, so that evaluations can be compared pair by pair.
+
+def gradient(cfg: Config, setup: Setup, world: World, batch: Batch) -> list[dict[str, Any]]:
+    """Add the mean gradient over the whole batch to every rank's pieces; returns what each rank measured.
+
+    FSDP averages over ranks, so a rank's own mean over its share is all there is to do.
     """
-    seeds = range(10**6, 10**6 + len(prompts))
-    images = sample(pipe, prompts, seeds, cfg.rollout_steps, cfg.size, cfg.size, cfg.guidance)
-    scores = {r.name: score_all(r, images, prompts, pipe.device) for r in [*rewards, *watched]}
-    result = reported(rewards, {name: score.mean().item() for name, score in scores.items()})
-    if "judge" in scores:
-        by_task = accuracy(scores["judge"], [parse(p) for p in prompts])
-        result |= by_task | {"judge": by_task.pop("overall")}
-    return result | {"by_prompt": {r.name: [round(x, 5) for x in scores[r.name].tolist()] for r in watched}}, images
-
-
-def is_hacked(evals: list[dict[str, Any]], name: str, patience: int) -> bool:
-    """Whether a watched reward has been below its best for `patience` evaluations while the trained one is above.
-
-    Below is by more than two standard errors of the paired differences: the images start from the same noise.
-    """
-    best = max(evals, key=lambda e: e[name])
-    since = evals[evals.index(best) + 1 :][-patience:]
-    drops = [np.subtract(best["by_prompt"][name], e["by_prompt"][name]) for e in since]
-    return len(since) == patience and all(
-        e["reward"] > best["reward"] and drop.mean() > 2 * drop.std() / len(drop) ** 0.5
-        for e, drop in zip(since, drops, strict=True)
-    )
+    mine = shard(range(cfg.batch), world.rank, world.size)
+    at_once = cfg.rollout_batch or len(mine)
+    measured: dict[str, Any] = {}
+    for start in range(mine.start, mine.stop, at_once):
+        part = slice(start, min(start + at_once, mine.stop))
+        share = (part.stop - part.start) / len(mine)
+        noise = batch.noise[part].to(world.device)
+        args = setup.pipe, setup.rewards, batch.prompts[part], noise, setup.levels, batch.picks, cfg, share
+        for key, value in update_gradient(*args).items():  # seconds add up, the rest are means
+            measured[key] = measured.get(key, 0.0) + (value if key.startswith("seconds") else share * value)
+    return gather(measured | {"prompts": batch.prompts[mine.start : mine.stop]})
 
 
 # ------------------------------------------------------------------------------------------- loop
 
 
-@dataclass
-class Setup:
-    """All that a run needs, read and checked before anything expensive starts."""
+class Stop(Exception):
+    """The run must end before it is done; the exit code says why."""
 
-    pipe: Pipeline
-    rewards: list[Reward]
-    watched: list[Reward]
-    prompts: list[str]
-    eval_prompts: list[str]
-    levels: Tensor
-    out: Path
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-def prepare(cfg: Config) -> Setup:
-    """Read and check all inputs. Raises ValueError naming the flag or the file, what is wrong and what to do."""
-    for name in ("steps", "batch", "rollout_steps", "eval_every", "text_length", "patience"):
-        if (value := getattr(cfg, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if cfg.tau <= 0:
-        raise ValueError(f"--tau must be positive, got {cfg.tau}: the weight of an exact leap is 1 / (2 tau)")
-    if not 0 <= cfg.ema < 1:
-        raise ValueError(f"--ema must be in [0, 1), got {cfg.ema}")
-    out = cfg.out or Path("runs") / f"{cfg.method}-seed{cfg.seed}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is occupied: choose another folder, or remove it to run again")
-    prompts, eval_prompts = read_prompts(cfg.prompts), read_prompts(cfg.eval_prompts)
-    if not cfg.reward or "judge" in cfg.reward:
-        raise ValueError(f"--reward {' '.join(cfg.reward)}: give one or more that have a gradient (not the judge)")
-    if cfg.lam and len(cfg.lam) != len(cfg.reward):
-        raise ValueError(
-            f"--lam has {len(cfg.lam)} values for {len(cfg.reward)} rewards: give one each, or none at all"
-        )
-    if cfg.stop_early and not cfg.watch:
-        raise ValueError("--stop-early needs a reward to --watch")
-    if "judge" in cfg.watch:
-        try:
-            [parse(text) for text in eval_prompts]
-        except ValueError as error:
-            raise ValueError(f"--eval-prompts {cfg.eval_prompts}: {error}; --watch without judge takes any") from error
-        if cfg.size != SIZE:
-            raise ValueError(
-                f"--size {cfg.size}: the judge reads images of {SIZE}x{SIZE}; --watch without it reads any"
-            )
-    if cfg.nested_only and cfg.method != "leapalign":
-        raise ValueError(f"--nested-only is an ablation of leapalign and means nothing with --method {cfg.method}")
-    pipe = load(cfg.model, cfg.device, text_length=cfg.text_length)
-    rows, columns = grid(pipe, cfg.size, cfg.size)
-    if pipe.flux.config.guidance_embed and cfg.guidance is None:
-        raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
-    levels = sigmas(pipe.schedule, cfg.rollout_steps, rows * columns)
-    pick(cfg, levels, torch.Generator())
-    specs = [*cfg.reward, *cfg.watch]
-    rewards = open_rewards(specs, pipe.device, pipe.clip_tokenizer, cfg.recompute_reward)
-    rewards, watched = rewards[: len(cfg.reward)], rewards[len(cfg.reward) :]
-    if cfg.lam:
-        rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam, strict=True)]
-    return Setup(pipe, rewards, watched, prompts, eval_prompts, levels.to(pipe.device), out)
+def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict[str, Any]:
+    """One update of weights and averages. Raises Stop, with the weights as before, if a number is not finite."""
+    batch, lap, began = draw(cfg, setup, step), stopwatch(world.device), time.perf_counter()
+    measured = gradient(cfg, setup, world, batch)
+    lap("all")
+    norm = nn.utils.clip_grad_norm_(run.params, cfg.clip)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not np.isfinite([norm, *(m["loss"] for m in measured)]).all():
+        run.optimizer.zero_grad()
+        raise Stop(NONFINITE, note_nonfinite(cfg, setup.out, step, measured, norm, batch.picks, world))
+    if cfg.decay:
+        run.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    torch._foreach_lerp_(run.averaged, run.params, 1 - cfg.ema)
+    update_seconds = lap("update")["seconds_update"]
+
+    for m in measured:
+        del m["prompts"]
+    forwards = cfg.batch * (cfg.rollout_steps + len(batch.picks))
+    seconds = time.perf_counter() - began
+    entry = {
+        "step": step,
+        **{key: sum(m[key] for m in measured) / len(measured) for key in measured[0]},
+        "seconds_update": update_seconds,
+        "seconds": seconds,
+        "k": setup.levels[batch.picks[0]].item(),
+        "j": setup.levels[batch.picks[-1]].item(),
+        "grad_norm": norm,
+        "forwards": forwards,
+        "backwards": cfg.batch * len(batch.picks),
+        "memory": peak_memory(world.device),
+    }
+    tokens, again = batch.noise.shape[1], len(batch.picks) if cfg.recompute else 0  # forwards of the recomputation
+    passes = forwards + cfg.batch * (2 * len(batch.picks) + again)  # a backward costs two forwards
+    flops = passes * forward_flops(setup.pipe.flux.config, tokens, setup.pipe.text_length)
+    entry["tflops"] = flops / seconds / world.size / 1e12  # a rank, of the transformer alone
+    if peak := peak_flops(world.device):
+        entry["mfu"] = entry["tflops"] * 1e12 / peak
+    return entry
 
 
-def log(path: Path, entry: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+def note_nonfinite(
+    cfg: Config, out: Path, step: int, measured: list[dict], norm: float, picks: tuple[int, ...], world: World
+) -> str:
+    """Write down what the step was, for a replay; returns what to tell the user."""
+    bad = [rank for rank, m in enumerate(measured) if not np.isfinite([m["loss"], m["reward"]]).all()]
+    where = f"on rank {', '.join(map(str, bad))}" if bad else "in the gradient, though every loss is finite"
+    if world.rank == 0:
+        append(out / "nonfinite.jsonl", dict(step=step, seed=cfg.seed, picks=picks, grad_norm=norm, ranks=measured))
+    return (
+        f"step {step}: a number is not finite {where}; leaps start at steps {picks} of the rollout; prompts such as "
+        f"{measured[(bad or [0])[0]]['prompts'][0]!r}. {out / 'nonfinite.jsonl'} has all of them"
+    )
 
 
-def train(cfg: Config, setup: Setup) -> None:
-    pipe, rewards, watched, levels, out = setup.pipe, setup.rewards, setup.watched, setup.levels, setup.out
-    rows, columns = grid(pipe, cfg.size, cfg.size)
-    (out / "samples").mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2, default=str) + "\n")
-    print(json.dumps(asdict(cfg), indent=2, default=str))
+def write_model(folder: Path, cfg: Config, setup: Setup, world: World) -> None:
+    """A checkpoint folder of the current weights, on rank 0, gathered a tensor at a time; renamed into place."""
+    part, old, flux = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old"), setup.pipe.flux
+    tensors = whole_tensors(flux, torch.float32 if cfg.lora else setup.pipe.compute, world.rank)
+    if world.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        if cfg.lora:
+            save_lora(part, flux, tensors, str(setup.pipe.folder.resolve()))
+        else:
+            save(part, setup.pipe.folder, flux.config, tensors)
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    for _ in tensors:  # the other ranks take part in the gathers
+        pass
 
-    params = list(pipe.flux.parameters())
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    averaged: Flux = copy.deepcopy(pipe.flux).requires_grad_(False)
-    start, warned, first, evals = time.time(), set(), None, []
-    shown = [round(i * (len(setup.eval_prompts) - 1) / 23) for i in range(24)]  # spread over all tasks
-    captions = [setup.eval_prompts[i] for i in shown]
 
-    bar = tqdm(total=cfg.steps, unit="update", file=sys.stderr)
-    for step in range(cfg.steps + 1):
+def train(cfg: Config, setup: Setup, world: World) -> None:
+    """The loop. Raises Stop where it must end early, with everything saved that can be."""
+    out, main = setup.out, world.rank == 0
+    run = Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+    first = load_newest(out, run, cfg.at) if cfg.resume else 0
+    if cfg.export:
+        with swapped(run.params, run.averaged):
+            return write_model(cfg.export, cfg, setup, world)
+    evals = gather(open_folder(cfg, out, first) if main else None)[0]
+    track = open_trackers(cfg.log if main else (), out, asdict(cfg))
+    bar = tqdm(total=cfg.steps, initial=first, unit="update", file=sys.stderr, disable=not main)
+    say = bar.write if main else lambda text: None
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda n, _: signals.append(n))
+    start, skipped, satisfied = time.time(), 0, False
+
+    for step in range(first, cfg.steps + 1):
         last = step == cfg.steps
+        if step == first or step % cfg.check_every == 0:
+            told = dict(step=step, flags=json.dumps(asdict(cfg), default=str), prompts=draw(cfg, setup, step).prompts)
+            told["vae"] = fingerprint(setup.pipe.vae.parameters())
+            if wrong := disagreement(world, told, run.params):
+                raise Stop(1, wrong)
         if step % cfg.eval_every == 0 or last:
-            scores, images = evaluate(replace(pipe, flux=averaged), rewards, watched, setup.eval_prompts, cfg)
-            evals.append({"step": step, **scores, "seconds": time.time() - start})
-            log(out / "eval.jsonl", evals[-1])
-            bar.write(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items() if k != "by_prompt"))
-            contact_sheet(images[shown], captions, out / "samples" / f"step_{step:04d}.png", columns=8)
-            first = images[shown] if first is None else first
-            if watched and evals[-1] is max(evals, key=lambda e: e[watched[0].name]):
-                save(out / "best", pipe.folder, averaged.config, averaged.state_dict())
-            hacked = [r.name for r in watched if is_hacked(evals, r.name, cfg.patience)]
-            for name in set(hacked) - warned:
-                best = max(evals, key=lambda e: e[name])
-                bar.write(
-                    f"warning: {name} fell from {best[name]:.3f} at step {best['step']} to {scores[name]:.3f} while "
-                    f"the trained reward rose from {best['reward']:.3f} to {scores['reward']:.3f}: it is being hacked"
-                )
-            warned |= set(hacked)
-            last |= cfg.stop_early and bool(hacked)
+            with swapped(run.params, run.averaged):
+                entry, warnings = watch(cfg, setup, world, evals, step, time.time() - start)
+                if setup.watched and entry is max(evals, key=lambda e: e[setup.watched[0].name]):
+                    write_model(out / "best", cfg, setup, world)
+            track(step, entry, [out / "samples" / f"step_{step:04d}.png"])
+            means = {k: v for k, v in entry.items() if isinstance(v, float) and k != "seconds"}
+            say(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
+            for warning in warnings:
+                say(warning)
+            last |= cfg.stop_early and bool(warnings)
         if last:
             break
 
-        began, random = time.time(), numbers(cfg.seed, step)
-        prompts = batch_of(setup.prompts, step, cfg.batch, cfg.seed)
-        noise = torch.randn(len(prompts), rows * columns, pipe.flux.config.in_channels, generator=random)
-        picks = pick(cfg, levels, random)
-        measured = update_gradient(pipe, rewards, prompts, noise.to(pipe.device), levels, picks, cfg)
-        grad_norm = nn.utils.clip_grad_norm_(params, cfg.clip, error_if_nonfinite=True).item()
-        if cfg.decay:
-            optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        torch._foreach_lerp_(list(averaged.parameters()), params, 1 - cfg.ema)
-
-        entry = {"step": step, **measured, "grad_norm": grad_norm, "seconds": time.time() - began}
-        log(out / "metrics.jsonl", entry)
-        bar.set_postfix_str(f"reward {measured['reward']:.3f} grad {grad_norm:.2f}")
-        bar.update()
-        if measured["satisfied"] == 1 and "satisfied" not in warned:
-            warned.add("satisfied")
-            lam = " ".join(str(r.lam) for r in rewards)
-            bar.write(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
+        try:
+            entry = update(cfg, setup, world, run, step)
+        except Stop as stop:
+            skipped += 1
+            if skipped > cfg.skip_nonfinite:
+                save_checkpoint(out, run, step, cfg.keep)
+                raise
+            say(f"warning: {stop}; left out")
+            continue
+        finally:
+            bar.update()
+        if main:
+            append(out / "metrics.jsonl", entry)
+        track(step, entry, [])
+        bar.set_postfix_str(f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}")
+        if entry["satisfied"] == 1 and not satisfied:
+            satisfied, lam = True, " ".join(str(r.lam) for r in setup.rewards)
+            say(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
+        caught = [n for ns in gather(signals) for n in ns]
+        if (step + 1) % cfg.save_every == 0 or caught:
+            saved = save_checkpoint(out, run, step + 1, cfg.keep)
+        if caught:
+            code = 130 if signal.SIGINT in caught else REQUEUE
+            raise Stop(code, f"stopped by signal {caught[0]}; {saved or 'nothing new'} is saved, --resume goes on")
     bar.close()
 
-    before_after(first, images[shown], captions, out / "before_after.png")
-    curves(out, out / "curves.png")
-    save(out / "final", pipe.folder, averaged.config, averaged.state_dict())
-    print(f"{time.time() - start:.0f} s; wrote {out}: final/ best/ before_after.png curves.png samples/ *.jsonl")
+    with swapped(run.params, run.averaged):
+        write_model(out / "final", cfg, setup, world)
+    if main:
+        pair = [torch.load(out / "samples" / f"{name}.pt") / 255 for name in ("first", "last")]
+        before_after(*pair, [setup.eval_prompts[i] for i in shown(setup.eval_prompts)], out / "before_after.png")
+        curves(out, out / "curves.png")
+        print(f"{time.time() - start:.0f} s; wrote {out}: final/ best/ before_after.png curves.png samples/ *.jsonl")
+
+
+def open_folder(cfg: Config, out: Path, first: int) -> list[dict[str, Any]]:
+    """Make the run folder, or take from its logs what will be written again; returns the evaluations that stay."""
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2, default=str) + "\n")
+    print(json.dumps(asdict(cfg), indent=2, default=str))
+    print(f"from step {first}")
+    truncate(out / "metrics.jsonl", first)
+    return truncate(out / "eval.jsonl", first)
 
 
 def main() -> None:
+    rank = int(os.environ.get("RANK", 0))
     arguments = sys.argv[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["shapes", *arguments]
-    cfg = tyro.extras.overridable_config_cli(PRESETS, args=arguments)
+    cfg = tyro.extras.overridable_config_cli(PRESETS, args=arguments, console_outputs=rank == 0)
     try:
-        setup = prepare(cfg)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    try:
-        train(cfg, setup)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {setup.out} keeps what was logged and drawn; no final/ was written", file=sys.stderr)
-        raise SystemExit(130) from None
+        with join(cfg.device, cfg.shard) as world:
+            train(cfg, prepare(cfg, world), world)
+    except (ValueError, Stop) as error:
+        if rank == 0:
+            print(f"\n{'error: ' if isinstance(error, ValueError) else ''}{error}", file=sys.stderr)
+        raise SystemExit(error.code if isinstance(error, Stop) else 2) from None
 
 
 if __name__ == "__main__":

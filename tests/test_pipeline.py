@@ -367,7 +367,7 @@ def test_a_saved_folder_loads_bit_for_bit_here_and_in_diffusers(dev, tmp_path, d
     assert {p.name for p in (tmp_path / "new" / "final").iterdir()} == {"model_index.json", *PARTS}
 
     theirs = diffusers_pipeline(tmp_path / "new" / "final")
-    converted = from_diffusers(theirs.transformer.state_dict(), pipe.flux.config)
+    converted = dict(from_diffusers(theirs.transformer.state_dict(), pipe.flux.config))
     assert all(torch.equal(converted[k].to(dtype), v) for k, v in pipe.flux.state_dict().items())
     images = diffusers_images(theirs, pipe, 16, 24, 2, guidance_scale=3.5)
     ours = sample(load(tmp_path / "new" / "final"), PROMPTS, [0, 1], 2, 16, 24, 3.5)

@@ -14,15 +14,26 @@ from PIL import Image
 
 import sample
 import train
-from pictures import read_log
+from logs import read_log
+from parallel import join
 from pipeline import draw_noise, load, sigmas
+from prompts import read_prompts
 from rewards import LAMBDA, WEIGHTS, open_reward
 from shapes.models import make_tokenizers
 from shapes.world import TASKS
 from tests.tiny_rewards import write_hpsv2, write_hpsv3
+from watch import evaluate, is_hacked
 
 ROOT = Path(train.__file__).parent
 SHORT = ["--steps", "8", "--batch", "24", "--eval-every", "4", "--lr", "2e-4", "--no-decay", "--ema", "0.5"]
+
+
+def trained(cfg: train.Config) -> train.Setup:
+    """Train in this process, and return what was trained."""
+    with join("cpu") as world:
+        setup = train.prepare(cfg, world)
+        train.train(cfg, setup, world)
+    return setup
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -55,9 +66,9 @@ def short_run(tmp_path_factory, few_prompts) -> Path:
 def test_a_short_run_writes_all_its_files(short_run):
     names = {p.name for p in short_run.iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "eval.jsonl", "curves.png", "before_after.png", "samples", "best", "final"
+        "config.json", "metrics.jsonl", "eval.jsonl", "curves.png", "before_after.png", "samples", "best", "final",
     }  # fmt: skip
-    assert {p.name for p in (short_run / "samples").iterdir()} == {f"step_{i:04d}.png" for i in (0, 4, 8)}
+    assert {p.name for p in (short_run / "samples").glob("*.png")} == {f"step_{i:04d}.png" for i in (0, 4, 8)}
     for picture in [*short_run.glob("*.png"), *short_run.glob("samples/*.png")]:
         assert Image.open(picture).size[0] > 300
     assert json.loads((short_run / "config.json").read_text())["lr"] == 2e-4
@@ -161,7 +172,7 @@ QUICK = dict(steps=6, batch=8, rollout_steps=3, eval_every=6, lr=4e-4, decay=Fal
 def test_each_reward_of_the_paper_is_raised_end_to_end(name, weights, few_prompts, tmp_path):
     cfg = train.Config(out=tmp_path / "run", reward=(f"{name}={weights / FILES[name]}",), lam=(None,),
                        eval_prompts=few_prompts, **QUICK)  # fmt: skip
-    train.train(cfg, train.prepare(cfg))
+    trained(cfg)
     first, last = read_log(tmp_path / "run" / "eval.jsonl")
     spread = {"hpsv2": 1e-3, "pickscore": 1e-2, "hpsv3": 1e-4}[name]  # what 6 updates do to these random networks
     assert last[name] > first[name] + spread and last["reward"] == last[name]
@@ -170,9 +181,7 @@ def test_each_reward_of_the_paper_is_raised_end_to_end(name, weights, few_prompt
 def test_several_rewards_are_weighed_and_logged_separately(weights, few_prompts, tmp_path):
     specs = tuple(f"{name}={weights / file}:{weight}" for (name, file), weight in zip(FILES.items(), (0.5, 2, 0.25)))
     cfg = train.Config(out=tmp_path / "run", reward=specs, eval_prompts=few_prompts, **QUICK | dict(steps=2))
-    setup = train.prepare(cfg)
-    assert [r.lam for r in setup.rewards] == [0.55, 0.4, 13.5]  # the paper's
-    train.train(cfg, setup)
+    assert [r.lam for r in trained(cfg).rewards] == [0.55, 0.4, 13.5]  # the paper's
     for entry in [*read_log(cfg.out / "metrics.jsonl"), *read_log(cfg.out / "eval.jsonl")]:
         assert entry["reward"] == pytest.approx(0.5 * entry["hpsv2"] + 2 * entry["pickscore"] + 0.25 * entry["hpsv3"])
 
@@ -195,13 +204,14 @@ def test_a_watched_reward_catches_a_hackable_one(tmp_path, few_prompts, capfd):
     cfg = train.Config(out=tmp_path / "run", reward=("shapes/vivid.py:vivid",), watch=("judge", "tiny"), steps=60,
                        batch=16, eval_every=5, eval_prompts=few_prompts, lr=2e-4, decay=False, ema=0.5, patience=2,
                        stop_early=True)  # fmt: skip
-    train.train(cfg, train.prepare(cfg))
+    trained(cfg)
     evals, said = read_log(cfg.out / "eval.jsonl"), capfd.readouterr()
     assert "it is being hacked" in said.out + said.err
     assert len(evals) < 13 and evals[-1]["vivid"] > evals[0]["vivid"]  # it stopped before 60
     best = max(evals, key=lambda e: e["judge"])
     assert best["judge"] > evals[-1]["judge"] and best["step"] < evals[-1]["step"]
-    after = train.evaluate(load(cfg.out / "best"), [open_reward("tiny")], [], train.read_prompts(few_prompts), cfg)[0]
+    with join("cpu") as world:
+        after = evaluate(load(cfg.out / "best"), [open_reward("tiny")], [], read_prompts(few_prompts), cfg, world)[0]
     assert after["tiny"] == pytest.approx(best["tiny"], abs=1e-4)
 
 
@@ -222,7 +232,7 @@ def test_hacking_is_a_watched_reward_clearly_below_its_best_while_the_trained_on
     noise -= noise.mean(1, keepdims=True)
     by_prompt = [{"judge": j + row} for j, row in zip(judge, noise, strict=True)]
     evals = [{"judge": j, "reward": r, "by_prompt": b} for j, r, b in zip(judge, reward, by_prompt, strict=True)]
-    assert train.is_hacked(evals, "judge", patience=3) == hacked
+    assert is_hacked(evals, "judge", patience=3) == hacked
 
 
 @pytest.mark.parametrize(
@@ -324,6 +334,6 @@ def test_sample_without_a_prompt_says_how_to_give_one(capsys, monkeypatch):
 
 def test_a_lambda_below_every_reward_is_pointed_out_once(few_prompts, tmp_path, capfd, monkeypatch):
     cfg = train.Config(out=tmp_path / "run", eval_prompts=few_prompts, steps=3, batch=4, eval_every=3, lam=(-2.0,))
-    train.train(cfg, train.prepare(cfg))
+    trained(cfg)
     text = capfd.readouterr()
     assert (text.out + text.err).count("warning: every reward is above --lam -2.0") == 1

@@ -1,0 +1,104 @@
+"""Checkpoints that a run can be killed around: written beside, renamed when whole, the newest few kept.
+
+    RUN/checkpoints/step_000060/     weights, averaged weights and optimizer, a file a rank (torch's own format)
+
+A checkpoint resumes bitwise on as many ranks, and on any other number: pieces are cut anew.  All randomness is a
+function of (seed, step), so there is no random state in it.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from model import Flux
+from parallel import gather
+
+OPTIONS = StateDictOptions(ignore_frozen_params=True)
+
+
+class Run:
+    """What training changes: the network's trained parameters, their averages and the optimizer."""
+
+    def __init__(self, flux: Flux, lr: float, weight_decay: float) -> None:
+        self.flux = flux
+        self.names, self.params = zip(*((n, p) for n, p in flux.named_parameters() if p.requires_grad))
+        self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=weight_decay)
+        self.averaged = [p.detach().clone() for p in self.params]  # cut as the network is
+
+    def state(self, step: int) -> dict[str, Any]:
+        """All that a resumed run needs. Weights and averages are the live ones: loading fills them in place."""
+        return {
+            "flux": get_model_state_dict(self.flux, options=OPTIONS),
+            "averaged": dict(zip(self.names, self.averaged, strict=True)),
+            "optimizer": get_optimizer_state_dict(self.flux, self.optimizer, options=OPTIONS),
+            "step": torch.tensor(step),
+        }
+
+
+def folders(out: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((out / "checkpoints").glob("step_??????"))
+
+
+def save_checkpoint(out: Path, run: Run, step: int, keep: int) -> Path | None:
+    """Write a checkpoint and let go of all but the newest `keep`. None, and a warning, if it cannot be written."""
+    folder = out / "checkpoints" / f"step_{step:06d}"
+    part = folder.with_suffix(".part")
+    error = None
+    try:
+        if dist.get_rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        dist.barrier()
+        dcp.save(run.state(step), checkpoint_id=part)
+    except Exception as caught:  # whichever rank's disk is full, torch tells all of them
+        error = caught
+    failed = [e for e in gather(error and f"{type(error).__name__}: {error}".splitlines()[0]) if e]
+    if dist.get_rank() == 0:
+        if failed:
+            shutil.rmtree(part, ignore_errors=True)
+            newest = folders(out)[-1] if folders(out) else "none"
+            print(f"warning: no checkpoint could be written ({failed[0]}); the newest is {newest}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # a step that is repeated after a fallback
+            part.rename(folder)
+            for old in folders(out)[:-keep]:
+                shutil.rmtree(old)
+    dist.barrier()
+    return None if failed else folder
+
+
+def load_newest(out: Path, run: Run, at: int | None = None) -> int:
+    """Fill `run` from the newest checkpoint that can be read, and return its step; 0 if there is none.
+
+    One that cannot be read is passed over with a warning, for the one before; `at` takes that of one step only.
+    Raises ValueError if none can be read, or there is none at `at`.
+    """
+    found = [f for f in folders(out) if at is None or f.name == f"step_{at:06d}"]
+    if at is not None and not found:
+        raise ValueError(f"--at {at}: {out} has only {', '.join(f.name for f in folders(out)) or 'no checkpoint'}")
+    for folder in reversed(found):
+        state, error = run.state(0), None
+        try:
+            dcp.load(state, checkpoint_id=folder)
+        except Exception as caught:
+            error = caught
+        if not any(gather(error is not None)):
+            set_optimizer_state_dict(run.flux, run.optimizer, state["optimizer"], options=OPTIONS)
+            return int(state["step"])
+        if dist.get_rank() == 0:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0] if error else "on another rank"
+            print(f"warning: {folder} cannot be read ({reason}); trying the one before", file=sys.stderr)
+    if found:
+        raise ValueError(f"none of the checkpoints in {out / 'checkpoints'} can be read")
+    return 0

@@ -1,0 +1,107 @@
+"""LoRA: a frozen network, and low-rank changes of its linear layers that are trained instead (arXiv 2106.09685).
+
+    y = W x + (alpha / rank) B A x        A (rank, in) random, B (out, rank) zero at the start
+
+Flux fuses q, k, v, and the MLP of a single block, into one layer; published LoRAs have an A and a B for each.  So do
+these: each part of a fused layer's rows has its own.  The file written is what diffusers' load_lora_weights reads.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model import Flux, module_names
+
+FILE = "pytorch_lora_weights.safetensors"
+TARGETS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")  # all of a block's but its modulation
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and its trained change, `scale` x B A for each part of its rows."""
+
+    def __init__(self, linear: nn.Linear, parts: int, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.linear, self.scale = linear, alpha / rank
+        device, width = linear.weight.device, linear.in_features
+        rows = [width] * (parts - 1)
+        rows.append(linear.out_features - sum(rows))
+        self.a = nn.ParameterList(torch.empty(rank, width, device=device) for _ in rows)
+        self.b = nn.ParameterList(torch.zeros(n, rank, device=device) for n in rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = [F.linear(F.linear(x, a), b) for a, b in zip(self.a, self.b)]
+        return self.linear(x) + self.scale * torch.cat(change, dim=-1)
+
+
+def lora_layers(flux: Flux) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The layers that are changed: our name, and diffusers' for the parts of its rows."""
+    for ours, theirs in module_names(flux.config):
+        if "blocks" in ours and ours.endswith(TARGETS):
+            yield ours, theirs
+
+
+def add_lora(flux: Flux, rank: int, alpha: float) -> None:
+    """Freeze a Flux and put a LoRA around its layers, in place. Parameters `X.weight` become `X.linear.weight`."""
+    flux.requires_grad_(False)
+    for ours, theirs in lora_layers(flux):
+        parent, _, leaf = ours.rpartition(".")
+        linear = flux.get_submodule(ours)
+        setattr(flux.get_submodule(parent), leaf, LoRA(linear, len(theirs), rank, alpha))
+
+
+def first_values(flux: Flux, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """What a LoRA starts from: A as torch draws linear layers, B zero. The same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in flux.named_parameters():
+        if p.requires_grad:
+            bound = 1 / math.sqrt(p.shape[1])
+            drawn = torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
+            yield name, drawn if ".a." in name else torch.zeros(p.shape)
+
+
+def wrapped_name(name: str, known: set[str]) -> str:
+    """A parameter's name once its layer may be inside of a LoRA."""
+    layer, _, leaf = name.rpartition(".")
+    return name if name in known else f"{layer}.linear.{leaf}"
+
+
+def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], base: str) -> None:
+    """Write FILE, with the scale in B, and lora.json, which names the base for `pipeline.load`.
+
+    `tensors` are names and whole tensors of all trained parameters, which come from `flux`, cut or not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state, trained = {}, dict(tensors)
+    for ours, theirs in lora_layers(flux):
+        scale = flux.get_submodule(ours).scale
+        for i, name in enumerate(theirs):
+            state[f"transformer.{name}.lora_A.weight"] = trained[f"{ours}.a.{i}"].contiguous()
+            state[f"transformer.{name}.lora_B.weight"] = (scale * trained[f"{ours}.b.{i}"]).contiguous()
+    save_file(state, part := folder / f"{FILE}.part", metadata={"format": "pt"})
+    part.replace(folder / FILE)
+    (folder / "lora.json").write_text(json.dumps({"base": base}) + "\n")
+
+
+@torch.no_grad()
+def merge_lora(flux: Flux, file: Path) -> None:
+    """Add a saved LoRA to the weights of a plain Flux. Raises ValueError if it is of another Flux."""
+    state = load_file(file)
+    for ours, theirs in lora_layers(flux):
+        weight = flux.get_submodule(ours).weight
+        try:
+            pairs = [
+                (state.pop(f"transformer.{n}.lora_B.weight"), state.pop(f"transformer.{n}.lora_A.weight"))
+                for n in theirs
+            ]
+            change = torch.cat([b.float() @ a.float() for b, a in pairs])
+            weight.copy_(weight.float() + change.to(weight.device))
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{file} is no LoRA of this Flux: {error}") from error
+    if state:
+        raise ValueError(f"{file} changes layers that this code does not: {next(iter(state))}")

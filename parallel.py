@@ -1,0 +1,172 @@
+"""One code path from `python train.py` to several nodes: who is who, and how the network is cut between them.
+
+Every parameter is cut along its first axis into a piece a rank (FSDP2).  A block's pieces are gathered just before it
+runs and let go after; its gradients are averaged over the ranks as they appear.  Weights, gradients and optimizer are
+fp32; what is gathered and computed is `dtype`; latents, step sizes, connectors and rewards never pass through here.
+
+    whole world       one group: the least memory a rank
+    --shard 8         groups of 8 ranks (a node), which hold copies of each other: gathers stay inside of a node (HSDP)
+
+`python train.py` is a world of one and not a special case.
+"""
+
+import gc
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.t5.modeling_t5 import T5Block
+
+from model import Flux
+
+Item = TypeVar("Item")
+
+
+class World(NamedTuple):
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh  # (shard,), or (replicate, shard) where groups hold copies of each other
+
+
+# --------------------------------------------------------------------------------------- coming and going
+
+
+@contextmanager
+def join(device: str, shard: int | None = None) -> Iterator[World]:
+    """The processes that torchrun started, or this one alone, until the end of the `with`.
+
+    `shard` is the number of ranks that share a copy of the weights; None: all.  Raises ValueError if it does not
+    divide the number of ranks.
+    """
+    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    group = shard or size
+    if size % group:
+        raise ValueError(f"--shard {shard} does not divide the {size} ranks")
+    where = torch.device(device, local) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(where)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    alone = {} if size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, **alone)
+    try:
+        shape, names = ((size,), ("shard",)) if group == size else ((size // group, group), ("replicate", "shard"))
+        yield World(dist.get_rank(), size, where, init_device_mesh(device, shape, mesh_dim_names=names))
+    finally:
+        dist.destroy_process_group()
+        gc.collect()  # gloo threads still holding work would abort the interpreter at exit
+
+
+def gather(item: Item) -> list[Item]:
+    """What each rank holds, in the order of ranks, on every rank: any object that pickles."""
+    items: list[Item] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+# ------------------------------------------------------------------------------------------- the network
+
+
+def shard_flux(flux: Flux, world: World, dtype: torch.dtype) -> None:
+    """Cut a Flux, block by block: weights and reductions in fp32, gathers and compute in `dtype`.
+
+    Inputs are not cast: `velocity_of` gives each its precision, and integer ids and fp32 times must stay so.
+    """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here is in place
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in [*flux.double_blocks, *flux.single_blocks, flux]:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+
+
+def shard_frozen(model: nn.Module, world: World) -> None:
+    """Cut the layers of a frozen transformers model (T5, a large reward) over all ranks, in the dtype they have."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer | T5Block):
+            fully_shard(layer, mesh=world.mesh)
+
+
+@torch.no_grad()
+def fill(flux: Flux, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
+    """Give a cut Flux without memory its weights: each rank keeps its piece of a tensor, then reads the next."""
+    flux.to_empty(device=device)
+    params = dict(flux.named_parameters())
+    for name, tensor in tensors:
+        p = params[name]
+        p.copy_(distribute_tensor(tensor.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None))
+
+
+@contextmanager
+def kept_gathered(flux: Flux, keep: bool) -> Iterator[None]:
+    """Within, blocks are gathered once and stay whole: one gather for the T evaluations of a rollout."""
+    parts = [m for m in flux.modules() if isinstance(m, FSDPModule)] if keep else []
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
+@contextmanager
+def swapped(params: Sequence[Tensor], averaged: Sequence[Tensor]) -> Iterator[None]:
+    """Within, the parameters hold the averages, and the reverse; exactly undone."""
+
+    @torch.no_grad()
+    def swap() -> None:
+        for p, average in zip(params, averaged, strict=True):
+            held = p.detach().clone()
+            p.copy_(average)
+            average.copy_(held)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+def whole_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, each gathered in turn, on rank 0; on the others nothing, but they must be exhausted too."""
+    for name, p in flux.named_parameters():
+        tensor = p.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank == 0:
+            yield name, tensor.to("cpu", dtype)
+
+
+# ----------------------------------------------------------------------------------------------- agreement
+
+
+@torch.no_grad()
+def fingerprint(parameters: Iterable[Tensor]) -> int:
+    """A number that differs if any weight does; of cut ones, of the pieces that this rank holds."""
+    pieces = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    sums = [torch.stack([x.double().sum(), (x.double() * x.double()).sum()]).cpu() for x in pieces if x.numel()]
+    return hash(tuple(torch.stack(sums).flatten().tolist())) if sums else 0
+
+
+def disagreement(world: World, everywhere: dict[str, Any], params: Iterable[Tensor]) -> str | None:
+    """What ranks differ in that must be the same: anything in `everywhere`, or copies of the same pieces of weights."""
+    place = world.mesh.get_local_rank("shard")
+    everyone = gather((place, everywhere, fingerprint(params)))
+    for rank, (its_place, its, weights) in enumerate(everyone):
+        twin = next(i for i, (p, *_) in enumerate(everyone) if p == its_place)
+        differing = [key for key in everywhere if its[key] != everyone[0][1][key]]
+        if weights != everyone[twin][2]:
+            differing.append("weights")
+        if differing:
+            return f"rank {rank} has gone its own way: its {differing[0]} are not rank {twin}'s; --resume goes on"
+    return None

@@ -1,0 +1,138 @@
+"""What a run needs, read and checked before anything expensive starts."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import Config
+from leaps import pick_leaps
+from lora import add_lora, first_values, wrapped_name
+from model import Flux
+from parallel import World, fill, shard_flux, shard_frozen
+from pipeline import Pipeline, grid, load, sigmas
+from prompts import read_prompts
+from rewards import Reward, open_rewards
+from shapes.world import SIZE, parse
+
+FREE = {"out", "resume", "export", "at", "steps", "keep", "save_every", "log", "device", "rollout_batch", "micro_batch",
+        "recompute", "compile", "shard", "keep_gathered", "shard_frozen", "offload_encoders", "check_every",
+        "skip_nonfinite", "patience", "stop_early"}  # fmt: skip
+
+
+@dataclass
+class Setup:
+    """A run's inputs."""
+
+    pipe: Pipeline
+    rewards: list[Reward]
+    watched: list[Reward]
+    prompts: list[str]
+    eval_prompts: list[str]
+    levels: Tensor
+    out: Path
+
+
+def pick(cfg: Config, levels: Tensor, generator: torch.Generator) -> tuple[int, ...]:
+    """The steps of a rollout that the method differentiates. Raises ValueError if the flags leave none."""
+    steps = len(levels) - 1
+    if cfg.method == "full":
+        return tuple(range(steps))
+    if cfg.method == "refl":  # a random one of the last 11 of 25 steps, as in the paper's baseline
+        return (steps - 1 - int(torch.randint(max(1, round(steps * 11 / 25)), (), generator=generator)),)
+    return pick_leaps(levels, generator, cfg.leaps, cfg.low, cfg.high, cfg.distance)
+
+
+def check_flags(cfg: Config, world: World) -> None:
+    """Raise ValueError naming the flag that cannot be, and why."""
+    counts = ("steps", "batch", "rollout_steps", "eval_every", "text_length", "patience", "save_every", "keep", "lora")
+    for name in (*counts, "rollout_batch", "micro_batch", "check_every"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if cfg.tau <= 0:
+        raise ValueError(f"--tau must be positive, got {cfg.tau}: the weight of an exact leap is 1 / (2 tau)")
+    if not 0 <= cfg.ema < 1:
+        raise ValueError(f"--ema must be in [0, 1), got {cfg.ema}")
+    if cfg.batch % world.size:
+        raise ValueError(f"--batch {cfg.batch} does not divide into {world.size} ranks: take a multiple of it")
+    if not cfg.reward or "judge" in cfg.reward:
+        raise ValueError(f"--reward {' '.join(cfg.reward)}: give one or more that have a gradient (not the judge)")
+    if cfg.lam and len(cfg.lam) != len(cfg.reward):
+        raise ValueError(
+            f"--lam has {len(cfg.lam)} values for {len(cfg.reward)} rewards: give one each, or none at all"
+        )
+    if cfg.stop_early and not cfg.watch:
+        raise ValueError("--stop-early needs a reward to --watch")
+    if cfg.nested_only and cfg.method != "leapalign":
+        raise ValueError(f"--nested-only is an ablation of leapalign and means nothing with --method {cfg.method}")
+    if (cfg.export or cfg.at is not None) and not cfg.resume:
+        raise ValueError("--export and --at need --resume: they name a checkpoint of the run in --out")
+
+
+def check_folder(cfg: Config, out: Path) -> None:
+    """Raise ValueError if the run folder is occupied, or holds a run that these flags do not go on with."""
+    if not cfg.resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out} is occupied: --resume goes on with it, or choose another folder")
+        return
+    if not (out / "config.json").exists():
+        if cfg.export or cfg.at is not None:
+            raise ValueError(f"--out {out} holds no run")
+        return
+    before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(asdict(cfg), default=str))
+    free = FREE - {"steps"} if cfg.decay else FREE  # the learning rate falls over all of them
+    if other := [k for k in now if k not in free and now[k] != before.get(k)]:
+        k = other[0]
+        raise ValueError(f"--resume with --{k.replace('_', '-')} {now[k]}, but {out} was started with {before.get(k)}")
+
+
+def prepare(cfg: Config, world: World) -> Setup:
+    """Read and check all inputs. Raises ValueError naming the flag or the file, what is wrong and what to do."""
+    check_flags(cfg, world)
+    out = cfg.out or Path("runs") / f"{cfg.method}-seed{cfg.seed}"
+    check_folder(cfg, out)
+    prompts, eval_prompts = read_prompts(cfg.prompts), read_prompts(cfg.eval_prompts)
+    if "judge" in cfg.watch:
+        try:
+            [parse(text) for text in eval_prompts]
+        except ValueError as error:
+            raise ValueError(f"--eval-prompts {cfg.eval_prompts}: {error}; --watch without judge takes any") from error
+        if cfg.size != SIZE:
+            raise ValueError(
+                f"--size {cfg.size}: the judge reads {SIZE}x{SIZE} pixels; --watch without judge takes any"
+            )
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+
+    def place(flux: Flux, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        if cfg.lora:
+            add_lora(flux.to(dtype), cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
+            known = {name for name, _ in flux.named_parameters()}
+            renamed = ((wrapped_name(name, known), tensor) for name, tensor in tensors)
+            tensors = itertools.chain(renamed, first_values(flux, cfg.seed))
+        flux.recompute = cfg.recompute
+        if cfg.compile:
+            for block in [*flux.double_blocks, *flux.single_blocks]:
+                block.compile()
+        shard_flux(flux, world, dtype)
+        fill(flux, tensors, world.device)
+
+    pipe = load(cfg.model, world.device, dtype, cfg.text_length, cfg.offload_encoders, place)
+    if cfg.recompute:
+        pipe.vae.enable_gradient_checkpointing()
+    if pipe.flux.config.guidance_embed and cfg.guidance is None:
+        raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
+    rows, columns = grid(pipe, cfg.size, cfg.size)
+    levels = sigmas(pipe.schedule, cfg.rollout_steps, rows * columns)
+    pick(cfg, levels, torch.Generator())
+    rewards = open_rewards([*cfg.reward, *cfg.watch], pipe.device, pipe.clip_tokenizer, cfg.recompute)
+    if cfg.shard_frozen:
+        for model in (pipe.t5, *(r.model for r in rewards if r.model)):
+            shard_frozen(model, world)
+    rewards, watched = rewards[: len(cfg.reward)], rewards[len(cfg.reward) :]
+    if cfg.lam:
+        rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam, strict=True)]
+    return Setup(pipe, rewards, watched, prompts, eval_prompts, levels.to(world.device), out)

@@ -1,0 +1,55 @@
+"""Several gloo processes within a test: forked from a server that has imported everything and computed nothing."""
+
+import io
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# A fork of pytest itself would inherit locks of threads that it does not have, and hang.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train", "evaluate", "diffusers", "pytest"])
+
+
+def work(rank: int, world: int, port: int, queue: Any, function: Callable, args: tuple) -> None:
+    here = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({key: str(value) for key, value in here.items()})
+    torch.set_num_threads(1)
+    try:
+        result: Any = function(*args)
+    except Exception:
+        result = RuntimeError(f"rank {rank}: {traceback.format_exc()}")
+    if queue is not None:
+        torch.save((rank, result), buffer := io.BytesIO())
+        queue.put(buffer.getvalue())
+
+
+def start(world: int, function: Callable, *args: Any, queue: Any = None) -> list:
+    """Processes that call function(*args) as the ranks of a world; results go to the queue."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [CONTEXT.Process(target=work, args=(rank, world, port, queue, function, args)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def spread(world: int, function: Callable, *args: Any) -> list[Any]:
+    """function(*args) on every rank of a world; the results in the order of ranks."""
+    queue = CONTEXT.Queue()
+    processes = start(world, function, *args, queue=queue)
+    try:
+        results = [torch.load(io.BytesIO(queue.get(timeout=90)), weights_only=False) for _ in processes]
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    for _, result in results:
+        if isinstance(result, RuntimeError):
+            raise result
+    return [result for _, result in sorted(results, key=lambda r: r[0])]

@@ -1,0 +1,258 @@
+"""One, two and four gloo processes: the same gradient, the same training, copies that agree."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from config import Config
+from leaps import rollout
+from parallel import disagreement, join, kept_gathered, swapped, whole_tensors
+from pipeline import encode, grid, load, velocity_of
+from start import prepare
+from tests.processes import spread
+
+ROOT = Path(train.__file__).parent
+BASE = Config(
+    out=Path("/nonexistent"), batch=8, rollout_steps=3, steps=10, eval_every=100, eval_prompts=ROOT / "few.txt", ema=0.9
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Config:
+    lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
+    file = tmp_path_factory.mktemp("prompts") / "few.txt"
+    file.write_text("\n".join(lines[::60]) + "\n")
+    return replace(BASE, eval_prompts=file)
+
+
+def full(p: Tensor) -> Tensor:
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def gradient_of(cfg: Config) -> Tensor:
+    with join("cpu", cfg.shard) as world:
+        setup = prepare(cfg, world)
+        train.gradient(cfg, setup, world, train.draw(cfg, setup, step=0))
+        return torch.cat([full(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
+
+
+def plain_gradient(cfg: Config) -> Tensor:
+    """The gradient without any of this: a whole Flux, one batch."""
+    pipe = load(cfg.model)
+    with join("cpu") as world:
+        setup = prepare(cfg, world)
+        batch = train.draw(cfg, setup, step=0)
+        train.update_gradient(pipe, setup.rewards, batch.prompts, batch.noise, setup.levels, batch.picks, cfg)
+    return torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
+
+
+@pytest.fixture(scope="module")
+def expected(base) -> Tensor:
+    return spread(1, plain_gradient, base)[0]
+
+
+SPLITS = {
+    "one rank": (1, {}),
+    "one rank, rollouts of 3, samples of 2": (1, dict(rollout_batch=3, micro_batch=2)),
+    "two ranks": (2, {}),
+    "two ranks, sample by sample": (2, dict(rollout_batch=2, micro_batch=1)),
+    "two ranks, recomputing": (2, dict(recompute=True)),
+    "two ranks that are copies": (2, dict(shard=1)),
+    "two ranks, gathered once": (2, dict(keep_gathered=True)),
+    "two ranks, recomputing, in pairs": (2, dict(recompute=True, micro_batch=2)),
+    "two ranks, frozen parts cut too": (2, dict(shard_frozen=True)),
+    "two ranks, encoders elsewhere": (2, dict(offload_encoders=True)),
+    "four ranks": (4, {}),
+    "two copies of two ranks": (4, dict(shard=2, micro_batch=1, keep_gathered=True)),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_gradient_is_the_mean_over_the_batch_however_it_is_split(name, base, expected):
+    world, changes = SPLITS[name]
+    for gradient in spread(world, gradient_of, replace(base, **changes)):
+        # Samples in smaller groups meet other kernels, which round otherwise; in float64 nothing is left of it.
+        assert (gradient - expected).norm() < (1e-6 if world == 2 and len(changes) < 2 else 5e-5) * expected.norm()
+
+
+def gradients_in_double(cfg: Config, changes: list[dict]) -> list[Tensor]:
+    Tensor.float = Tensor.double  # inside the reward; this process is of its own
+    gradients = []
+    for change in changes:
+        now = replace(cfg, **change)
+        with join("cpu") as world:
+            setup = prepare(now, world)
+            batch = train.draw(now, setup, step=0)
+        pipe = load(now.model)
+        pipe.compute, pipe.flux.recompute = torch.float64, now.recompute
+        for model in (pipe.flux, pipe.vae, pipe.clip, pipe.t5, setup.rewards[0].model):
+            model.double()
+        noise, levels = batch.noise.double(), setup.levels.double()
+        train.update_gradient(pipe, setup.rewards, batch.prompts, noise, levels, batch.picks, now)
+        gradients.append(torch.cat([p.grad.flatten() for p in pipe.flux.parameters()]))
+    return gradients
+
+
+def test_in_float64_the_split_leaves_no_trace(base):
+    changes = [dict(), dict(micro_batch=3), dict(micro_batch=1), dict(recompute=True), dict(weight="none")]
+    ((whole, *same, other),) = spread(1, gradients_in_double, base, changes)
+    for gradient in same:
+        assert (gradient - whole).norm() < 1e-12 * whole.norm()
+    assert (other - whole).norm() > 0.1 * whole.norm()
+
+
+def weights_after(cfg: Config) -> Tensor:
+    with join("cpu", cfg.shard) as world:
+        setup = prepare(cfg, world)
+        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+        for step in range(10):
+            train.update(cfg, setup, world, run, step)
+        return torch.cat([full(p).detach().flatten() for p in (*run.params, *run.averaged)])
+
+
+def test_ten_steps_of_training_are_the_same_on_one_two_and_four_ranks(base):
+    one = spread(1, weights_after, base)[0]
+    for world, changes in ((2, dict(micro_batch=2)), (4, dict(shard=2))):
+        for weights in spread(world, weights_after, replace(base, **changes)):
+            assert (weights - one).norm() < 1e-6 * one.norm()
+    start = torch.cat([p.flatten() for p in load(base.model).flux.parameters()])
+    assert (one[: len(start)] - start).norm() > 1e-3 * start.norm()  # it did learn
+
+
+# ------------------------------------------------------------------------------------------ collectives
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the all-gathers that pass by."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "allgather" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def gathers(cfg: Config) -> list[int]:
+    """All-gathers of a rollout of 3 evaluations: weights let go after each block, kept, and let go again."""
+    counts = []
+    with join("cpu") as world:
+        setup = prepare(cfg, world)
+        pipe = setup.pipe
+        batch = train.draw(cfg, setup, 0)
+        velocity = velocity_of(pipe.flux, encode(pipe, batch.prompts), *grid(pipe, 64, 64), None, pipe.compute)
+        for keep in (False, True, False):
+            with Gathers() as seen, kept_gathered(pipe.flux, keep):
+                rollout(velocity, batch.noise, setup.levels)
+            counts.append(seen.count)
+    return counts
+
+
+def test_a_rollout_gathers_the_weights_once_instead_of_once_an_evaluation(base):
+    blocks, evaluations = 2 + 4, 3
+    for each, once, again in spread(2, gathers, base):  # what is outside of the blocks stays whole either way
+        assert each == again == evaluations * blocks + 1 and once == blocks
+
+
+# ------------------------------------------------------------------------------------------- precision
+
+
+def precisions(cfg: Config) -> dict[str, set]:
+    with join("cpu") as world:
+        setup = prepare(replace(cfg, bf16=True), world)
+        seen = {"inside": set(), "times": set()}
+        flux = setup.pipe.flux
+        flux.double_blocks[0].img_mlp[0].register_forward_hook(
+            lambda m, x, y: seen["inside"].add((x[0].dtype, m.weight.dtype))
+        )
+        flux.register_forward_pre_hook(lambda m, x: seen["times"].add((x[1].dtype, x[4].dtype)))
+        measured = train.gradient(cfg, setup, world, train.draw(cfg, setup, 0))
+        seen["gradients"] = {p.grad.dtype for p in flux.parameters()}
+        seen["weights"] = {p.dtype for p in flux.parameters()}
+        seen["finite"] = {measured[0]["loss"] == measured[0]["loss"]}
+        return seen
+
+
+def test_bf16_is_inside_the_network_only(base):
+    seen = spread(2, precisions, base)[0]
+    assert seen["inside"] == {(torch.bfloat16, torch.bfloat16)}
+    assert seen["times"] == {(torch.int64, torch.float32)}  # position ids, noise levels
+    assert seen["gradients"] == seen["weights"] == {torch.float32} and seen["finite"] == {True}
+
+
+# ------------------------------------------------------------------------------------------- agreement
+
+
+def disagreements(cfg: Config) -> list[str | None]:
+    with join("cpu", shard=1) as world:
+        params = list(prepare(cfg, world).pipe.flux.parameters())
+        found = [disagreement(world, {"step": 3}, params), disagreement(world, {"step": 3 + world.rank}, params)]
+        if world.rank == 1:
+            with torch.no_grad():
+                params[5].to_local().view(-1)[0] += 1e-4
+        return [*found, disagreement(world, {"step": 3}, params)]
+
+
+def test_ranks_that_differ_are_named(base):
+    for same, steps, weights in spread(2, disagreements, base):
+        assert same is None
+        assert "rank 1 has gone its own way: its step" in steps and "its weights" in weights
+
+
+# --------------------------------------------------------------------------------------- loading, averages
+
+
+def loaded(cfg: Config) -> dict[str, Tensor]:
+    with join("cpu") as world:
+        flux = prepare(cfg, world).pipe.flux
+        assert all(p.to_local().numel() < p.numel() for p in flux.parameters() if p.shape[0] > 1)
+        return dict(whole_tensors(flux, torch.float32, world.rank))
+
+
+def test_no_rank_holds_the_network_whole_and_together_they_hold_it_exactly(base):
+    first, second = spread(2, loaded, base)
+    theirs = load(base.model).flux.state_dict()
+    assert first.keys() == theirs.keys() and not second
+    assert all(torch.equal(first[k], theirs[k]) for k in theirs)
+
+
+def averages(cfg: Config) -> list[tuple[Tensor, Tensor]]:
+    """The averaged weights after 4 updates, and sum_i (1 - ema) ema^(4 - i) theta_i + ema^4 theta_0."""
+    with join("cpu") as world:
+        setup = prepare(cfg, world)
+        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+        closed = [cfg.ema**4 * full(p).detach().double() for p in run.params]
+        for step in range(4):
+            train.update(cfg, setup, world, run, step)
+            for c, p in zip(closed, run.params):
+                c += (1 - cfg.ema) * cfg.ema ** (3 - step) * full(p).detach().double()
+        with swapped(run.params, run.averaged):
+            inside = [full(p).detach().clone() for p in run.params]
+        return list(zip(inside, closed))
+
+
+def test_the_average_is_its_closed_form(base):
+    for average, closed in spread(2, averages, base)[0]:
+        torch.testing.assert_close(average.double(), closed, atol=1e-7, rtol=1e-6)
+
+
+def swaps(cfg: Config) -> bool:
+    with join("cpu") as world:
+        setup = prepare(cfg, world)
+        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+        train.update(cfg, setup, world, run, 0)
+        before = [t.to_local().detach().clone() for t in (*run.params, *run.averaged)]
+        with swapped(run.params, run.averaged):
+            moved = any(not torch.equal(t.to_local(), b) for t, b in zip(run.params, before))
+        return moved and all(torch.equal(t.to_local(), b) for t, b in zip((*run.params, *run.averaged), before))
+
+
+def test_averages_are_swapped_in_and_back_bit_for_bit(base):
+    assert all(spread(2, swaps, base))
+    assert not dist.is_initialized()
