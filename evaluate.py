@@ -17,25 +17,28 @@ import gc
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from PIL import Image
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
+from lora import FILE
+from parallel import World, gather, join
 from pictures import grid_of, save_png, to_pil
 from pipeline import Pipeline, find, grid, load, sample
 from prompts import read_entries, shard
-from rewards import Reward, open_rewards, score_all
+from rewards import Reward, name_of, open_rewards, score_all
 from shapes.world import SIZE, parse
 
 HERE = Path(__file__).parent
@@ -64,7 +67,7 @@ class Config:
     text_length: int | None = None
     """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
     seed: int = 0
-    """Image n of prompt i starts from the noise of seed + i x num + n, whatever the model."""
+    """Another seed is other noise for every image; the same seed is the same noise for every model."""
     out: Path = Path("runs/evaluation")
     """Folder to write; give it again to go on where it stopped, or to add a model."""
     geneval: Path | None = None
@@ -86,24 +89,25 @@ RUNTIME = {"model", "out", "batch", "device"}  # flags that an evaluation may go
 def label(model: str) -> str:
     """A model's name in files and tables: runs/a/final is runs_a_final."""
     path = Path(model)
-    relative = path.resolve().is_relative_to(HERE) and path.exists()
-    return str(path.resolve().relative_to(HERE) if relative else path).strip("./").replace("/", "_")
+    if path.exists():  # and is no hub id
+        home = next((h for h in (Path.cwd(), HERE) if path.resolve().is_relative_to(h)), Path("/"))
+        path = path.resolve().relative_to(home)
+    return str(path).replace("/", "_")
 
 
 # ------------------------------------------------------------------------------------------- images
 
 
 def evaluate(
-    pipe: Pipeline, rewards: list[Reward], entries: list[dict], indices: Sequence[int], cfg: Config, folder: Path
+    pipe: Pipeline, rewards: list[Reward], entries: list[dict], todo: Sequence[int], cfg: Config, folder: Path
 ):
-    """Draw and score the prompts `indices`; what each has is written when it is whole, so nothing is lost."""
+    """Draw and score the prompts `todo`; what each has is written when it is whole, so nothing is lost."""
     size = cfg.size or pipe.vae.config.sample_size
     name, together = folder.name, max(1, cfg.batch // cfg.num)
-    todo = [i for i in indices if not (folder / f"{i:05d}.json").exists()]
     for start in tqdm(range(0, len(todo), together), desc=name, file=sys.stderr, disable=not todo):
         chunk = [(i, n) for i in todo[start : start + together] for n in range(cfg.num)]
         texts = [entries[i]["prompt"] for i, _ in chunk]
-        seeds = [cfg.seed + i * cfg.num + n for i, n in chunk]
+        seeds = [(cfg.seed * len(entries) + i) * cfg.num + n for i, n in chunk]
         images = sample(pipe, texts, seeds, cfg.steps, size, size, cfg.guidance, cfg.batch)
         scores = {r.name: score_all(r, images, texts, pipe.device, cfg.batch).view(-1, cfg.num) for r in rewards}
         for row, (i, drawn) in enumerate(zip(todo[start : start + together], images.split(cfg.num))):
@@ -120,8 +124,22 @@ def evaluate(
             part.replace(folder / f"{i:05d}.json")
 
 
+def read_scores(folder: Path, i: int, rewards: list[Reward], cfg: Config) -> dict[str, list[float]] | None:
+    """What a prompt scored; None if it was not drawn yet, or what is there is not whole."""
+    try:
+        entry = json.loads((folder / f"{i:05d}.json").read_text())
+        scores = {r.name: entry[r.name] for r in rewards}
+    except (OSError, ValueError, KeyError):
+        return None
+    needed = [folder / f"{i:05d}.png"]
+    if cfg.geneval:
+        needed.append(cfg.geneval / folder.name / f"{i:05d}" / "metadata.jsonl")
+    return scores if all(path.exists() for path in needed) else None
+
+
 def write_geneval(folder: Path, entry: dict[str, Any], images: Tensor) -> None:
-    """One prompt as GenEval's evaluate_images.py reads it."""
+    """One prompt as GenEval's evaluate_images.py reads it: all of the pictures there count."""
+    shutil.rmtree(folder, ignore_errors=True)
     for n, image in enumerate(images):
         save_png(to_pil(image), folder / "samples" / f"{n:04d}.png")
     (folder / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
@@ -131,9 +149,9 @@ def write_geneval(folder: Path, entry: dict[str, Any], images: Tensor) -> None:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean of independent values, and half the width of its 95% interval (Student's t); infinite for a single one."""
+    """Mean of independent values, and half the width of its 95% interval (Student's t); NaN for a single one."""
     n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return float(values.mean()), float(half)
 
 
@@ -199,69 +217,79 @@ def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
     if min(cfg.num, cfg.steps, cfg.batch) < 1:
         raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
     labels = [label(m) for m in cfg.model]
-    if twice := {name for name in labels if labels.count(name) > 1}:
-        raise ValueError(f"--model names {twice.pop()} twice")
+    if twice := [m for m in cfg.model if labels.count(label(m)) > 1]:
+        raise ValueError(f"--model {' '.join(twice)}: these would all be called {label(twice[0])}")
     entries = read_entries(cfg.prompts)
     tags = [e.get("tag") for e in entries]
     if cfg.geneval and not all(tags):
         raise ValueError(
             f"--geneval needs prompts with GenEval's tags, and {cfg.prompts} has some without: see prompts.py"
         )
-    if "judge" in cfg.rewards:
+    if "judge" in map(name_of, cfg.rewards):
         try:
             tags = [parse(e["prompt"]).task for e in entries]
         except ValueError as error:
             raise ValueError(f"--prompts {cfg.prompts}: {error}; --rewards without judge takes any") from error
-    for model in cfg.model:
-        find(model)
-    told = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in RUNTIME}, default=str))
-    told["prompts"] = [e["prompt"] for e in entries]
-    if (file := cfg.out / "config.json").exists():
-        before = json.loads(file.read_text())
-        if other := [k for k in told if told[k] != before.get(k)]:
-            raise ValueError(f"--out {cfg.out} holds an evaluation with another --{other[0].replace('_', '-')}")
-    elif cfg.out.exists() and any(cfg.out.iterdir()):
-        raise ValueError(f"--out {cfg.out} is occupied by something else")
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(told, indent=2) + "\n")
     return entries, tags if all(tags) else None
 
 
-def open_model(model: str, cfg: Config) -> tuple[Pipeline, Path]:
-    """Load a model, and make its folder. Raises ValueError if the folder is of the model before it was changed."""
-    pipe = load(model, cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
-    size = cfg.size or pipe.vae.config.sample_size
-    grid(pipe, size, size)
-    if "judge" in cfg.rewards and size != SIZE:
-        raise ValueError(f"--size {size}: the judge reads {SIZE}x{SIZE} pixels")
-    files = sorted((pipe.folder / "transformer").glob("*.safetensors"))
-    weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    folder = cfg.out / label(model)
-    folder.mkdir(exist_ok=True)
-    if (file := folder / "weights").exists() and json.loads(file.read_text()) != weights:
-        raise ValueError(f"{model} was written again since {folder} was evaluated: remove that folder")
-    file.write_text(json.dumps(weights))
-    return pipe, folder
+def claim(cfg: Config, entries: list[dict[str, Any]], sources: dict[str, Path]) -> str | None:
+    """Take the folder for these flags, on rank 0; what is wrong, if it holds results of other flags or weights."""
+    told = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in RUNTIME}, default=str))
+    told["prompts"] = [e["prompt"] for e in entries]
+    file = cfg.out / "config.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        if other := [k for k in told if told[k] != before.get(k)]:
+            return f"--out {cfg.out} holds an evaluation with another --{other[0].replace('_', '-')}"
+    elif cfg.out.exists() and any(cfg.out.iterdir()):
+        return f"--out {cfg.out} is occupied by something else"
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(told, indent=2) + "\n")
+    for name, source in sources.items():
+        files = sorted((source / "transformer").glob("*.safetensors")) or sorted(source.glob("*.safetensors"))
+        weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        (cfg.out / name).mkdir(exist_ok=True)
+        if (file := cfg.out / name / "weights").exists() and json.loads(file.read_text()) != weights:
+            return f"{source} was written again since {cfg.out / name} was evaluated: remove that folder"
+        file.write_text(json.dumps(weights))
+    return None
 
 
-def run(cfg: Config, entries: list[dict[str, Any]], tags: list[str] | None, rank: int, world: int) -> None:
+def run(cfg: Config, world: World) -> None:
+    entries, tags = prepare(cfg)
     rewards: list[Reward] = []
-    for model in cfg.model:
-        pipe, folder = open_model(model, cfg)
-        rewards = rewards or open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer)
-        evaluate(pipe, rewards, entries, shard(range(len(entries)), rank, world), cfg, folder)
+    sources = {label(m): Path(m) if (Path(m) / FILE).exists() else find(m) for m in cfg.model}
+    for name, source in sources.items():
+        pipe = load(source, world.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
+        size = cfg.size or pipe.vae.config.sample_size
+        grid(pipe, size, size)
+        if "judge" in map(name_of, cfg.rewards) and size != SIZE:
+            raise ValueError(f"--size {size}: the judge reads {SIZE}x{SIZE} pixels")
+        if not rewards:
+            rewards = open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer)
+            if wrong := gather(claim(cfg, entries, sources) if world.rank == 0 else None)[0]:
+                raise ValueError(wrong)
+        folder = cfg.out / name
+        todo = [i for i in range(len(entries)) if not read_scores(folder, i, rewards, cfg)]
+        gather(None)  # all have looked before any writes
+        evaluate(pipe, rewards, entries, shard(todo, world.rank, world.size), cfg, folder)
         del pipe
         gc.collect()  # the next model needs the room
-    if world > 1:
-        dist.barrier()
-    if rank:
-        return
-    labels = [label(m) for m in cfg.model]
-    read = {m: [json.loads((cfg.out / m / f"{i:05d}.json").read_text()) for i in range(len(entries))] for m in labels}
-    scores = {m: {r.name: np.array([e[r.name] for e in read[m]]) for r in rewards} for m in labels}
+        gather(None)
+    if world.rank == 0:
+        report(cfg, entries, tags, rewards, list(sources))
+
+
+def report(
+    cfg: Config, entries: list[dict[str, Any]], tags: list[str] | None, rewards: list[Reward], models: list[str]
+) -> None:
+    """Print the tables and write results.json and the contact sheets."""
+    read = {m: [read_scores(cfg.out / m, i, rewards, cfg) for i in range(len(entries))] for m in models}
+    scores = {m: {r.name: np.array([e[r.name] for e in read[m]]) for r in rewards} for m in models}
     summary = summarize(scores, tags)
     results = {"summary": summary, "scores": {m: {k: v.tolist() for k, v in scores[m].items()} for m in scores}}
-    (cfg.out / "results.json").write_text(json.dumps(results) + "\n")
+    (cfg.out / "results.json").write_text(json.dumps(results).replace("NaN", "null") + "\n")
     sheets(scores, [e["prompt"] for e in entries], cfg.out)
     print(f"{len(entries)} prompts, {cfg.num} images each, {cfg.steps} steps; ± is half of a 95% interval\n")
     print(table(summary))
@@ -269,20 +297,15 @@ def run(cfg: Config, entries: list[dict[str, Any]], tags: list[str] | None, rank
 
 
 def main() -> None:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cfg = tyro.cli(Config, description=__doc__)
-    if world > 1:
-        dist.init_process_group("gloo")
-        if cfg.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    rank = int(os.environ.get("RANK", 0))
+    cfg = tyro.cli(Config, description=__doc__, console_outputs=rank == 0)
     try:
-        run(cfg, *prepare(cfg), rank, world)
+        with join(cfg.device, patience=timedelta(days=1)) as world:  # ranks wait for the slowest
+            run(cfg, world)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def letterbox(images: Tensor, size: int) -> Tensor:
     """
     images = images.float()
     scale = size / max(images.shape[-2:])
-    rows, columns = (round(side * scale) for side in images.shape[-2:])
+    rows, columns = (max(1, round(side * scale)) for side in images.shape[-2:])
     if scale != 1:
         images = F.interpolate(images, (rows, columns), mode="bicubic", antialias=True, align_corners=False)
     down, across = size - rows, size - columns

@@ -61,14 +61,15 @@ def hpsv3(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens with {TOKEN}, the weights know "
             f"{config.text_config.vocab_size}: it must be that of Qwen/Qwen2-VL-7B-Instruct"
         )
-    model = build(Qwen2VLModel, config, state, source=file)
+    model = build(Qwen2VLModel, config, state, source=file, dtype=dtype)
     model, head = freeze(model, recompute).to(device, dtype), freeze(head).to(device)
     patch = config.vision_config.patch_size
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels, rows, columns = patches(images, patch)
         image = "<|image_pad|>" * (rows * columns // MERGE**2)
-        texts = [CHAT.format(image=image, prompt=PROMPT.replace("{text_prompt}", p)) for p in prompts]
+        plain = [p.replace("<|", "< |") for p in prompts]  # no token of the model's own
+        texts = [CHAT.format(image=image, prompt=PROMPT.replace("{text_prompt}", p)) for p in plain]
         ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids.to(images.device)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
         # No mask: tokens look back only and padding is at the right, where the reward token does not see it.
@@ -79,8 +80,7 @@ def hpsv3(
             image_grid_thw=torch.tensor([[1, rows, columns]] * len(images), device=ids.device),
             use_cache=False,
         ).last_hidden_state  # (b, n, d)
-        last = ids.shape[1] - 1 - (ids == reward_id).int().flip(1).argmax(1)  # whatever a user's prompt says before
-        return head(hidden[torch.arange(len(ids), device=ids.device), last].to(head[0].weight.dtype))[:, 0]
+        return head(hidden[ids == reward_id].to(head[0].weight.dtype))[:, 0]  # one a prompt
 
     return Reward(score, model=model)
 

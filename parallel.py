@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -44,11 +45,11 @@ class World(NamedTuple):
 
 
 @contextmanager
-def join(device: str, shard: int | None = None) -> Iterator[World]:
+def join(device: str, shard: int | None = None, patience: timedelta | None = None) -> Iterator[World]:
     """The processes that torchrun started, or this one alone, until the end of the `with`.
 
-    `shard` is the number of ranks that share a copy of the weights; None: all.  Raises ValueError if it does not
-    divide the number of ranks.
+    `shard` is the number of ranks that share a copy of the weights; None: all.  `patience` is how long ranks wait
+    for each other.  Raises ValueError if `shard` does not divide the number of ranks.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     group = shard or size
@@ -59,7 +60,7 @@ def join(device: str, shard: int | None = None) -> Iterator[World]:
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     alone = {} if size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend, **alone)
+    dist.init_process_group(backend, timeout=patience, **alone)
     try:
         shape, names = ((size,), ("shard",)) if group == size else ((size // group, group), ("replicate", "shard"))
         yield World(dist.get_rank(), size, where, init_device_mesh(device, shape, mesh_dim_names=names))

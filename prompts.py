@@ -36,11 +36,13 @@ def read_prompts(path: Path) -> list[str]:
 def read_entries(path: Path) -> list[dict[str, Any]]:
     """As `read_prompts`, with all that JSON lines say of a prompt; a plain line becomes {"prompt": line}."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at rarer characters
     except OSError as error:
         raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    if lines[0].strip().startswith("["):
+        raise ValueError(f"prompt file {path} is a JSON array: write an object a line instead")
     entries = []
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
@@ -143,10 +145,15 @@ def compose(task: str, rng: np.random.Generator) -> dict[str, Any]:
     return entry | {"prompt": f"a photo of {text}"}
 
 
+def meaning(entry: dict[str, Any]) -> str:
+    """What a prompt asks for, however it is worded: GenEval's own plurals are not always English."""
+    return json.dumps([entry["tag"], entry["include"]]) if "include" in entry else entry["prompt"]
+
+
 def generate(
     num: int, ratio: Sequence[float], seed: int, without: frozenset[str] = frozenset()
 ) -> list[dict[str, Any]]:
-    """`num` entries, tasks in the given ratio to the nearest prompt, shuffled; none of the prompts in `without`.
+    """`num` entries, tasks in the given ratio to the nearest prompt, shuffled; none that is or means one in `without`.
 
     Tasks of few possible prompts (counting has 240) repeat them.
     """
@@ -156,7 +163,8 @@ def generate(
     for task, end in zip(TASKS, ends, strict=True):
         refused = 0
         while len(entries) < end:
-            if (entry := compose(task, rng))["prompt"] not in without:
+            entry = compose(task, rng)
+            if without.isdisjoint({entry["prompt"], meaning(entry)}):
                 entries.append(entry)
             elif (refused := refused + 1) > 10_000:
                 raise ValueError(f"--without leaves no prompt of the task {task}: give it 0 in --ratio")
@@ -184,7 +192,8 @@ def main() -> None:
     try:
         if cfg.num < 1 or min(cfg.ratio) < 0 or sum(cfg.ratio) <= 0:
             raise ValueError(f"--num {cfg.num} must be positive, and --ratio {cfg.ratio} too, in all")
-        without = frozenset(read_prompts(cfg.without) if cfg.without else ())
+        known = read_entries(cfg.without) if cfg.without else []
+        without = frozenset([e["prompt"] for e in known] + [meaning(e) for e in known])
         entries = generate(cfg.num, cfg.ratio, cfg.seed, without)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

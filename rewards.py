@@ -15,6 +15,7 @@ Without a path, weights are looked for in WEIGHTS.  A weight may follow: `picksc
 
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,10 @@ WEIGHTS = {  # where a name without a path looks, from the current folder
     "imagereward": Path("weights/ImageReward"),
 }
 LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the paper's, but for ours
+LOGGED = frozenset(  # under these names are other things than rewards
+    "reward loss satisfied k j d_j d_0 w step seconds grad_norm prompt prompts by_prompt memory tflops mfu forwards "
+    "backwards tag single two count color position attr".split()
+)
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 Device = str | torch.device
 
@@ -66,7 +71,7 @@ def open_reward(
     `tokenizer` is FLUX's CLIP tokenizer, which hpsv2 shares; `recompute` trades time for memory in the backward.
     Raises ValueError, before anything is on the device, naming the spec and what is wrong with it.
     """
-    what, weight = re.fullmatch(r"(.+?)(?::([-+.\de]+))?", spec, re.DOTALL).groups()
+    what, weight = re.fullmatch(r"(.*?)(?::([-+.\de]+))?", spec, re.DOTALL).groups()
     try:
         weight = float(weight or 1)
     except ValueError:
@@ -100,8 +105,17 @@ def open_reward(
     return replace(reward, name=name, weight=weight, lam=LAMBDA.get(name))
 
 
+def name_of(spec: str) -> str:
+    """The name that a spec begins with, or the function of a user's."""
+    what = re.sub(r":[-+.\de]+$", "", spec)
+    return what.rpartition(":")[2] if ".py:" in what else what.partition("=")[0]
+
+
 def open_rewards(specs: Iterable[str], *options: Any) -> list[Reward]:
-    """All of them; raises ValueError if two share a name, by which they are logged."""
+    """All of them; raises ValueError if two share a name, by which they are logged, or one has a log's own."""
+    for spec in specs:
+        if name_of(spec) in LOGGED or (".py:" in spec and name_of(spec) == "judge"):
+            raise ValueError(f"reward {spec!r}: call the function something else than {name_of(spec)}, which is logged")
     rewards = [open_reward(spec, *options) for spec in specs]
     names = [r.name for r in rewards]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -126,8 +140,8 @@ def users(spec: str, device: Device = "cpu") -> Reward:
     file, _, function = spec.rpartition(":")
     if not Path(file).is_file():
         raise ValueError(f"no file {file!r} for the reward {spec!r}")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
+    module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
@@ -280,9 +294,9 @@ def read_tensors(file: str | Path) -> dict[str, Any]:
 
 
 def build(kind: type, config: Any, state: dict[str, Tensor], source: str | Path, **options: Any) -> Any:
-    """A transformers model in fp32 from its config and a state dict. Raises ValueError if they do not fit."""
+    """A transformers model, in fp32 by default, from its config and a state dict. ValueError if they do not fit."""
     try:
-        return complete(*kind.from_pretrained(None, config=config, state_dict=state, **STRICT, **options))
+        return complete(*kind.from_pretrained(None, config=config, state_dict=state, **STRICT | options))
     except ValueError as error:
         raise ValueError(f"{source} is no whole {kind.__name__}: {error}") from error
 

@@ -16,7 +16,7 @@ from model import Flux
 from parallel import World, fill, shard_flux, shard_frozen
 from pipeline import Pipeline, grid, load, sigmas
 from prompts import read_prompts
-from rewards import Reward, open_rewards
+from rewards import Reward, name_of, open_rewards
 from shapes.world import SIZE, parse
 
 FREE = {"out", "resume", "export", "at", "steps", "keep", "save_every", "log", "device", "rollout_batch", "micro_batch",
@@ -59,7 +59,7 @@ def check_flags(cfg: Config, world: World) -> None:
         raise ValueError(f"--ema must be in [0, 1), got {cfg.ema}")
     if cfg.batch % world.size:
         raise ValueError(f"--batch {cfg.batch} does not divide into {world.size} ranks: take a multiple of it")
-    if not cfg.reward or "judge" in cfg.reward:
+    if not cfg.reward or "judge" in map(name_of, cfg.reward):
         raise ValueError(f"--reward {' '.join(cfg.reward)}: give one or more that have a gradient (not the judge)")
     if cfg.lam and len(cfg.lam) != len(cfg.reward):
         raise ValueError(
@@ -69,6 +69,8 @@ def check_flags(cfg: Config, world: World) -> None:
         raise ValueError("--stop-early needs a reward to --watch")
     if cfg.nested_only and cfg.method != "leapalign":
         raise ValueError(f"--nested-only is an ablation of leapalign and means nothing with --method {cfg.method}")
+    if cfg.shard_frozen and cfg.offload_encoders:
+        raise ValueError("--shard-frozen and --offload-encoders: T5 is either cut over the ranks or on the CPU")
     if (cfg.export or cfg.at is not None) and not cfg.resume:
         raise ValueError("--export and --at need --resume: they name a checkpoint of the run in --out")
 
@@ -96,7 +98,7 @@ def prepare(cfg: Config, world: World) -> Setup:
     out = cfg.out or Path("runs") / f"{cfg.method}-seed{cfg.seed}"
     check_folder(cfg, out)
     prompts, eval_prompts = read_prompts(cfg.prompts), read_prompts(cfg.eval_prompts)
-    if "judge" in cfg.watch:
+    if "judge" in map(name_of, cfg.watch):
         try:
             [parse(text) for text in eval_prompts]
         except ValueError as error:
@@ -133,6 +135,9 @@ def prepare(cfg: Config, world: World) -> Setup:
         for model in (pipe.t5, *(r.model for r in rewards if r.model)):
             shard_frozen(model, world)
     rewards, watched = rewards[: len(cfg.reward)], rewards[len(cfg.reward) :]
+    for reward in rewards:
+        if not reward.score(torch.rand(1, 3, 64, 64, device=world.device).requires_grad_(), prompts[:1]).requires_grad:
+            raise ValueError(f"--reward {reward.name} has no gradient in the images: it can be watched, not trained on")
     if cfg.lam:
         rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam, strict=True)]
     return Setup(pipe, rewards, watched, prompts, eval_prompts, levels.to(world.device), out)

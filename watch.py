@@ -47,7 +47,7 @@ def is_hacked(evals: list[dict[str, Any]], name: str, patience: int) -> bool:
     since = evals[evals.index(best) + 1 :][-patience:]
     drops = [np.subtract(best["by_prompt"][name], e["by_prompt"][name]) for e in since]
     return len(since) == patience and all(
-        e["reward"] > best["reward"] and drop.mean() > 2 * drop.std() / len(drop) ** 0.5
+        e["reward"] > best["reward"] and len(drop) > 1 and drop.mean() > 2 * drop.std(ddof=1) / len(drop) ** 0.5
         for e, drop in zip(since, drops, strict=True)
     )
 

@@ -46,6 +46,8 @@ def test_lines_are_prompts_but_blanks_and_comments(tmp_path):
 def test_json_lines_are_read_for_their_prompt_and_keep_the_rest(tmp_path):
     file = written(tmp_path, '{"prompt": "a cat", "tag": "single_object"}\n\n# note\na dog\n{"prompt": "é"}\n')
     assert read_prompts(file) == ["a cat", "a dog", "é"]
+    assert read_prompts(written(tmp_path, '{"prompt": "a \u2028cat"}\na\x85dog\n')) == ["a \u2028cat", "a\x85dog"]
+    file = written(tmp_path, '{"prompt": "a cat", "tag": "single_object"}\n\n# note\na dog\n{"prompt": "é"}\n')
     assert read_entries(file)[0]["tag"] == "single_object" and read_entries(file)[1] == {"prompt": "a dog"}
 
 
@@ -57,6 +59,7 @@ def test_json_lines_are_read_for_their_prompt_and_keep_the_rest(tmp_path):
         ("a\n{broken\n", "line 2: no JSON object"),
         ('{"text": "a cat"}', 'line 1: it has no "prompt", but text'),
         ('{"prompt": " "}', 'line 1: it has no "prompt"'),
+        ('[\n"a cat"]', "is a JSON array"),
         ('{"prompt": 3}', 'line 1: it has no "prompt"'),
     ],
 )
@@ -146,6 +149,13 @@ def test_prompts_can_be_left_out():
     assert {e["prompt"] for e in generate(2000, (0, 0, 0, 0, 0, 1), seed=0, without=some)} == every - some
     with pytest.raises(ValueError, match="--without leaves no prompt of the task single_object"):
         generate(10, (0, 0, 0, 0, 0, 1), seed=0, without=every)
+
+
+def test_a_prompt_is_left_out_by_what_it_asks_for_however_it_is_worded(tmp_path):
+    benches = {"tag": "counting", "include": [{"class": "bench", "count": 3}], "prompt": "a photo of three benchs"}
+    without = frozenset([benches["prompt"], prompts.meaning(benches)])
+    texts = {e["prompt"] for e in generate(5000, (0, 1, 0, 0, 0, 0), seed=0, without=without)}
+    assert "a photo of three benches" not in texts and len(texts) == 239
 
 
 def test_the_command_writes_a_file_that_is_read_back(tmp_path, monkeypatch, capsys):

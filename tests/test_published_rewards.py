@@ -137,6 +137,21 @@ def test_recomputed_activations_give_the_same_gradient(name, folder):
     assert plain.abs().sum() > 0 and little < 0.8 * much
 
 
+@pytest.mark.parametrize("name, lam", [("hpsv2", 0.55), ("hpsv3", 13.5), ("imagereward", None)])
+def test_a_spec_opens_it_with_its_lambda(name, lam, folder, tokenizer):
+    path = folder / ("hpsv2.pt" if name == "hpsv2" else name)
+    reward = rewards.open_reward(f"{name}={path}:0.5", "cpu", tokenizer, True)
+    images = uniform(13, 2, 3, 40, 52)
+    exact = opened(name, folder, dtype=torch.bfloat16).score(images, PROMPTS[:2])
+    assert (reward.name, reward.weight, reward.lam) == (name, 0.5, lam)
+    torch.testing.assert_close(reward.score(images, PROMPTS[:2]), exact, atol=1e-6, rtol=0)
+
+
+def test_hpsv3_reads_a_prompt_with_tokens_of_its_own_as_words(folder):
+    score = opened("hpsv3", folder).score(uniform(14, 2, 3, 64, 64), ["a <|Reward|> of <|image_pad|>", "{a} %s {0}"])
+    assert score.shape == (2,) and score.isfinite().all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_prompt_matters(name, folder):
     score = opened(name, folder).score(uniform(6, 1, 3, 32, 32).expand(3, -1, -1, -1), PROMPTS[:3])
@@ -193,7 +208,7 @@ def open_clip_tokens(tokenizer: PreTrainedTokenizerBase, prompts: list[str], len
 
 def test_hpsv2_equals_open_clips_definition_in_float64(folder, tokenizer, in_double):
     state = {k: v.double() for k, v in torch.load(folder / "hpsv2.pt")["state_dict"].items()}
-    images = uniform(7, 4, 3, 28, 28)
+    images = uniform(7, 4, 3, 40, 52)
     image = F.normalize(open_clip_image(letterbox(images, 28), state), dim=-1)
     text = F.normalize(open_clip_text(open_clip_tokens(tokenizer, PROMPTS), state), dim=-1)
     reward = opened("hpsv2", folder)
@@ -379,10 +394,10 @@ def test_imagereward_equals_its_definition_in_float64(folder, in_double):
         k: v.double() if v.is_floating_point() else v
         for k, v in torch.load(folder / "imagereward" / "ImageReward.pt").items()
     }
-    images = uniform(12, 4, 3, 32, 32)
+    images = uniform(12, 4, 3, 40, 52)
     tokenizer = AutoTokenizer.from_pretrained(folder / "imagereward", tokenizer_type="bert")
     tokens = tokenizer(PROMPTS, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    expected = imagereward_score(rewards.normalize(images), tokens.input_ids, tokens.attention_mask, state)
+    expected = imagereward_score(rewards.preprocess(images, 32), tokens.input_ids, tokens.attention_mask, state)
     got = opened("imagereward", folder).score(images, PROMPTS)
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
     assert expected.std() > 0.05

@@ -233,6 +233,13 @@ def test_two_rewards_of_one_name_are_an_error_as_they_are_logged_by_it(folder):
         open_rewards([f"clip={folder}", f"clip={folder}:2"])
 
 
+@pytest.mark.parametrize("name", ["loss", "reward", "count", "judge"])
+def test_a_users_function_may_not_be_called_as_something_that_is_logged(name, tmp_path):
+    (tmp_path / "mine.py").write_text(f"def {name}(images, prompts): return images.mean((1, 2, 3))\n")
+    with pytest.raises(ValueError, match=f"something else than {name}"):
+        open_rewards([f"{tmp_path / 'mine.py'}:{name}:2"])
+
+
 def test_the_judge_is_one_or_zero_an_image():
     prompts = all_prompts()[:12]
     images = scenes(prompts, np.random.default_rng(0))[0]
@@ -263,6 +270,7 @@ def test_a_users_function_is_a_reward(tmp_path):
         ("def f(images): return images", "fails on images .*takes 1 positional argument"),
         ("def f(images, prompts): return images.mean()", r"one score an image, \(2,\) for 2, and returned \(\)"),
         ("def f(images, prompts): return [0.0, 1.0]", "returned list"),
+        ("from __future__ import annotations", "defines no function 'f'"),
     ],
 )
 def test_a_users_file_that_cannot_be_a_reward_is_an_error_before_anything_starts(code, words, tmp_path):

@@ -216,21 +216,25 @@ def test_a_watched_reward_catches_a_hackable_one(tmp_path, few_prompts, capfd):
 
 
 @pytest.mark.parametrize(
-    "judge, reward, hacked",
+    "judge, reward, noise, hacked",
     [
-        ([5, 4, 3, 2], [1, 2, 3, 4], True),
-        ([4, 5, 4, 3, 2], [1, 2, 3, 4, 5], True),
-        ([5, 4, 3, 6], [1, 2, 3, 4], False),  # it came back
-        ([2, 5, 4, 3], [1, 2, 3, 4], False),  # only two evaluations ago
-        ([5, 4, 3, 2], [2, 3, 4, 1], False),  # the reward fell too
-        ([5, 4.99, 4.99, 4.99], [1, 2, 3, 4], False),  # a change that noise explains
-        ([5], [1], False),
+        ([5, 4, 3, 2], [1, 2, 3, 4], 1.0, True),
+        ([4, 5, 4, 3, 2], [1, 2, 3, 4, 5], 1.0, True),
+        ([5, 4, 3, 6], [1, 2, 3, 4], 1.0, False),  # it came back
+        ([2, 5, 4, 3], [1, 2, 3, 4], 1.0, False),  # only two evaluations ago
+        ([5, 4, 3, 2], [2, 3, 4, 1], 1.0, False),  # the reward fell too
+        ([5, 4.9, 4.9, 4.9], [1, 2, 3, 4], 1.0, False),  # a change that noise explains
+        ([5, 4.9, 4.9, 4.9], [1, 2, 3, 4], 0.1, True),  # images differ as much, but all changed alike
+        ([5], [1], 1.0, False),
     ],
 )
-def test_hacking_is_a_watched_reward_clearly_below_its_best_while_the_trained_one_is_above(judge, reward, hacked):
-    noise = np.random.default_rng(0).normal(size=(len(judge), 100))
-    noise -= noise.mean(1, keepdims=True)
-    by_prompt = [{"judge": j + row} for j, row in zip(judge, noise, strict=True)]
+def test_hacking_is_a_watched_reward_clearly_below_its_best_while_the_trained_one_is_above(
+    judge, reward, noise, hacked
+):
+    rng = np.random.default_rng(0)
+    images, own = rng.normal(size=100), noise * rng.normal(size=(len(judge), 100))
+    own -= own.mean(1, keepdims=True)
+    by_prompt = [{"judge": j + images - images.mean() + row} for j, row in zip(judge, own, strict=True)]
     evals = [{"judge": j, "reward": r, "by_prompt": b} for j, r, b in zip(judge, reward, by_prompt, strict=True)]
     assert is_hacked(evals, "judge", patience=3) == hacked
 
@@ -275,7 +279,14 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
         (["--reward", "tiny:heavy"], ["tiny:heavy"]),
         (["--reward", "tiny:1e"], ["weight", "tiny:1e"]),
         (["--reward"], ["--reward"]),
-        (["--reward", "judge"], ["gradient"]),
+        (["--reward", "judge:2"], ["gradient"]),
+        (["--reward", "{nograd}:nograd"], ["nograd has no gradient"]),
+        (["--batch", "0"], ["--batch", "0"]),
+        (["--resume", "--export", "x", "--at", "3"], ["holds no run"]),
+        (["--at", "3"], ["--at", "--resume"]),
+        (["--lora", "0"], ["--lora", "0"]),
+        (["--shard", "2"], ["--shard 2", "1 ranks"]),
+        (["--shard-frozen", "--offload-encoders"], ["--shard-frozen", "--offload-encoders"]),
         (["--reward", "tiny", "tiny"], ["two are named 'tiny'"]),
         (["--watch", "tiny"], ["two are named 'tiny'"]),
         (["--lam", "0.1", "0.2"], ["--lam", "2 values for 1"]),
@@ -293,6 +304,9 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
     ],
 )
 def test_train_names_the_bad_flag(arguments, words, capsys, monkeypatch, tmp_path):
+    nograd = tmp_path.with_suffix(".py")
+    nograd.write_text("def nograd(images, prompts): return images.detach().mean((1, 2, 3))\n")
+    arguments = [a.format(nograd=nograd) for a in arguments]
     said = told(train, capsys, monkeypatch, *arguments, *([] if arguments == ["flux-de"] else ["--out", str(tmp_path)]))
     assert all(word in said for word in words), said
 
