@@ -6,14 +6,18 @@ A checkpoint resumes bitwise on as many ranks, and on any other number: pieces a
 function of (seed, step), so there is no random state in it.
 """
 
+import json
 import shutil
 import sys
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from model import Flux
 from parallel import gather
 
+SUMS = "sums.json"
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
@@ -51,31 +56,67 @@ def folders(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step_??????"))
 
 
+def sums(files: Iterable[Path]) -> dict[str, int]:
+    """A checksum of each file: torch's format reads back flipped bits without a word."""
+    result = {}
+    for file in files:
+        crc = 0
+        with file.open("rb") as opened:
+            while piece := opened.read(1 << 24):
+                crc = zlib.crc32(piece, crc)
+        result[file.name] = crc
+    return result
+
+
 def save_checkpoint(out: Path, run: Run, step: int, keep: int) -> Path | None:
     """Write a checkpoint and let go of all but the newest `keep`. None, and a warning, if it cannot be written."""
     folder = out / "checkpoints" / f"step_{step:06d}"
-    part = folder.with_suffix(".part")
-    error = None
+    part, rank = folder.with_suffix(".part"), dist.get_rank()
+    reason, own = None, {}
     try:
-        if dist.get_rank() == 0:
+        if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         dist.barrier()
         dcp.save(run.state(step), checkpoint_id=part)
-    except Exception as caught:  # whichever rank's disk is full, torch tells all of them
-        error = caught
-    failed = [e for e in gather(error and f"{type(error).__name__}: {error}".splitlines()[0]) if e]
-    if dist.get_rank() == 0:
+        own = sums([*part.glob(f"__{rank}_*"), *([part / ".metadata"] if rank == 0 else [])])
+    except (Exception, CheckpointException) as error:  # whichever rank's disk is full, torch tells all of them
+        reason = reason_of(error)
+    everyone = gather((reason, own))
+    failed = next((reason for reason, _ in everyone if reason), None)
+    if rank == 0:
         if failed:
             shutil.rmtree(part, ignore_errors=True)
-            newest = folders(out)[-1] if folders(out) else "none"
-            print(f"warning: no checkpoint could be written ({failed[0]}); the newest is {newest}", file=sys.stderr)
+            newest, free = folders(out)[-1] if folders(out) else "none", shutil.disk_usage(out).free / 1e9
+            print(
+                f"warning: no checkpoint could be written ({failed}; {free:.1f} GB free); the newest is {newest}",
+                file=sys.stderr,
+            )
         else:
+            (part / SUMS).write_text(json.dumps({k: v for _, own in everyone for k, v in own.items()}))
             shutil.rmtree(folder, ignore_errors=True)  # a step that is repeated after a fallback
             part.rename(folder)
             for old in folders(out)[:-keep]:
                 shutil.rmtree(old)
     dist.barrier()
     return None if failed else folder
+
+
+def check_sums(folder: Path) -> None:
+    """Raise ValueError if a file is missing or is not what was written; each rank looks at its share of them."""
+    written = json.loads((folder / SUMS).read_text())
+    mine = sorted(written)[dist.get_rank() :: dist.get_world_size()]
+    for name, crc in sums(folder / name for name in mine).items():
+        if written[name] != crc:
+            raise ValueError(f"{name} is not what was written")
+
+
+def reason_of(error: BaseException) -> str:
+    """The first cause of what torch wraps more than once, in a line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def load_newest(out: Path, run: Run, at: int | None = None) -> int:
@@ -88,17 +129,18 @@ def load_newest(out: Path, run: Run, at: int | None = None) -> int:
     if at is not None and not found:
         raise ValueError(f"--at {at}: {out} has only {', '.join(f.name for f in folders(out)) or 'no checkpoint'}")
     for folder in reversed(found):
-        state, error = run.state(0), None
+        state, reason = run.state(0), None
         try:
+            check_sums(folder)
+        except Exception as error:
+            reason = reason_of(error)
+        reasons = [r for r in gather(reason) if r]
+        if not reasons:
             dcp.load(state, checkpoint_id=folder)
-        except Exception as caught:
-            error = caught
-        if not any(gather(error is not None)):
             set_optimizer_state_dict(run.flux, run.optimizer, state["optimizer"], options=OPTIONS)
             return int(state["step"])
         if dist.get_rank() == 0:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0] if error else "on another rank"
-            print(f"warning: {folder} cannot be read ({reason}); trying the one before", file=sys.stderr)
+            print(f"warning: {folder} cannot be read ({reasons[0]}); trying the one before", file=sys.stderr)
     if found:
         raise ValueError(f"none of the checkpoints in {out / 'checkpoints'} can be read")
     return 0

@@ -40,10 +40,10 @@ WEIGHTS = {  # where a name without a path looks, from the current folder
     "imagereward": Path("weights/ImageReward"),
 }
 LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the paper's, but for ours
-LOGGED = frozenset(  # under these names are other things than rewards
-    "reward loss satisfied k j d_j d_0 w step seconds grad_norm prompt prompts by_prompt memory tflops mfu forwards "
-    "backwards tag single two count color position attr".split()
-)
+# What is logged under names of its own, which a user's function may not have.
+LOGGED = frozenset(("reward", "loss", "satisfied", "k", "j", "d_j", "d_0", "w", "step", "seconds", "grad_norm",
+                    "prompt", "prompts", "by_prompt", "memory", "tflops", "mfu", "forwards", "backwards", "tag",
+                    "single", "two", "count", "color", "position", "attr"))  # fmt: skip
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 Device = str | torch.device
 

@@ -1,0 +1,321 @@
+"""A run can be killed, stopped, cut short or filled up at any moment, and goes on as if nothing had been."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import train
+from checkpoint import folders
+from config import Config
+from logs import append, read_log, truncate
+from parallel import join
+from pipeline import load
+from start import prepare
+from tests.processes import CONTEXT, spread, start
+
+ROOT = Path(train.__file__).parent
+SEED = 7  # of the kills
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Config:
+    root = tmp_path_factory.mktemp("prompts")
+    lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
+    (root / "few.txt").write_text("\n".join(lines[::60]) + "\n")
+    return Config(out=root / "run", batch=4, rollout_steps=2, steps=8, eval_every=4, save_every=2, ema=0.9,
+                  eval_prompts=root / "few.txt")  # fmt: skip
+
+
+def run(cfg: Config) -> str:
+    """Train; returns "" or why it stopped."""
+    try:
+        with join("cpu", cfg.shard) as world:
+            train.train(cfg, prepare(cfg, world), world)
+    except (train.Stop, ValueError) as error:
+        return f"{getattr(error, 'code', 2)} {error}"
+    return ""
+
+
+def told(cfg: Config) -> tuple[str, str]:
+    """Train; why it stopped, and what was said on stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        return run(cfg), said.getvalue()
+
+
+def whole(world: int, cfg: Config) -> str:
+    return spread(world, run, cfg)[0]
+
+
+def final(cfg: Config) -> dict[str, Tensor]:
+    return load_file(cfg.out / "final" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def without_seconds(path: Path) -> list[dict]:
+    return [{k: v for k, v in e.items() if not k.startswith(("seconds", "memory", "tflops"))} for e in read_log(path)]
+
+
+def same_run(a: Config, b: Config) -> bool:
+    """The same weights bit for bit, and the same logs."""
+    x, y = final(a), final(b)
+    equal = x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    return equal and all(
+        without_seconds(a.out / f) == without_seconds(b.out / f) for f in ("metrics.jsonl", "eval.jsonl")
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory) -> Config:
+    cfg = replace(base, out=tmp_path_factory.mktemp("runs") / "undisturbed")
+    assert whole(1, cfg) == ""
+    return cfg
+
+
+# ---------------------------------------------------------------------------------------------- resume
+
+
+def stopped_after(cfg: Config, step: int) -> None:
+    """Leave a run as it is `step` updates on: what comes after is forgotten."""
+
+    def stop(*args, **kwargs):
+        raise ValueError("enough")
+
+    real = train.update
+    train.update = lambda c, s, w, r, i: real(c, s, w, r, i) if i < step else stop()
+    run(cfg)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_resumed_run_is_bitwise_the_undisturbed_one_on_as_many_ranks(world, base, tmp_path):
+    straight, resumed = replace(base, out=tmp_path / "a"), replace(base, out=tmp_path / "b", resume=True)
+    assert whole(world, straight) == ""
+    spread(world, stopped_after, resumed, 5)
+    assert [f.name for f in folders(resumed.out)] == ["step_000002", "step_000004"]
+    assert whole(world, resumed) == "" and same_run(straight, resumed)
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 4)])
+def test_a_run_resumes_on_another_number_of_ranks(before, after, base, undisturbed, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", resume=True)
+    spread(before, stopped_after, cfg, 4)
+    assert whole(after, cfg) == ""
+    for name, weight in final(undisturbed).items():
+        assert (final(cfg)[name] - weight).norm() <= 1e-5 * weight.norm() + 1e-7, name
+    assert len(read_log(cfg.out / "metrics.jsonl")) == 8
+
+
+def test_other_flags_than_the_runs_are_refused_but_not_those_that_only_cost_time(base, undisturbed):
+    again = replace(undisturbed, resume=True)
+    assert whole(1, replace(again, lr=1.0)).startswith("2 --resume with --lr 1.0, but")
+    assert whole(1, replace(again, steps=9)).startswith("2 --resume with --steps 9")  # lr falls over all of them
+    assert whole(1, replace(again, at=3)) == f"2 --at 3: {again.out} has only step_000006, step_000008"
+    assert whole(1, replace(again, micro_batch=2, keep=3)) == ""
+
+
+def test_export_writes_the_averaged_weights_of_any_checkpoint(undisturbed, tmp_path):
+    for at in (None, 6):
+        assert whole(1, replace(undisturbed, resume=True, export=tmp_path / f"at{at}", at=at)) == ""
+    newest, before = (load(tmp_path / f"at{at}").flux.state_dict() for at in (None, 6))
+    last = load(undisturbed.out / "final").flux.state_dict()
+    assert all(torch.equal(newest[k], last[k]) for k in last)
+    assert any(not torch.equal(before[k], last[k]) for k in last)
+
+
+# ---------------------------------------------------------------------------------------------- killed
+
+
+def test_twenty_kills_at_any_moment_leave_no_trace(base, undisturbed, tmp_path):
+    cfg, chance = replace(base, out=tmp_path / "run", resume=True), random.Random(SEED)
+    kills, seen = 0, []
+    while True:
+        (process,) = start(1, run, cfg)
+        process.join(chance.uniform(0.5, 4.5))
+        if process.exitcode is not None:
+            break
+        seen.append("part" if list(cfg.out.glob("**/*.part")) else len(folders(cfg.out)))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        if kills == 20:
+            assert whole(1, cfg) == ""
+            break
+    while kills < 20:  # it was done before: kill it where it writes its end
+        (process,) = start(1, run, cfg)
+        process.join(chance.uniform(0.5, 4.5))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert whole(1, cfg) == "" and same_run(undisturbed, cfg)
+    print(f"states at the kills: {seen}")
+
+
+def interrupted_save(cfg: Config, when: str) -> None:
+    """Die by SIGKILL within the save of step 4."""
+    import checkpoint
+
+    real = checkpoint.dcp.save
+
+    def save(state, checkpoint_id):
+        if int(state["step"]) == 4 and when == "before":
+            checkpoint_id.mkdir(parents=True)
+            (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(state, checkpoint_id=checkpoint_id)
+        if int(state["step"]) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.dcp.save = save
+    run(cfg)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_within_a_save_leaves_the_checkpoint_before(when, base, undisturbed, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", resume=True)
+    (process,) = start(1, interrupted_save, cfg, when)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert [f.name for f in folders(cfg.out)] == ["step_000002"] and list(cfg.out.glob("checkpoints/*.part"))
+    assert whole(1, cfg) == "" and same_run(undisturbed, cfg)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops_with_a_code_to_requeue_on(number, code, base, undisturbed, tmp_path):
+    cfg, queue = replace(base, out=tmp_path / "run", resume=True), CONTEXT.Queue()
+    processes = start(2, run, cfg, queue=queue)
+    while not (cfg.out / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    os.kill(processes[1].pid, number)  # one rank hears it, all stop
+    for process in processes:
+        process.join(60)
+    messages = [torch.load(io.BytesIO(queue.get(timeout=10)), weights_only=False)[1] for _ in processes]
+    assert all(m.startswith(f"{code} stopped by signal {int(number)}") for m in messages)
+    (saved,) = {f.name for f in folders(cfg.out)} & {m.split("/")[-1].split(" ")[0] for m in messages}
+    assert len(read_log(cfg.out / "metrics.jsonl")) == int(saved[-6:]) < 8
+    assert whole(1, cfg) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 8
+
+
+# ------------------------------------------------------------------------------------- damaged, full
+
+
+def damage(file: Path, how: str) -> None:
+    whole = bytearray(file.read_bytes())
+    if how == "missing":
+        return file.unlink()
+    if how == "flipped":
+        for i in range(len(whole) // 8, len(whole), len(whole) // 8):
+            whole[i] ^= 0xFF
+    file.write_bytes(bytes(whole) if how == "flipped" else b"" if how == "empty" else bytes(whole[: len(whole) // 2]))
+
+
+@pytest.mark.parametrize(
+    "file, how",
+    [("__0_0.distcp", how) for how in ("cut", "missing", "flipped")]
+    + [(".metadata", how) for how in ("empty", "flipped")],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(how, file, base, undisturbed, tmp_path):
+    cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True)
+    damage(folders(cfg.out)[-1] / file, how)
+    ((message, said),) = spread(1, told, cfg)
+    assert message == "" and "step_000008 cannot be read" in said and "trying the one before" in said
+    assert same_run(undisturbed, cfg)
+
+
+def full_disk(cfg: Config) -> tuple[str, str]:
+    """A file may not grow beyond 20 MB: checkpoints need twice that."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    real = train.save_checkpoint
+
+    def save(out, run_, step, keep):
+        limit = 20_000_000 if step >= 4 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        result = real(out, run_, step, keep)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return result
+
+    train.save_checkpoint = save
+    return told(cfg)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(base, tmp_path):
+    cfg = replace(base, out=tmp_path / "run")
+    ((message, said),) = spread(1, full_disk, cfg)
+    assert message == "" and said.count("warning: no checkpoint could be written (") == 3 and "GB free" in said
+    assert f"the newest is {folders(cfg.out)[0]}" in said
+    assert [f.name for f in folders(cfg.out)] == ["step_000002"] and not list(cfg.out.glob("checkpoints/*.part"))
+
+
+# ------------------------------------------------------------------------------------------ not finite
+
+
+def poisoned(cfg: Config, at: int, rank: int) -> str:
+    """The reward of one rank is NaN at one step."""
+    real = train.update_gradient
+
+    def update_gradient(*args):
+        measured = real(*args)
+        now = poisoned.step == at and int(os.environ["RANK"]) == rank
+        return measured | {"loss": float("nan")} if now else measured
+
+    draw = train.draw
+
+    def noted(c, s, step):
+        poisoned.step = step
+        return draw(c, s, step)
+
+    train.update_gradient, train.draw = update_gradient, noted
+    return run(cfg)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, undisturbed, tmp_path):
+    cfg = replace(base, out=tmp_path / "run")
+    for message in spread(2, poisoned, cfg, 5, 1):
+        assert message.startswith("3 step 5: a number is not finite on rank 1; leaps start at steps (0, 1)")
+    (entry,) = read_log(cfg.out / "nonfinite.jsonl")
+    with join("cpu") as world:
+        batch = train.draw(cfg, prepare(replace(cfg, resume=True), world), 5)
+    assert entry["step"] == 5 and entry["seed"] == 0 and tuple(entry["picks"]) == batch.picks
+    assert entry["ranks"][0]["prompts"] + entry["ranks"][1]["prompts"] == batch.prompts
+    assert folders(cfg.out)[-1].name == "step_000005"  # the weights before the step, to replay it
+    assert whole(1, replace(cfg, resume=True)) == ""
+    assert [e["step"] for e in read_log(cfg.out / "metrics.jsonl")] == list(range(8))
+
+
+def test_some_that_are_not_finite_can_be_left_out(base, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", skip_nonfinite=1)
+    assert spread(1, poisoned, cfg, 5, 0) == [""]
+    assert [e["step"] for e in read_log(cfg.out / "metrics.jsonl")] == [0, 1, 2, 3, 4, 6, 7]
+
+
+# ------------------------------------------------------------------------------------------------ logs
+
+
+def test_a_log_that_a_kill_cut_is_read_up_to_there_and_truncated_by_step(tmp_path):
+    file = tmp_path / "log.jsonl"
+    for step in range(4):
+        append(file, {"step": step})
+    file.write_text(file.read_text() + '{"step": 4, "re')
+    assert [e["step"] for e in read_log(file)] == [0, 1, 2, 3]
+    assert [e["step"] for e in truncate(file, 2)] == [0, 1]
+    append(file, {"step": 2})
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 2]
+    assert read_log(tmp_path / "none.jsonl") == truncate(tmp_path / "none.jsonl", 3) == []
+
+
+def test_every_update_logs_where_its_time_went(undisturbed):
+    for entry in read_log(undisturbed.out / "metrics.jsonl"):
+        parts = [entry[f"seconds_{stage}"] for stage in ("rollout", "reward", "leaps", "update")]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(entry["seconds"], rel=0.2)
+        assert entry["forwards"] == 4 * (2 + 2) and entry["backwards"] == 4 * 2
+        assert entry["memory"] > 0.1 and entry["tflops"] > 0
