@@ -1,6 +1,69 @@
-"""What a run needs: memory a GPU and communication a step, counted before anything is rented.  (being written)"""
+"""What a run needs, counted before anything is rented: memory a GPU, and what a step computes and sends.
 
-from model import FluxConfig
+    python plan.py --gpus 1 8 16 64                      # FLUX.1-dev, all weights
+    python plan.py --gpus 1 --lora 64                    # a LoRA of it
+
+Nothing is loaded.  Weights are counted from the shapes, activations by running the real modules on tensors without
+memory and adding up what autograd keeps for the backward.  Tests hold the counts to what small models really keep and
+send.
+Left out: the allocator's slack, cuDNN's and NCCL's buffers, a few GB in all.
+
+Legend: GB is 1e9 bytes; b samples at a time.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+import tyro
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lora import add_lora
+from model import FLUX_DEV, Flux, FluxConfig
+
+ENCODERS = 4_762_310_656 + 123_060_480  # parameters of T5-XXL's encoder and CLIP-L's text model, in bf16
+REWARD_BYTES = {"hpsv2": 986_109_441 * 4, "pickscore": 985_987_457 * 4, "hpsv3": 16.6e9}  # fp32, fp32, bf16; published
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Count memory and communication for a number of GPUs. Flags as in train.py."""
+
+    gpus: tuple[int, ...] = (1, 8, 16, 64)
+    """Numbers of GPUs to count for."""
+    reward: tuple[str, ...] = ("hpsv2", "pickscore")
+    """Published rewards that are loaded, trained on or watched: hpsv2, pickscore, hpsv3."""
+    size: int = 720
+    """Image side in pixels."""
+    text_length: int = 512
+    """T5 tokens."""
+    batch: int = 64
+    """Rollouts an update, over all GPUs."""
+    rollout_steps: int = 25
+    """Euler steps of a rollout."""
+    leaps: int = 2
+    """Leaps."""
+    rollout_batch: int = 4
+    """Rollouts at a time on a GPU."""
+    micro_batch: int = 1
+    """Samples at a time in the backward."""
+    recompute: bool = True
+    """Recompute activations in the backward."""
+    keep_gathered: bool = False
+    """Keep the weights whole through a rollout."""
+    shard: int | None = None
+    """GPUs that share a copy of the weights; None: all."""
+    shard_frozen: bool = False
+    """Cut T5 and the rewards too."""
+    offload_encoders: bool = False
+    """Keep the text encoders on the CPU."""
+    lora: int | None = None
+    """Rank of a LoRA; None: all weights are trained."""
+
+
+# ------------------------------------------------------------------------------------------ counting
 
 
 def forward_flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> float:
@@ -13,3 +76,173 @@ def forward_flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> fl
     blocks = config.depth + config.depth_single_blocks
     once = (12 * config.depth + 3 * config.depth_single_blocks + 2) * c * c  # modulations, of one vector
     return 2.0 * (blocks * (linear * tokens + attention) + outside + once)
+
+
+def kept_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of `run`, parameters apart: each piece of memory once."""
+    own = {p.untyped_storage()._cdata for p in parameters}
+    kept: dict[int, Tensor] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept.setdefault(t.untyped_storage()._cdata, t)  # held, so that its address stays its own
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        result = run()
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own) + 0 * result.numel()
+
+
+def flux_inputs(config: FluxConfig, b: int, image_tokens: int, text_tokens: int, dtype: torch.dtype) -> tuple:
+    """Inputs of a Flux that ask for a gradient as a leap does."""
+    img = torch.zeros(b, image_tokens, config.in_channels, dtype=dtype, requires_grad=True)
+    txt = torch.zeros(b, text_tokens, config.context_in_dim, dtype=dtype)
+    vec = torch.zeros(b, config.vec_in_dim, dtype=dtype)
+    ids = [torch.zeros(n, 3, dtype=torch.long) for n in (image_tokens, text_tokens)]
+    t = torch.zeros(b)
+    return img, ids[0], txt, ids[1], t, vec, t if config.guidance_embed else None
+
+
+def planned_flux(config: FluxConfig, lora: int | None, dtype: torch.dtype) -> Flux:
+    """The transformer in the precision it is gathered in. Built in it, as fake tensors cannot be cast in place."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        flux = Flux(config)
+        if lora:
+            add_lora(flux, lora, 2 * lora)
+        return flux
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def leap_bytes(flux: Flux, b: int, image_tokens: int, text_tokens: int, dtype: torch.dtype, recompute: bool) -> int:
+    """What a leap keeps: all activations, or the inputs of blocks and, in turn, the inside of the largest one."""
+    inputs = flux_inputs(flux.config, b, image_tokens, text_tokens, dtype)
+    flux.recompute = recompute
+    kept = kept_bytes(lambda: flux(*inputs), flux.parameters())
+    flux.recompute = False
+    if recompute:
+        shapes = [replace(flux.config, depth=d, depth_single_blocks=s) for d, s in ((0, 0), (1, 0), (0, 1))]
+        small = [planned_flux(shape, None, dtype) for shape in shapes]
+        outside, *inside = (kept_bytes(lambda f=f: f(*inputs), f.parameters()) for f in small)
+        kept += max(inside) - outside
+    return kept
+
+
+def decode_bytes(vae: AutoencoderKL, b: int, side: int, recompute: bool) -> int:
+    """What decoding `side` x `side` latents keeps, and with recomputation, in turn, the inside of the largest block."""
+    z = torch.zeros(b, vae.config.latent_channels, side, side, requires_grad=True)
+    if not recompute:
+        return kept_bytes(lambda: vae.decode(z).sample, vae.parameters())
+    entered: list[tuple[nn.Module, Tensor]] = []
+    blocks = [vae.decoder.mid_block, *vae.decoder.up_blocks]
+    hooks = [m.register_forward_pre_hook(lambda m, x: entered.append((m, x[0].detach()))) for m in blocks]
+    with torch.no_grad():
+        vae.decode(z)
+    for hook in hooks:
+        hook.remove()
+    inside = [kept_bytes(lambda m=m, x=x: m(x.requires_grad_()), m.parameters()) for m, x in entered]
+    vae.enable_gradient_checkpointing()
+    kept = kept_bytes(lambda: vae.decode(z).sample, vae.parameters())
+    vae.disable_gradient_checkpointing()
+    return kept + max(inside)
+
+
+def flux_vae() -> AutoencoderKL:
+    """FLUX's autoencoder."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    return vae.requires_grad_(False)
+
+
+def size_of(parameters: Iterable[Tensor], dtype: torch.dtype) -> int:
+    return sum(p.numel() for p in parameters) * dtype.itemsize
+
+
+# ------------------------------------------------------------------------------------------ the plan
+
+
+@torch.no_grad()
+def memory(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes on one of `gpus` GPUs, by what they are for; what is not at the same time is under its stage."""
+    group = plan.shard or gpus
+    trained = [p for p in flux.parameters() if p.requires_grad]
+    frozen = [p for p in flux.parameters() if not p.requires_grad]
+    tokens, apart = (plan.size // 16) ** 2, gpus if plan.shard_frozen else 1
+    largest = max(size_of(b.parameters(), dtype) for b in [*flux.double_blocks, *flux.single_blocks])
+    whole = size_of(flux.parameters(), dtype)
+    vae = flux_vae()
+    with torch.enable_grad():
+        decoded = decode_bytes(vae, plan.micro_batch, plan.size // 8, plan.recompute)
+        leap = leap_bytes(flux, plan.micro_batch, tokens, plan.text_length, dtype, plan.recompute)
+    fp32 = torch.float32
+    return {
+        "weights": (size_of(trained, fp32) + size_of(frozen, dtype)) / group,
+        "gradients": size_of(trained, fp32) / group,
+        "optimizer": 2 * size_of(trained, fp32) / group,
+        "averages": size_of(trained, fp32) / group,
+        "encoders": 0 if plan.offload_encoders else ENCODERS * 2 / apart,
+        "rewards": sum(REWARD_BYTES[name] for name in plan.reward) / apart,
+        "VAE": size_of(vae.parameters(), fp32),
+        "states": (2 * plan.rollout_steps + 1) * plan.rollout_batch * tokens * flux.config.in_channels * 4,
+        "rollout": whole if plan.keep_gathered else 2 * largest,
+        "decode": decoded,
+        "leap": leap + 2 * largest,
+    }
+
+
+def peak(parts: dict[str, float]) -> float:
+    """The highest of the stages, on top of what is always there."""
+    stages = ("rollout", "decode", "leap")
+    return sum(v for k, v in parts.items() if k not in stages) + max(parts[k] for k in stages)
+
+
+def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, float]:
+    """What a GPU does in a step: gathers and bytes received in them, bytes reduced, and floating-point operations."""
+    group, share = plan.shard or gpus, plan.batch // gpus
+    rollouts, micros = -(-share // plan.rollout_batch), -(-share // plan.micro_batch)
+    # A rollout evaluation gathers once, a leap once forward and once backward.
+    gathers = rollouts * (1 if plan.keep_gathered else plan.rollout_steps) + micros * plan.leaps * 2
+    reduces = micros * plan.leaps
+    whole, trained = size_of(flux.parameters(), dtype), [p for p in flux.parameters() if p.requires_grad]
+    gradient = size_of(trained, torch.float32)
+    missing = (group - 1) / group
+    copies = gpus // group
+    between = 2 * (copies - 1) / copies * gradient / group  # a ring all-reduce among copies
+    tokens = (plan.size // 16) ** 2
+    passes = plan.rollout_steps + plan.leaps * (3 + plan.recompute)
+    return {
+        "gathers": gathers,
+        "gathered": gathers * whole * missing,
+        "reduced": reduces * (gradient * missing + between),
+        "flops": share * passes * forward_flops(flux.config, tokens, plan.text_length),
+    }
+
+
+def main() -> None:
+    plan = tyro.cli(Plan, description=__doc__)
+    if odd := [g for g in plan.gpus if plan.batch % g or (plan.shard and g % plan.shard)]:
+        raise SystemExit(f"error: --gpus {odd[0]} does not divide --batch {plan.batch}, or --shard {plan.shard} it")
+    dtype, rows = torch.bfloat16, {}
+    with FakeTensorMode():
+        flux = planned_flux(FLUX_DEV, plan.lora, dtype)
+        print(
+            f"FLUX.1-dev, {sum(p.numel() for p in flux.parameters()) / 1e9:.2f} B parameters, {plan.size}x{plan.size}"
+        )
+        for gpus in plan.gpus:
+            parts, sent = memory(plan, gpus, flux, dtype), traffic(plan, gpus, flux, dtype)
+            for key, value in {**parts, "peak": peak(parts)}.items():
+                rows.setdefault(f"{key}, GB", []).append(value / 1e9)
+            rows.setdefault("gathered a step, GB", []).append(sent["gathered"] / 1e9)
+            rows.setdefault("reduced a step, GB", []).append(sent["reduced"] / 1e9)
+            rows.setdefault("computed a step, PFLOP", []).append(sent["flops"] / 1e15)
+    print("| a GPU, of | " + " | ".join(map(str, plan.gpus)) + " |\n|---|" + "--:|" * len(plan.gpus))
+    for name, values in rows.items():
+        print(f"| {name} | " + " | ".join(f"{v:,.1f}" for v in values) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""LoRA: the file that a run writes is the one that diffusers reads, and both draw the same picture."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+import train
+from config import Config
+from lora import FILE, add_lora, lora_layers, merge_lora
+from parallel import join
+from pipeline import draw_noise, load, sample
+from start import prepare
+from tests.processes import spread
+
+ROOT = Path(train.__file__).parent
+TINY = ROOT / "shapes" / "tiny-flux"
+PROMPTS = ["a photo of a red circle", "a photo of three squares"]
+
+
+def run(cfg: Config) -> str:
+    with join("cpu") as world:
+        train.train(cfg, prepare(cfg, world), world)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The final/ of a short run on two ranks, with a rate that changes pictures."""
+    root = tmp_path_factory.mktemp("lora")
+    lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
+    (root / "few.txt").write_text("\n".join(lines[::60]) + "\n")
+    cfg = Config(out=root / "run", lora=4, lr=1e-2, decay=False, batch=8, rollout_steps=3, steps=3, eval_every=3,
+                 ema=0.5, save_every=2, eval_prompts=root / "few.txt")  # fmt: skip
+    assert spread(2, run, cfg) == ["", ""]
+    return root / "run" / "final"
+
+
+def images_of(pipeline: FluxPipeline, steps: int = 4) -> Tensor:
+    ours = load(TINY)
+    latents = torch.stack([draw_noise(ours, [seed], 4, 4)[0] for seed in (0, 1)])
+    pipeline.set_progress_bar_config(disable=True)
+    out = pipeline(
+        PROMPTS, height=64, width=64, num_inference_steps=steps, guidance_scale=1.0, latents=latents, output_type="pt",
+        max_sequence_length=12,
+    )  # fmt: skip
+    return out.images
+
+
+def test_diffusers_takes_the_file_as_it_is_and_draws_the_same_picture(trained):
+    theirs = FluxPipeline.from_pretrained(TINY)
+    before = images_of(theirs)
+    theirs.load_lora_weights(trained)
+    ours = sample(load(trained), PROMPTS, [0, 1], 4, 64, 64)
+    torch.testing.assert_close(images_of(theirs), ours, atol=2e-4, rtol=0)
+    assert (ours - before).abs().mean() > 0.01  # it changed something
+
+
+def test_the_file_names_what_published_loras_of_flux_do(trained):
+    state = load_file(trained / FILE)
+    layers = {k.removeprefix("transformer.").rsplit(".", 2)[0] for k in state}
+    double = {"attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+              "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj",
+              "ff_context.net.2"}  # fmt: skip
+    single = {"attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"}
+    assert layers == {f"transformer_blocks.{i}.{n}" for i in range(2) for n in double} | {
+        f"single_transformer_blocks.{i}.{n}" for i in range(4) for n in single
+    }
+    assert {k.rsplit(".", 2)[1] for k in state} == {"lora_A", "lora_B"}
+    assert all(v.shape[0] == 4 for k, v in state.items() if "lora_A" in k)
+
+
+def test_a_lora_starts_as_the_network_that_it_changes_and_trains_nothing_else():
+    with join("cpu") as world:
+        cfg = Config(out=Path("/nonexistent"), lora=4, bf16=True)
+        flux = prepare(cfg, world).pipe.flux
+        trained = [n for n, p in flux.named_parameters() if p.requires_grad]
+        assert all(".a." in n or ".b." in n for n in trained)
+        dtypes = {n: p.dtype for n, p in flux.named_parameters()}
+        assert {dtypes[n] for n in trained} == {torch.float32}
+        assert {d for n, d in dtypes.items() if n not in trained} == {torch.bfloat16}
+        plain = prepare(replace(cfg, bf16=False), world).pipe
+        x = sample(plain, PROMPTS, [0, 1], 2, 64, 64)
+    torch.testing.assert_close(x, sample(load(TINY), PROMPTS, [0, 1], 2, 64, 64), atol=1e-5, rtol=0)
+
+
+def test_the_change_is_alpha_over_rank_times_B_A_in_each_part_of_a_fused_layer():
+    flux, whole = load(TINY).flux, load(TINY).flux
+    add_lora(flux, rank=3, alpha=6.0)
+    torch.manual_seed(0)
+    for name, parts in lora_layers(whole):
+        layer, plain = flux.get_submodule(name), whole.get_submodule(name)
+        for p in (*layer.a, *layer.b):
+            p.data.normal_()
+        change = torch.cat([b @ a for a, b in zip(layer.a, layer.b)])
+        x = torch.randn(2, plain.in_features)
+        expected = plain(x) + 2 * x @ change.T
+        torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+        assert len(layer.a) == len(parts) and sum(len(b) for b in layer.b) == plain.out_features
+
+
+def test_a_lora_of_another_flux_is_refused(trained, tmp_path):
+    from safetensors.torch import save_file
+
+    state = load_file(trained / FILE)
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+    for change in ({name: torch.zeros(4, 7)}, {"transformer.time.lora_A.weight": torch.zeros(1)}):
+        save_file(state | change, tmp_path / FILE)
+        with pytest.raises(ValueError, match=r"no LoRA of this Flux|does not: transformer\.time"):
+            merge_lora(load(TINY).flux, tmp_path / FILE)
+    del state[name]
+    save_file(state, tmp_path / FILE)
+    with pytest.raises(ValueError, match="no LoRA of this Flux"):
+        merge_lora(load(TINY).flux, tmp_path / FILE)
+
+
+def test_a_lora_resumes(trained):
+    cfg = Config(out=trained.parent, lora=4, lr=1e-2, decay=False, batch=8, rollout_steps=3, steps=3, eval_every=3,
+                 ema=0.5, save_every=2, eval_prompts=trained.parent.parent / "few.txt", resume=True)  # fmt: skip
+    before = load_file(trained / FILE)
+    assert spread(2, run, cfg) == ["", ""]  # from step 2
+    after = load_file(trained / FILE)
+    assert all(torch.equal(after[k], before[k]) for k in before)

@@ -1,0 +1,119 @@
+"""plan.py's counts against what the tiny model really keeps, holds and sends."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import plan
+import train
+from config import Config
+from model import FLUX_DEV, Flux
+from parallel import join
+from plan import Plan, decode_bytes, flux_inputs, forward_flops, kept_bytes, leap_bytes, planned_flux, traffic
+from shapes.models import TINY
+from start import prepare
+from tests.processes import spread
+
+ROOT = Path(plan.__file__).parent
+CONFIG = replace(
+    FLUX_DEV, hidden_size=128, num_heads=4, axes_dim=(8, 12, 12), depth=2, depth_single_blocks=3, context_in_dim=96
+)
+
+
+@pytest.mark.parametrize("size, published", [(512, 21.5), (720, 37.0)])
+def test_an_evaluation_of_flux_dev_costs_what_is_known(size, published):
+    assert forward_flops(FLUX_DEV, (size // 16) ** 2, 512) / 1e12 == pytest.approx(published, rel=0.01)
+
+
+def test_floating_point_operations_are_those_that_torch_counts():
+    flux = Flux(CONFIG)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # no other is counted
+        flux(*flux_inputs(CONFIG, 1, 64, 20, torch.float32))
+    embedders = 2 * (256 * 128 + 128 * 128) * 2 + 2 * (768 * 128 + 128 * 128)  # of time, guidance and the prompt
+    assert forward_flops(CONFIG, 64, 20) == pytest.approx(counter.get_total_flops() - embedders, rel=1e-3)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_counted_without_memory_are_those_that_a_real_leap_keeps(recompute):
+    with FakeTensorMode():
+        counted = leap_bytes(Flux(CONFIG), 2, 64, 20, torch.float32, recompute)
+    real = leap_bytes(Flux(CONFIG), 2, 64, 20, torch.float32, recompute)
+    assert counted == real
+    assert counted > 2 * 64 * 128 * 4 * 5  # at least a tensor a block
+
+
+def test_recomputing_keeps_less():
+    with FakeTensorMode():
+        flux, vae = planned_flux(FLUX_DEV, None, torch.bfloat16), plan.flux_vae()
+        much, little = (leap_bytes(flux, 1, 2025, 512, torch.bfloat16, r) for r in (False, True))
+        assert little < 0.2 * much
+        much, little = (decode_bytes(vae, 1, 90, r) for r in (False, True))
+        assert little < 0.8 * much
+
+
+def test_kept_memory_is_counted_once_and_without_parameters():
+    w, x = torch.nn.Parameter(torch.ones(50, 50)), torch.ones(10, 50, requires_grad=True)
+    assert kept_bytes(lambda: (x @ w).exp().sum() + (x * x).sum(), [w]) == 10 * 50 * 4 * 2  # x, and exp's result
+
+
+class Sent(TorchDispatchMode):
+    """Adds up what collectives bring and reduce on this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered, self.reduced = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if "allgather_base" in name:
+            self.gathered += args[0].nbytes - args[1].nbytes
+        if "reduce_scatter_base" in name:
+            self.reduced += args[1].nbytes - args[0].nbytes
+        return function(*args, **(kwargs or {}))
+
+
+def sent(cfg: Config) -> tuple[int, int, int]:
+    with join("cpu") as world:
+        setup = prepare(cfg, world)
+        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+        train.update(cfg, setup, world, run, 0)
+        with Sent() as seen:
+            train.gradient(cfg, setup, world, train.draw(cfg, setup, 1))
+        held = sum(t.to_local().nbytes for p in run.params for t in (p, p.grad))
+        held += sum(t.to_local().nbytes for t in run.averaged)
+        moments = (v for s in run.optimizer.state.values() for k, v in s.items() if k != "step")
+        return seen.gathered, seen.reduced, held + sum(t.to_local().nbytes for t in moments)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_bytes_held_and_sent_by_two_ranks_are_those_counted(keep):
+    cfg = Config(out=Path("/nonexistent"), batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, keep_gathered=keep)
+    flux = planned_flux(TINY, None, torch.float32)
+    told = Plan(size=64, text_length=12, batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, keep_gathered=keep)
+    counted = traffic(told, 2, flux, torch.float32)
+    held = 5 * plan.size_of(flux.parameters(), torch.float32) / 2  # weight, gradient, average, two moments
+    for gathered, reduced, real in spread(2, sent, cfg):
+        assert gathered == pytest.approx(counted["gathered"], rel=0.15)  # what is outside of the blocks stays whole
+        assert reduced == pytest.approx(counted["reduced"], rel=0.02)
+        assert real == pytest.approx(held, rel=0.02)
+
+
+def test_a_cut_network_costs_a_share_and_a_lora_little():
+    with FakeTensorMode():
+        flux, lora = (planned_flux(FLUX_DEV, rank, torch.bfloat16) for rank in (None, 64))
+        one, eight = (plan.memory(Plan(), n, flux, torch.bfloat16) for n in (1, 8))
+        little = plan.memory(Plan(), 1, lora, torch.bfloat16)
+    for what in ("weights", "gradients", "optimizer", "averages"):
+        assert eight[what] == one[what] / 8
+    assert one["weights"] == 11_901_408_320 * 4  # the published count
+    assert plan.peak(little) < 80e9 < plan.peak(one)
