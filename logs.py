@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16 FLOP/s, dense, published
 
@@ -64,43 +66,33 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def open_trackers(kinds: Sequence[str], out: Path, config: dict[str, Any]) -> Callable[[int, dict, list[Path]], None]:
-    """A function (step, numbers, pictures) that logs to all of `kinds`. Raises ValueError if a package is missing."""
+    """A function (step, numbers, pictures) that logs to all of `kinds`, whose packages are imported only here."""
     trackers: list[Callable[[int, dict, list[Path]], None]] = []
-    try:
-        if "tensorboard" in kinds:
-            from torch.utils.tensorboard import SummaryWriter
+    if "tensorboard" in kinds:
+        from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(out / "tensorboard"))
+        writer = SummaryWriter(str(out / "tensorboard"))
 
-            def to_tensorboard(step: int, numbers: dict, pictures: list[Path]) -> None:
-                for name, value in numbers.items():
-                    writer.add_scalar(name, value, step)
-                for path in pictures:
-                    writer.add_image(path.parent.name, as_array(path), step, dataformats="HWC")
+        def to_tensorboard(step: int, numbers: dict, pictures: list[Path]) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            for path in pictures:
+                writer.add_image(path.parent.name, np.array(Image.open(path)), step, dataformats="HWC")
 
-            trackers.append(to_tensorboard)
-        if "wandb" in kinds:
-            import wandb
+        trackers.append(to_tensorboard)
+    if "wandb" in kinds:
+        import wandb
 
-            run = wandb.init(project="leapalign", dir=str(out), config=config, id=out.name, resume="allow")
+        run = wandb.init(project="leapalign", dir=str(out), config=config, id=out.name, resume="allow")
 
-            def to_wandb(step: int, numbers: dict, pictures: list[Path]) -> None:
-                run.log({**numbers, **{p.parent.name: wandb.Image(str(p)) for p in pictures}}, step=step)
+        def to_wandb(step: int, numbers: dict, pictures: list[Path]) -> None:
+            run.log({**numbers, **{p.parent.name: wandb.Image(str(p)) for p in pictures}}, step=step)
 
-            trackers.append(to_wandb)
-    except ImportError as error:
-        raise ValueError(f"--log {' '.join(kinds)}: {error}; pip install it, or leave the flag out") from error
+        trackers.append(to_wandb)
 
     def track(step: int, numbers: dict[str, Any], pictures: list[Path]) -> None:
-        plain = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+        plain = {k: v for k, v in numbers.items() if isinstance(v, int | float) and k != "step"}
         for tracker in trackers:
             tracker(step, plain, pictures)
 
     return track
-
-
-def as_array(path: Path) -> Any:
-    import numpy as np
-    from PIL import Image
-
-    return np.array(Image.open(path))

@@ -1,5 +1,6 @@
 """What a run needs, read and checked before anything expensive starts."""
 
+import importlib.util
 import itertools
 import json
 from collections.abc import Iterator
@@ -69,6 +70,8 @@ def check_flags(cfg: Config, world: World) -> None:
         raise ValueError("--stop-early needs a reward to --watch")
     if cfg.nested_only and cfg.method != "leapalign":
         raise ValueError(f"--nested-only is an ablation of leapalign and means nothing with --method {cfg.method}")
+    if missing := [kind for kind in cfg.log if importlib.util.find_spec(kind) is None]:
+        raise ValueError(f"--log {missing[0]} needs that package: pip install {missing[0]}, or leave the flag out")
     if cfg.shard_frozen and cfg.offload_encoders:
         raise ValueError("--shard-frozen and --offload-encoders: T5 is either cut over the ranks or on the CPU")
     if (cfg.export or cfg.at is not None) and not cfg.resume:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import tyro
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -216,22 +217,36 @@ def note_nonfinite(
     )
 
 
-def write_model(folder: Path, cfg: Config, setup: Setup, world: World) -> None:
-    """A checkpoint folder of the current weights, on rank 0, gathered a tensor at a time; renamed into place."""
+def write_model(folder: Path, cfg: Config, setup: Setup, world: World) -> str | None:
+    """A checkpoint folder of the current weights, on rank 0, gathered a tensor at a time; renamed into place.
+
+    Returns why it could not be written, and leaves what was there before.
+    """
     part, old, flux = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old"), setup.pipe.flux
-    tensors = whole_tensors(flux, torch.float32 if cfg.lora else setup.pipe.compute, world.rank)
+    tensors, failed = whole_tensors(flux, torch.float32 if cfg.lora else setup.pipe.compute, world.rank), None
     if world.rank == 0:
         shutil.rmtree(part, ignore_errors=True)
-        if cfg.lora:
-            save_lora(part, flux, tensors, str(setup.pipe.folder.resolve()))
-        else:
-            save(part, setup.pipe.folder, flux.config, tensors)
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            if cfg.lora:
+                save_lora(part, flux, tensors, str(setup.pipe.folder.resolve()))
+            else:
+                save(part, setup.pipe.folder, flux.config, tensors)
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            failed = f"{folder} could not be written: {error}"
+            shutil.rmtree(part, ignore_errors=True)
     for _ in tensors:  # the other ranks take part in the gathers
         pass
+    return gather(failed)[0]
+
+
+def finish(folder: Path, cfg: Config, setup: Setup, world: World) -> None:
+    """Write the model that a run was for. Raises Stop if that cannot be."""
+    if failed := write_model(folder, cfg, setup, world):
+        raise Stop(1, f"{failed}; the weights are in {setup.out / 'checkpoints'}, --resume --export FOLDER writes them")
 
 
 def train(cfg: Config, setup: Setup, world: World) -> None:
@@ -241,7 +256,7 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
     first = load_newest(out, run, cfg.at) if cfg.resume else 0
     if cfg.export:
         with swapped(run.params, run.averaged):
-            return write_model(cfg.export, cfg, setup, world)
+            return finish(cfg.export, cfg, setup, world)
     evals = gather(open_folder(cfg, out, first) if main else None)[0]
     track = open_trackers(cfg.log if main else (), out, asdict(cfg))
     bar = tqdm(total=cfg.steps, initial=first, unit="update", file=sys.stderr, disable=not main)
@@ -262,13 +277,13 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
             with swapped(run.params, run.averaged):
                 entry, warnings = watch(cfg, setup, world, evals, step, time.time() - start)
                 if setup.watched and entry is max(evals, key=lambda e: e[setup.watched[0].name]):
-                    write_model(out / "best", cfg, setup, world)
+                    warnings += filter(None, [write_model(out / "best", cfg, setup, world)])
             track(step, entry, [out / "samples" / f"step_{step:04d}.png"])
             means = {k: v for k, v in entry.items() if isinstance(v, float) and k != "seconds"}
             say(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
             for warning in warnings:
                 say(warning)
-            last |= cfg.stop_early and bool(warnings)
+            last |= cfg.stop_early and any("hacked" in warning for warning in warnings)
         if last:
             break
 
@@ -299,7 +314,7 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
     bar.close()
 
     with swapped(run.params, run.averaged):
-        write_model(out / "final", cfg, setup, world)
+        finish(out / "final", cfg, setup, world)
     if main:
         pair = [torch.load(out / "samples" / f"{name}.pt") / 255 for name in ("first", "last")]
         before_after(*pair, [setup.eval_prompts[i] for i in shown(setup.eval_prompts)], out / "before_after.png")

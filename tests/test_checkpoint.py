@@ -8,9 +8,11 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +22,10 @@ from torch import Tensor
 import train
 from checkpoint import folders
 from config import Config
-from logs import append, read_log, truncate
+from logs import append, open_trackers, read_log, truncate
 from parallel import join
 from pipeline import load
-from start import prepare
+from start import check_flags, prepare
 from tests.processes import CONTEXT, spread, start
 
 ROOT = Path(train.__file__).parent
@@ -307,3 +309,25 @@ def test_every_update_logs_where_its_time_went(undisturbed):
         assert min(parts) > 0 and sum(parts) == pytest.approx(entry["seconds"], rel=0.2)
         assert entry["forwards"] == 4 * (2 + 2) and entry["backwards"] == 4 * 2
         assert entry["memory"] > 0.1 and entry["tflops"] > 0
+
+
+def test_numbers_and_pictures_go_to_the_trackers_that_were_asked_for(undisturbed, tmp_path, monkeypatch):
+    seen: list = []
+    writer = SimpleNamespace(
+        add_scalar=lambda name, value, step: seen.append((name, value, step)),
+        add_image=lambda name, image, step, dataformats: seen.append((name, image.shape[-1], step)),
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    logged = SimpleNamespace(log=lambda entry, step: seen.append((sorted(entry), step)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: logged, Image=lambda path: path))
+    track = open_trackers(("tensorboard", "wandb"), tmp_path, {"lr": 1})
+    track(4, {"step": 4, "reward": 0.5, "by_prompt": {"tiny": [1.0]}}, [undisturbed.out / "samples" / "step_0004.png"])
+    assert seen == [("reward", 0.5, 4), ("samples", 3, 4), (["reward", "samples"], 4)]
+    open_trackers((), tmp_path, {})(4, {"reward": 0.5}, [])
+    assert len(seen) == 3
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_starts(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--log wandb needs that package"), join("cpu") as world:
+        check_flags(replace(base, log=("wandb",)), world)
