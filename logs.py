@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,18 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for kind, flops in PEAK.items() if kind in name), None)
 
 
-def open_trackers(kinds: Sequence[str], out: Path, config: dict[str, Any]) -> Callable[[int, dict, list[Path]], None]:
-    """A function (step, numbers, pictures) that logs to all of `kinds`, whose packages are imported only here."""
+def open_trackers(
+    kinds: Sequence[str], out: Path, config: dict[str, Any], first: int
+) -> Callable[[int, dict, list[Path]], None]:
+    """A function (step, numbers, pictures) that logs to all of `kinds`, whose packages are imported only here.
+
+    `first` is the step that a run starts or goes on from: what was logged of later ones is overwritten.
+    """
     trackers: list[Callable[[int, dict, list[Path]], None]] = []
     if "tensorboard" in kinds:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(out / "tensorboard"))
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=first, flush_secs=10)
 
         def to_tensorboard(step: int, numbers: dict, pictures: list[Path]) -> None:
             for name, value in numbers.items():
@@ -83,7 +89,8 @@ def open_trackers(kinds: Sequence[str], out: Path, config: dict[str, Any]) -> Ca
     if "wandb" in kinds:
         import wandb
 
-        run = wandb.init(project="leapalign", dir=str(out), config=config, id=out.name, resume="allow")
+        name = f"{out.name}-{zlib.crc32(str(out.resolve()).encode()):08x}"  # a folder is a run
+        run = wandb.init(project="leapalign", dir=str(out), config=config, id=name, resume="allow")
 
         def to_wandb(step: int, numbers: dict, pictures: list[Path]) -> None:
             run.log({**numbers, **{p.parent.name: wandb.Image(str(p)) for p in pictures}}, step=step)

@@ -87,14 +87,15 @@ def shard_flux(flux: Flux, world: World, dtype: torch.dtype) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here is in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*flux.double_blocks, *flux.single_blocks, flux]:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+        # The root too lets go of its weights: what it kept would be stale once `swapped` has changed the pieces.
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def shard_frozen(model: nn.Module, world: World) -> None:
-    """Cut the layers of a frozen transformers model (T5, a large reward) over all ranks, in the dtype they have."""
+    """Cut the layers of a frozen transformers model (T5, a large reward) as Flux is, in the dtype they have."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer | T5Block):
-            fully_shard(layer, mesh=world.mesh)
+            fully_shard(layer, mesh=world.mesh, reshard_after_forward=True)
 
 
 @torch.no_grad()
@@ -140,8 +141,10 @@ def swapped(params: Sequence[Tensor], averaged: Sequence[Tensor]) -> Iterator[No
 
 
 def whole_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, each gathered in turn, on rank 0; on the others nothing, but they must be exhausted too."""
+    """Names and trained tensors, each gathered in turn, on rank 0; the others must exhaust it too, and get nothing."""
     for name, p in flux.named_parameters():
+        if not p.requires_grad:  # what a LoRA changes is in the base's folder
+            continue
         tensor = p.detach()
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if rank == 0:
@@ -164,10 +167,9 @@ def disagreement(world: World, everywhere: dict[str, Any], params: Iterable[Tens
     place = world.mesh.get_local_rank("shard")
     everyone = gather((place, everywhere, fingerprint(params)))
     for rank, (its_place, its, weights) in enumerate(everyone):
+        if differing := [key for key in everywhere if its[key] != everyone[0][1][key]]:
+            return f"rank {rank} has gone its own way: its {differing[0]} are not rank 0's; --resume goes on"
         twin = next(i for i, (p, *_) in enumerate(everyone) if p == its_place)
-        differing = [key for key in everywhere if its[key] != everyone[0][1][key]]
         if weights != everyone[twin][2]:
-            differing.append("weights")
-        if differing:
-            return f"rank {rank} has gone its own way: its {differing[0]} are not rank {twin}'s; --resume goes on"
+            return f"rank {rank} has gone its own way: its weights are not rank {twin}'s; --resume goes on"
     return None

@@ -171,7 +171,7 @@ def memory(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, f
     group = plan.shard or gpus
     trained = [p for p in flux.parameters() if p.requires_grad]
     frozen = [p for p in flux.parameters() if not p.requires_grad]
-    tokens, apart = (plan.size // 16) ** 2, gpus if plan.shard_frozen else 1
+    tokens, apart = (plan.size // 16) ** 2, group if plan.shard_frozen else 1
     largest = max(size_of(b.parameters(), dtype) for b in [*flux.double_blocks, *flux.single_blocks])
     whole = size_of(flux.parameters(), dtype)
     vae = flux_vae()

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import Run, load_newest, save_checkpoint
+from checkpoint import Run, folders, load_newest, save_checkpoint
 from config import PRESETS, Config
 from leaps import Rollout, Velocity, hinge, leap_backward, one_step, rollout, similarity_weight
 from logs import append, open_trackers, peak_flops, peak_memory, stopwatch, truncate
@@ -175,7 +176,8 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
         run.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    torch._foreach_lerp_(run.averaged, run.params, 1 - cfg.ema)
+    with torch.no_grad():
+        torch._foreach_lerp_(run.averaged, run.params, 1 - cfg.ema)
     update_seconds = lap("update")["seconds_update"]
 
     for m in measured:
@@ -213,7 +215,8 @@ def note_nonfinite(
         append(out / "nonfinite.jsonl", dict(step=step, seed=cfg.seed, picks=picks, grad_norm=norm, ranks=measured))
     return (
         f"step {step}: a number is not finite {where}; leaps start at steps {picks} of the rollout; prompts such as "
-        f"{measured[(bad or [0])[0]]['prompts'][0]!r}. {out / 'nonfinite.jsonl'} has all of them"
+        f"{measured[(bad or [0])[0]]['prompts'][0]!r}. {out / 'nonfinite.jsonl'} has all of them. The step would "
+        "be the same again: --skip-nonfinite 1 leaves it out"
     )
 
 
@@ -258,7 +261,7 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         with swapped(run.params, run.averaged):
             return finish(cfg.export, cfg, setup, world)
     evals = gather(open_folder(cfg, out, first) if main else None)[0]
-    track = open_trackers(cfg.log if main else (), out, asdict(cfg))
+    track = open_trackers(cfg.log if main else (), out, asdict(cfg), first)
     bar = tqdm(total=cfg.steps, initial=first, unit="update", file=sys.stderr, disable=not main)
     say = bar.write if main else lambda text: None
     signals: list[int] = []
@@ -302,7 +305,7 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
             append(out / "metrics.jsonl", entry)
         track(step, entry, [])
         bar.set_postfix_str(f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}")
-        if entry["satisfied"] == 1 and not satisfied:
+        if entry["satisfied"] > 1 - 1e-6 and not satisfied:
             satisfied, lam = True, " ".join(str(r.lam) for r in setup.rewards)
             say(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
         caught = [n for ns in gather(signals) for n in ns]
@@ -328,6 +331,8 @@ def open_folder(cfg: Config, out: Path, first: int) -> list[dict[str, Any]]:
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2, default=str) + "\n")
     print(json.dumps(asdict(cfg), indent=2, default=str))
     print(f"from step {first}")
+    for later in [f for f in folders(out) if f.name > f"step_{first:06d}"]:  # unreadable, or after --at
+        shutil.rmtree(later)
     truncate(out / "metrics.jsonl", first)
     return truncate(out / "eval.jsonl", first)
 
@@ -339,12 +344,15 @@ def main() -> None:
         arguments = ["shapes", *arguments]
     cfg = tyro.extras.overridable_config_cli(PRESETS, args=arguments, console_outputs=rank == 0)
     try:
-        with join(cfg.device, cfg.shard) as world:
+        with join(cfg.device, cfg.shard, timedelta(hours=1)) as world:  # while one writes, the others wait
             train(cfg, prepare(cfg, world), world)
-    except (ValueError, Stop) as error:
+    except ValueError as error:  # perhaps of one node only
+        print(f"\nerror: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Stop as stop:
         if rank == 0:
-            print(f"\n{'error: ' if isinstance(error, ValueError) else ''}{error}", file=sys.stderr)
-        raise SystemExit(error.code if isinstance(error, Stop) else 2) from None
+            print(f"\n{stop}", file=sys.stderr)
+        raise SystemExit(stop.code) from None
 
 
 if __name__ == "__main__":

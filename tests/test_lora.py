@@ -12,7 +12,7 @@ from torch import Tensor
 import train
 from config import Config
 from lora import FILE, add_lora, lora_layers, merge_lora
-from parallel import join
+from parallel import join, whole_tensors
 from pipeline import draw_noise, load, sample
 from start import prepare
 from tests.processes import spread
@@ -26,6 +26,23 @@ def run(cfg: Config) -> str:
     with join("cpu") as world:
         train.train(cfg, prepare(cfg, world), world)
     return ""
+
+
+def as_the_preset(cfg: Config) -> tuple[bool, int, int]:
+    """An update in the preset's form; is all finite, and how much a save gathers of how much there is."""
+    with join("cpu") as world:
+        setup = prepare(cfg, world)
+        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+        entry = train.update(cfg, setup, world, run, 0)
+        gathered = sum(t.numel() for _, t in whole_tensors(setup.pipe.flux, torch.float32, world.rank))
+        every = sum(p.numel() for p in setup.pipe.flux.parameters())
+        return entry["grad_norm"] > 0 and entry["loss"] == entry["loss"], gathered, every
+
+
+def test_a_lora_trains_in_bf16_recomputing_on_two_ranks_and_saves_only_itself():
+    cfg = Config(out=Path("/nonexistent"), lora=4, bf16=True, recompute=True, rollout_batch=2, micro_batch=1, batch=4)
+    (fine, gathered, every), (fine_too, nothing, _) = spread(2, as_the_preset, cfg)
+    assert fine and fine_too and nothing == 0 < gathered < 0.2 * every
 
 
 @pytest.fixture(scope="module")

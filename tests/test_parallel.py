@@ -14,7 +14,7 @@ import train
 from config import Config
 from leaps import rollout
 from parallel import disagreement, join, kept_gathered, swapped, whole_tensors
-from pipeline import encode, grid, load, velocity_of
+from pipeline import encode, grid, load, sample, velocity_of
 from start import prepare
 from tests.processes import spread
 
@@ -118,6 +118,7 @@ def weights_after(cfg: Config) -> Tensor:
 
 
 def test_ten_steps_of_training_are_the_same_on_one_two_and_four_ranks(base):
+    base = replace(base, batch=4)
     one = spread(1, weights_after, base)[0]
     for world, changes in ((2, dict(micro_batch=2)), (4, dict(shard=2))):
         for weights in spread(world, weights_after, replace(base, **changes)):
@@ -155,9 +156,8 @@ def gathers(cfg: Config) -> list[int]:
 
 
 def test_a_rollout_gathers_the_weights_once_instead_of_once_an_evaluation(base):
-    blocks, evaluations = 2 + 4, 3
-    for each, once, again in spread(2, gathers, base):  # what is outside of the blocks stays whole either way
-        assert each == again == evaluations * blocks + 1 and once == blocks
+    parts, evaluations = 2 + 4 + 1, 3  # double blocks, single blocks, and what is outside of them
+    assert spread(2, gathers, base) == [[evaluations * parts, parts, evaluations * parts]] * 2
 
 
 # ------------------------------------------------------------------------------------------- precision
@@ -199,10 +199,17 @@ def disagreements(cfg: Config) -> list[str | None]:
         return [*found, disagreement(world, {"step": 3}, params)]
 
 
+def disagreement_within_a_group(cfg: Config) -> str | None:
+    with join("cpu") as world:  # every rank holds pieces of its own
+        return disagreement(world, {"step": 3 + world.rank}, list(prepare(cfg, world).pipe.flux.parameters()))
+
+
 def test_ranks_that_differ_are_named(base):
+    (group, _) = spread(2, disagreement_within_a_group, base)
     for same, steps, weights in spread(2, disagreements, base):
         assert same is None
-        assert "rank 1 has gone its own way: its step" in steps and "its weights" in weights
+        assert "rank 1 has gone its own way: its step are not rank 0's" in steps and steps == group
+        assert "rank 1 has gone its own way: its weights are not rank 0's" in weights
 
 
 # --------------------------------------------------------------------------------------- loading, averages
@@ -220,6 +227,18 @@ def test_no_rank_holds_the_network_whole_and_together_they_hold_it_exactly(base)
     theirs = load(base.model).flux.state_dict()
     assert first.keys() == theirs.keys() and not second
     assert all(torch.equal(first[k], theirs[k]) for k in theirs)
+
+
+def cut_after_use(cfg: Config) -> bool:
+    with join("cpu") as world:
+        setup = prepare(replace(cfg, shard_frozen=True), world)
+        train.gradient(cfg, setup, world, train.draw(cfg, setup, 0))
+        layers = [setup.pipe.t5.encoder.block, setup.rewards[0].model.vision_model.encoder.layers]
+        return all(isinstance(p, DTensor) for blocks in layers for p in blocks.parameters())
+
+
+def test_frozen_parts_are_in_pieces_before_and_after_their_use(base):
+    assert all(spread(2, cut_after_use, base))
 
 
 def averages(cfg: Config) -> list[tuple[Tensor, Tensor]]:
@@ -247,6 +266,14 @@ def swaps(cfg: Config) -> bool:
         setup = prepare(cfg, world)
         run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
         train.update(cfg, setup, world, run, 0)
+        assert not any(a.requires_grad for a in run.averaged)
+        draw = (setup.pipe, ["a photo of a circle"], [0], 2, 64, 64)
+        first = sample(*draw)
+        with torch.no_grad():
+            run.averaged[0].mul_(3)
+        with swapped(run.params, run.averaged):
+            assert not torch.equal(sample(*draw), first)
+        assert torch.equal(sample(*draw), first)  # nothing gathered before is used after
         before = [t.to_local().detach().clone() for t in (*run.params, *run.averaged)]
         with swapped(run.params, run.averaged):
             moved = any(not torch.equal(t.to_local(), b) for t, b in zip(run.params, before))
