@@ -153,20 +153,28 @@ PRESETS = {
     "flux-dev-hpsv2": (
         f"FLUX.1-dev and HPSv2.1 as in the paper. {NEEDS}, weights/HPS_v2.1_compressed.pt, and weights/PickScore_v1 to "
         "watch.",
-        replace(FLUX_DEV, reward=("hpsv2",), watch=("pickscore",), alpha=0.3),
+        replace(FLUX_DEV, out=Path("runs/flux-dev-hpsv2"), reward=("hpsv2",), watch=("pickscore",), alpha=0.3),
     ),
     "flux-dev-pickscore": (
         f"FLUX.1-dev and PickScore as in the paper. {NEEDS}, weights/PickScore_v1, and weights/HPS_v2.1_compressed.pt "
         "to watch.",
-        replace(FLUX_DEV, reward=("pickscore",), watch=("hpsv2",), alpha=0.1),
+        replace(FLUX_DEV, out=Path("runs/flux-dev-pickscore"), reward=("pickscore",), watch=("hpsv2",), alpha=0.1),
     ),
     "flux-dev-hpsv3": (
         f"FLUX.1-dev and HPSv3 as in the paper. {NEEDS}, weights/HPSv3, and weights/HPS_v2.1_compressed.pt to watch.",
-        replace(FLUX_DEV, reward=("hpsv3",), watch=("hpsv2",), alpha=0.1, lr=8e-6),
+        replace(FLUX_DEV, out=Path("runs/flux-dev-hpsv3"), reward=("hpsv3",), watch=("hpsv2",), alpha=0.1, lr=8e-6),
     ),
     "flux-dev-lora": (
         f"A LoRA of FLUX.1-dev on HPSv2.1, for one 80 GB GPU. {NEEDS}, weights/HPS_v2.1_compressed.pt, and "
         "weights/PickScore_v1 to watch.",
-        replace(FLUX_DEV, reward=("hpsv2",), watch=("pickscore",), lora=64, lr=1e-4, batch=16),
+        replace(
+            FLUX_DEV,
+            out=Path("runs/flux-dev-lora"),
+            reward=("hpsv2",),
+            watch=("pickscore",),
+            lora=64,
+            lr=1e-4,
+            batch=16,
+        ),
     ),
 }
