@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step_000060/     weights, averaged weights and optimizer, a file a rank (torch's own format)
 
+Training waits while a checkpoint is copied to the host's memory, and goes on while the copy is written.
 A checkpoint resumes bitwise on as many ranks, and on any other number: pieces are cut anew.  All randomness is a
 function of (seed, step), so there is no random state in it.
 """
@@ -11,12 +12,14 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._pytree import tree_map_only
 
 from model import Flux
 from parallel import gather
@@ -33,13 +37,30 @@ OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
 class Run:
-    """What training changes: the network's trained parameters, their averages and the optimizer."""
+    """What training changes: the network's trained parameters, their averages and the optimizer.
 
-    def __init__(self, flux: Flux, lr: float, weight_decay: float) -> None:
+    `lean` is for weights in bf16: they are rounded at random, so that small updates survive on average, the optimizer
+    keeps 8 bits a moment, gradients add up in fp32, and so do the averages, in the host's memory.
+    """
+
+    def __init__(self, flux: Flux, lr: float, weight_decay: float, lean: bool = False) -> None:
         self.flux = flux
         self.names, self.params = zip(*((n, p) for n, p in flux.named_parameters() if p.requires_grad))
-        self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=weight_decay)
-        self.averaged = [p.detach().clone() for p in self.params]  # cut as the network is
+        if lean:
+            from torchao.optim import AdamW8bit
+
+            self.optimizer = AdamW8bit(self.params, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
+            eager = torch.compiler.set_stance("force_eager")  # it would compile a kernel for each shape
+            self.optimizer.step = eager(self.optimizer.step)
+            for p in self.params:
+                p.grad_dtype = torch.float32
+        else:
+            self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=weight_decay)
+        # Cut as the network is.
+        self.averaged = [p.detach().to("cpu" if lean else p.device, torch.float32, copy=True) for p in self.params]
+        self.group = dist.new_group(backend="gloo")  # a writer's messages must not mix with the training's
+        self.writer = ThreadPoolExecutor(1)
+        self.written: Future[Path | None] | None = None
 
     def state(self, step: int) -> dict[str, Any]:
         """All that a resumed run needs. Weights and averages are the live ones: loading fills them in place."""
@@ -49,6 +70,20 @@ class Run:
             "optimizer": get_optimizer_state_dict(self.flux, self.optimizer, options=OPTIONS),
             "step": torch.tensor(step),
         }
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.tensor(lr) if isinstance(group["lr"], Tensor) else lr  # torchao keeps a tensor
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Move the averages towards the weights."""
+        for average, p in zip(self.averaged, self.params, strict=True):
+            average.lerp_(p.to(average.device, average.dtype), 1 - decay)
+
+    def wait(self) -> Path | None:
+        """Until the checkpoint that is being written is there; None if none is, or if it failed."""
+        return self.written and self.written.result()
 
 
 def folders(out: Path) -> list[Path]:
@@ -68,7 +103,14 @@ def sums(files: Iterable[Path]) -> dict[str, int]:
     return result
 
 
-def save_checkpoint(out: Path, run: Run, step: int, keep: int) -> Path | None:
+def save_checkpoint(out: Path, run: Run, step: int, keep: int) -> None:
+    """Begin to write a checkpoint; `run.wait()` tells when it is there. One at a time: first waits for the last."""
+    run.wait()
+    state = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), run.state(step))
+    run.written = run.writer.submit(write, out, state, step, keep, run.group)
+
+
+def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.ProcessGroup) -> Path | None:
     """Write a checkpoint and let go of all but the newest `keep`. None, and a warning, if it cannot be written."""
     folder = out / "checkpoints" / f"step_{step:06d}"
     part, rank = folder.with_suffix(".part"), dist.get_rank()
@@ -76,12 +118,12 @@ def save_checkpoint(out: Path, run: Run, step: int, keep: int) -> Path | None:
     try:
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
-        dist.barrier()
-        dcp.save(run.state(step), checkpoint_id=part)
+        dist.barrier(group)
+        dcp.save(state, checkpoint_id=part, process_group=group)
         own = sums([*part.glob(f"__{rank}_*"), *([part / ".metadata"] if rank == 0 else [])])
     except (Exception, CheckpointException) as error:  # whichever rank's disk is full, torch tells all of them
         reason = reason_of(error)
-    everyone = gather((reason, own))
+    everyone = gather((reason, own), group)
     failed = next((reason for reason, _ in everyone if reason), None)
     if rank == 0:
         if failed:
@@ -97,7 +139,7 @@ def save_checkpoint(out: Path, run: Run, step: int, keep: int) -> Path | None:
             part.rename(folder)
             for old in folders(out)[:-keep]:
                 shutil.rmtree(old)
-    dist.barrier()
+    dist.barrier(group)
     return None if failed else folder
 
 

@@ -124,6 +124,9 @@ class Config:
     """Keep the text encoders on the CPU but while they encode: for a single small GPU."""
     check_every: int = 50
     """Updates between checks that all ranks hold the same weights."""
+    lean: bool = False
+    """Train all weights on one GPU in less memory: kept in bfloat16 and rounded at random, 8-bit optimizer states,
+    averages in the host's memory. Needs torchao, and --bf16."""
     lora: int | None = None
     """Train a LoRA of this rank instead of all weights; what it changes is frozen, in bfloat16 with --bf16."""
     lora_alpha: float | None = None

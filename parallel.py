@@ -69,10 +69,10 @@ def join(device: str, shard: int | None = None, patience: timedelta | None = Non
         gc.collect()  # gloo threads still holding work would abort the interpreter at exit
 
 
-def gather(item: Item) -> list[Item]:
+def gather(item: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
     """What each rank holds, in the order of ranks, on every rank: any object that pickles."""
     items: list[Item] = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group)
     return items
 
 
@@ -100,12 +100,14 @@ def shard_frozen(model: nn.Module, world: World) -> None:
 
 @torch.no_grad()
 def fill(flux: Flux, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
-    """Give a cut Flux without memory its weights: each rank keeps its piece of a tensor, then reads the next."""
+    """Give a Flux without memory its weights: each rank keeps its piece of a tensor, then reads the next."""
     flux.to_empty(device=device)
     params = dict(flux.named_parameters())
     for name, tensor in tensors:
         p = params[name]
-        p.copy_(distribute_tensor(tensor.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None))
+        if isinstance(p, DTensor):
+            tensor = distribute_tensor(tensor.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+        p.copy_(tensor)
 
 
 @contextmanager
@@ -124,20 +126,19 @@ def kept_gathered(flux: Flux, keep: bool) -> Iterator[None]:
 
 @contextmanager
 def swapped(params: Sequence[Tensor], averaged: Sequence[Tensor]) -> Iterator[None]:
-    """Within, the parameters hold the averages, and the reverse; exactly undone."""
-
-    @torch.no_grad()
-    def swap() -> None:
-        for p, average in zip(params, averaged, strict=True):
-            held = p.detach().clone()
-            p.copy_(average)
-            average.copy_(held)
-
-    swap()
+    """Within, the parameters hold the averages, rounded if need be; their own values wait in the host's memory."""
+    held = [p.detach().to("cpu", copy=True) for p in params]
     try:
+        copy(averaged, params)
         yield
     finally:
-        swap()
+        copy(held, params)
+
+
+@torch.no_grad()
+def copy(values: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        p.copy_(value)
 
 
 def whole_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tuple[str, Tensor]]:

@@ -59,6 +59,8 @@ class Plan:
     """Cut T5 and the rewards too."""
     offload_encoders: bool = False
     """Keep the text encoders on the CPU."""
+    lean: bool = False
+    """Weights in bf16, 8-bit optimizer states, averages in the host's memory."""
     lora: int | None = None
     """Rank of a LoRA; None: all weights are trained."""
 

@@ -72,6 +72,10 @@ def check_flags(cfg: Config, world: World) -> None:
         raise ValueError(f"--nested-only is an ablation of leapalign and means nothing with --method {cfg.method}")
     if missing := [kind for kind in cfg.log if importlib.util.find_spec(kind) is None]:
         raise ValueError(f"--log {missing[0]} needs that package: pip install {missing[0]}, or leave the flag out")
+    if cfg.lean and (world.size > 1 or cfg.lora or not cfg.bf16):
+        raise ValueError("--lean trains all weights, in --bf16, on one GPU: several cut the weights, --lora trains few")
+    if cfg.lean and importlib.util.find_spec("torchao") is None:
+        raise ValueError("--lean needs torchao's optimizer: pip install torchao")
     if cfg.shard_frozen and cfg.offload_encoders:
         raise ValueError("--shard-frozen and --offload-encoders: T5 is either cut over the ranks or on the CPU")
     if (cfg.export or cfg.at is not None) and not cfg.resume:
@@ -122,7 +126,10 @@ def prepare(cfg: Config, world: World) -> Setup:
         if cfg.compile:
             for block in [*flux.double_blocks, *flux.single_blocks]:
                 block.compile()
-        shard_flux(flux, world, dtype)
+        if cfg.lean:
+            flux.to(dtype)
+        else:
+            shard_flux(flux, world, dtype)
         fill(flux, tensors, world.device)
 
     pipe = load(cfg.model, world.device, dtype, cfg.text_length, cfg.offload_encoders, place)

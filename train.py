@@ -113,9 +113,9 @@ def update_gradient(
     )
 
 
-def numbers(seed: int, step: int) -> torch.Generator:
-    """A CPU generator for everything random in one step, independent of all other steps and seeds."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+def numbers(*key: int) -> torch.Generator:
+    """A CPU generator for everything random in one step, of key (seed, step), independent of that of other keys."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 class Batch(NamedTuple):
@@ -173,11 +173,11 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
         run.optimizer.zero_grad()
         raise Stop(NONFINITE, note_nonfinite(cfg, setup.out, step, measured, norm, batch.picks, world))
     if cfg.decay:
-        run.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
+        run.set_lr(cfg.lr * (1 - step / cfg.steps))
+    torch.manual_seed(numbers(cfg.seed, step, 1).initial_seed())  # --lean rounds at random; all else has generators
     run.optimizer.step()
     run.optimizer.zero_grad()
-    with torch.no_grad():
-        torch._foreach_lerp_(run.averaged, run.params, 1 - cfg.ema)
+    run.average(cfg.ema)
     update_seconds = lap("update")["seconds_update"]
 
     for m in measured:
@@ -253,13 +253,27 @@ def finish(folder: Path, cfg: Config, setup: Setup, world: World) -> None:
 
 
 def train(cfg: Config, setup: Setup, world: World) -> None:
-    """The loop. Raises Stop where it must end early, with everything saved that can be."""
-    out, main = setup.out, world.rank == 0
-    run = Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+    """From the first update to final/. Raises Stop where it must end early, with everything saved that can be."""
+    out, began = setup.out, time.time()
+    run = Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
     first = load_newest(out, run, cfg.at) if cfg.resume else 0
-    if cfg.export:
-        with swapped(run.params, run.averaged):
-            return finish(cfg.export, cfg, setup, world)
+    if not cfg.export:
+        try:
+            loop(cfg, setup, world, run, first)
+        finally:
+            run.wait()
+    with swapped(run.params, run.averaged):
+        finish(cfg.export or out / "final", cfg, setup, world)
+    if world.rank == 0 and not cfg.export:
+        pair = [torch.load(out / "samples" / f"{name}.pt") / 255 for name in ("first", "last")]
+        before_after(*pair, [setup.eval_prompts[i] for i in shown(setup.eval_prompts)], out / "before_after.png")
+        curves(out, out / "curves.png")
+        print(f"{time.time() - began:.0f} s; wrote {out}: final/ best/ before_after.png curves.png samples/ *.jsonl")
+
+
+def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int) -> None:
+    """Updates, evaluations and checkpoints from step `first` on. Raises Stop where they must end early."""
+    out, main = setup.out, world.rank == 0
     evals = gather(open_folder(cfg, out, first) if main else None)[0]
     track = open_trackers(cfg.log if main else (), out, asdict(cfg), first)
     bar = tqdm(total=cfg.steps, initial=first, unit="update", file=sys.stderr, disable=not main)
@@ -310,19 +324,11 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
             say(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
         caught = [n for ns in gather(signals) for n in ns]
         if (step + 1) % cfg.save_every == 0 or caught:
-            saved = save_checkpoint(out, run, step + 1, cfg.keep)
+            save_checkpoint(out, run, step + 1, cfg.keep)
         if caught:
             code = 130 if signal.SIGINT in caught else REQUEUE
-            raise Stop(code, f"stopped by signal {caught[0]}; {saved or 'nothing new'} is saved, --resume goes on")
+            raise Stop(code, f"stopped by signal {caught[0]}; {run.wait() or 'nothing new'} is saved, --resume goes on")
     bar.close()
-
-    with swapped(run.params, run.averaged):
-        finish(out / "final", cfg, setup, world)
-    if main:
-        pair = [torch.load(out / "samples" / f"{name}.pt") / 255 for name in ("first", "last")]
-        before_after(*pair, [setup.eval_prompts[i] for i in shown(setup.eval_prompts)], out / "before_after.png")
-        curves(out, out / "curves.png")
-        print(f"{time.time() - start:.0f} s; wrote {out}: final/ best/ before_after.png curves.png samples/ *.jsonl")
 
 
 def open_folder(cfg: Config, out: Path, first: int) -> list[dict[str, Any]]:

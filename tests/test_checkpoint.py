@@ -167,12 +167,12 @@ def interrupted_save(cfg: Config, when: str) -> None:
 
     real = checkpoint.dcp.save
 
-    def save(state, checkpoint_id):
+    def save(state, checkpoint_id, **options):
         if int(state["step"]) == 4 and when == "before":
             checkpoint_id.mkdir(parents=True)
             (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        real(state, checkpoint_id=checkpoint_id)
+        real(state, checkpoint_id=checkpoint_id, **options)
         if int(state["step"]) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -187,6 +187,28 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before(when, base, undisturb
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert [f.name for f in folders(cfg.out)] == ["step_000002"] and list(cfg.out.glob("checkpoints/*.part"))
+    assert whole(1, cfg) == "" and same_run(undisturbed, cfg)
+
+
+def slow_save(cfg: Config) -> None:
+    """Each checkpoint is written only once training has made another update; the run ends after five."""
+    import checkpoint
+
+    real = checkpoint.dcp.save
+
+    def save(state, **options):
+        while len(read_log(cfg.out / "metrics.jsonl")) <= int(state["step"]):
+            time.sleep(0.01)
+        real(state, **options)
+
+    checkpoint.dcp.save = save
+    stopped_after(cfg, 5)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_there_before(base, undisturbed, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", resume=True)
+    spread(1, slow_save, cfg)
+    assert [f.name for f in folders(cfg.out)] == ["step_000002", "step_000004"]
     assert whole(1, cfg) == "" and same_run(undisturbed, cfg)
 
 
@@ -240,9 +262,9 @@ def full_disk(cfg: Config) -> tuple[str, str]:
     def save(out, run_, step, keep):
         limit = 20_000_000 if step >= 4 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        result = real(out, run_, step, keep)
+        real(out, run_, step, keep)
+        run_.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        return result
 
     train.save_checkpoint = save
     return told(cfg)
