@@ -39,8 +39,8 @@ OPTIONS = StateDictOptions(ignore_frozen_params=True)
 class Run:
     """What training changes: the network's trained parameters, their averages and the optimizer.
 
-    `lean` is for weights in bf16: they are rounded at random, so that small updates survive on average, the optimizer
-    keeps 8 bits a moment, gradients add up in fp32, and so do the averages, in the host's memory.
+    `lean` is for weights in bf16: they are rounded at random, so that updates smaller than their precision survive on
+    average, the optimizer keeps 8 bits a moment, and the averages, in fp32, lie in the host's memory.
     """
 
     def __init__(self, flux: Flux, lr: float, weight_decay: float, lean: bool = False) -> None:
@@ -52,8 +52,6 @@ class Run:
             self.optimizer = AdamW8bit(self.params, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
             eager = torch.compiler.set_stance("force_eager")  # it would compile a kernel for each shape
             self.optimizer.step = eager(self.optimizer.step)
-            for p in self.params:
-                p.grad_dtype = torch.float32
         else:
             self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=weight_decay)
         # Cut as the network is.

@@ -1,7 +1,7 @@
 """What a run needs, counted before anything is rented: memory a GPU, and what a step computes and sends.
 
     python plan.py --gpus 1 8 16 64                      # FLUX.1-dev, all weights
-    python plan.py --gpus 1 --lora 64                    # a LoRA of it
+    python plan.py --gpus 1 --lora 64                    # a LoRA of it;  --lean  all weights, in bf16
 
 Nothing is loaded.  Weights are counted from the shapes, activations by running the real modules on tensors without
 memory and adding up what autograd keeps for the backward.  Tests hold the counts to what small models really keep and
@@ -180,12 +180,12 @@ def memory(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, f
     with torch.enable_grad():
         decoded = decode_bytes(vae, plan.micro_batch, plan.size // 8, plan.recompute)
         leap = leap_bytes(flux, plan.micro_batch, tokens, plan.text_length, dtype, plan.recompute)
-    fp32 = torch.float32
+    fp32, master = torch.float32, torch.bfloat16 if plan.lean else torch.float32
     return {
-        "weights": (size_of(trained, fp32) + size_of(frozen, dtype)) / group,
-        "gradients": size_of(trained, fp32) / group,
-        "optimizer": 2 * size_of(trained, fp32) / group,
-        "averages": size_of(trained, fp32) / group,
+        "weights": (size_of(trained, master) + size_of(frozen, dtype)) / group,
+        "gradients": size_of(trained, master) / group,
+        "optimizer": moments(plan) * size_of(trained, fp32) / group,
+        "averages": 0 if plan.lean else size_of(trained, fp32) / group,
         "encoders": 0 if plan.offload_encoders else ENCODERS * 2 / apart,
         "rewards": sum(REWARD_BYTES[name] for name in plan.reward) / apart,
         "VAE": size_of(vae.parameters(), fp32),
@@ -200,6 +200,18 @@ def peak(parts: dict[str, float]) -> float:
     """The highest of the stages, on top of what is always there."""
     stages = ("rollout", "decode", "leap")
     return sum(v for k, v in parts.items() if k not in stages) + max(parts[k] for k in stages)
+
+
+def moments(plan: Plan) -> float:
+    """Size of the optimizer's two moments in units of fp32 weights; with --lean a byte, and fp32 a block of 256."""
+    return 2 * (1 / 4 + 1 / 256) if plan.lean else 2
+
+
+def host_memory(plan: Plan, gpus: int, flux: Flux) -> float:
+    """Bytes a GPU of the host's memory: the copy that a checkpoint is written from, and what a flag puts there."""
+    trained = size_of((p for p in flux.parameters() if p.requires_grad), torch.float32) / (plan.shard or gpus)
+    copied = (0.5 if plan.lean else 1) + moments(plan) + 1  # weights, optimizer, averages
+    return trained * (copied + plan.lean) + (ENCODERS * 2 if plan.offload_encoders else 0)
 
 
 def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, float]:
@@ -238,6 +250,7 @@ def main() -> None:
             parts, sent = memory(plan, gpus, flux, dtype), traffic(plan, gpus, flux, dtype)
             for key, value in {**parts, "peak": peak(parts)}.items():
                 rows.setdefault(f"{key}, GB", []).append(value / 1e9)
+            rows.setdefault("in the host's memory, GB", []).append(host_memory(plan, gpus, flux) / 1e9)
             rows.setdefault("gathered a step, GB", []).append(sent["gathered"] / 1e9)
             rows.setdefault("reduced a step, GB", []).append(sent["reduced"] / 1e9)
             rows.setdefault("computed a step, PFLOP", []).append(sent["flops"] / 1e15)
