@@ -33,10 +33,11 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
+from files import find, load
 from lora import FILE
 from parallel import World, gather, join
 from pictures import grid_of, save_png, to_pil
-from pipeline import Pipeline, find, grid, load, sample
+from pipeline import Pipeline, grid, sample
 from prompts import read_entries, shard
 from rewards import Reward, name_of, open_rewards, score_all
 from shapes.world import SIZE, parse

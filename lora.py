@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import Flux, module_names
+from convert import module_names
+from model import Flux
 
 FILE = "pytorch_lora_weights.safetensors"
 TARGETS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")  # all of a block's but its modulation
@@ -72,7 +73,7 @@ def wrapped_name(name: str, known: set[str]) -> str:
 
 
 def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], base: str) -> None:
-    """Write FILE, with the scale in B, and lora.json, which names the base for `pipeline.load`.
+    """Write FILE, with the scale in B, and lora.json, which names the base for `files.load`.
 
     `tensors` are names and whole tensors of all trained parameters, which come from `flux`, cut or not.
     """

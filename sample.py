@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import tyro
 
+from files import load
 from pictures import contact_sheet
-from pipeline import grid, load, sample
+from pipeline import grid, sample
 from prompts import read_prompts
 
 HERE = Path(__file__).parent

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from config import Config
+from files import load
 from leaps import pick_leaps
 from lora import add_lora, first_values, wrapped_name
 from model import Flux
 from parallel import World, fill, shard_flux, shard_frozen
-from pipeline import Pipeline, grid, load, sigmas
+from pipeline import Pipeline, grid, sigmas
 from prompts import read_prompts
 from rewards import Reward, name_of, open_rewards
 from shapes.world import SIZE, parse

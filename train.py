@@ -34,12 +34,13 @@ from tqdm import tqdm
 
 from checkpoint import Run, folders, load_newest, save_checkpoint
 from config import PRESETS, Config
+from files import save
 from leaps import Rollout, Velocity, hinge, leap_backward, one_step, rollout, similarity_weight
 from logs import append, open_trackers, peak_flops, peak_memory, stopwatch, truncate
 from lora import save_lora
 from parallel import World, disagreement, fingerprint, gather, join, kept_gathered, swapped, whole_tensors
 from pictures import before_after, curves
-from pipeline import Pipeline, Text, decode, encode, grid, save, velocity_of
+from pipeline import Pipeline, Text, decode, encode, grid, velocity_of
 from plan import forward_flops
 from prompts import batch_of, shard
 from rewards import Reward, reported

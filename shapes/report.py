@@ -13,8 +13,9 @@ import torch
 import tyro
 from torch import Tensor
 
+from files import load
 from leaps import pick_leaps, rollout, similarity_weight
-from pipeline import Pipeline, decode, draw_noise, encode, grid, load, pack, sample, sigmas, velocity_of
+from pipeline import Pipeline, decode, draw_noise, encode, grid, pack, sample, sigmas, velocity_of
 from rewards import Reward, clip
 from sample import read_prompts
 from shapes.world import SIZE, TASKS, Prompt, accuracy, all_prompts, by_task, judge, scenes

@@ -22,9 +22,9 @@ from torch import Tensor
 import train
 from checkpoint import folders
 from config import Config
+from files import load
 from logs import append, open_trackers, read_log, truncate
 from parallel import join
-from pipeline import load
 from start import check_flags, prepare
 from tests.processes import CONTEXT, spread, start
 

@@ -18,7 +18,8 @@ from PIL import Image
 from scipy import stats
 
 import evaluate
-from pipeline import load, sample
+from files import load
+from pipeline import sample
 from prompts import generate
 from rewards import open_reward, score_all
 
@@ -38,7 +39,7 @@ def few(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> Path:
     """A second model: the shipped one, disturbed."""
-    from pipeline import save
+    from files import save
 
     pipe = load(TINY)
     torch.manual_seed(0)

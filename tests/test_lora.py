@@ -11,9 +11,10 @@ from torch import Tensor
 
 import train
 from config import Config
+from files import load
 from lora import FILE, add_lora, lora_layers, merge_lora
 from parallel import join, whole_tensors
-from pipeline import draw_noise, load, sample
+from pipeline import draw_noise, sample
 from start import prepare
 from tests.processes import spread
 

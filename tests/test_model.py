@@ -12,21 +12,8 @@ from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 
 import model
-from model import (
-    FLUX_DEV,
-    Flux,
-    FluxConfig,
-    config_from_diffusers,
-    config_to_diffusers,
-    from_diffusers,
-    init_weights,
-    load_weights,
-    module_names,
-    rotary_table,
-    rotate,
-    sinusoid,
-    to_diffusers,
-)
+from convert import config_from_diffusers, config_to_diffusers, from_diffusers, load_weights, module_names, to_diffusers
+from model import FLUX_DEV, Flux, FluxConfig, init_weights, rotary_table, rotate, sinusoid
 
 BASE = FluxConfig(
     in_channels=8,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import load, sample
+from files import load
+from pipeline import sample
 from rewards import clip
 from shapes import prepare
 

@@ -14,9 +14,10 @@ from PIL import Image
 
 import sample
 import train
+from files import load
 from logs import read_log
 from parallel import join
-from pipeline import draw_noise, load, sigmas
+from pipeline import draw_noise, sigmas
 from prompts import read_prompts
 from rewards import LAMBDA, WEIGHTS, open_reward
 from shapes.models import make_tokenizers

@@ -1,0 +1,215 @@
+"""Checkpoint folders in the diffusers layout of FLUX.1-dev, which the tiny model's is too: read, checked and written.
+
+    model_index.json  scheduler/  transformer/  vae/
+    text_encoder/  tokenizer/        CLIP
+    text_encoder_2/  tokenizer_2/    T5
+
+Weights come from safetensors only.  No rank need ever hold a large transformer whole: its tensors are read as they are
+placed, and written a file at a time.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+from transformers.utils import logging
+
+from convert import check_state, config_from_diffusers, config_to_diffusers, from_diffusers, load_weights, to_diffusers
+from lora import FILE, merge_lora
+from model import FLUX_DEV, Flux, FluxConfig
+from pipeline import PATCH, Device, Pipeline
+
+PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a transformer in one piece; others have an index
+INDEX = f"{WEIGHTS}.index.json"
+PIECE = 5e9  # bytes a file of a saved transformer, as published
+SHIFTS = {"use_dynamic_shifting", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
+Tensors = Iterator[tuple[str, Tensor]]
+Name, Result = TypeVar("Name"), TypeVar("Result")
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def find(name: str | Path) -> Path:
+    """The checkpoint folder at path `name`, or of that hub id. Raises ValueError naming what is missing."""
+    folder, files = Path(name), ["model_index.json", *(f"{part}/*" for part in PARTS)]
+    if not folder.exists():
+        # Where the parent exists, this is a path misspelt: only what can be nothing else goes to the network.
+        if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or folder.parent.is_dir():
+            raise ValueError(f"no checkpoint folder at {str(name)!r}: give a folder, or a hub id owner/name")
+        folder = Path(read(str(name), partial(snapshot_download, allow_patterns=files)))
+    if missing := [part for part in ("model_index.json", *PARTS) if not (folder / part).exists()]:
+        found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
+        raise ValueError(f"{folder} is no whole FLUX folder: it lacks {', '.join(missing)}; it holds {found}")
+    return folder
+
+
+def load(
+    name: str | Path,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    text_length: int | None = None,
+    offload: bool = False,
+    place: Callable[[Flux, Tensors], None] | None = None,
+) -> Pipeline:
+    """Load a checkpoint folder. `dtype` is that of the transformer and the text encoders; the VAE stays fp32.
+
+    `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev. `offload` keeps
+    the text encoders on the CPU, and `place` says where the transformer goes: see `load_flux`.
+    Raises ValueError for a folder, file or tensor that is missing or does not fit.
+    """
+    logging.disable_progress_bar()  # transformers shows one for each tiny part
+    if (Path(name) / "lora.json").exists():
+        pipe = load(json.loads((Path(name) / "lora.json").read_text())["base"], device, dtype, text_length, offload)
+        merge_lora(pipe.flux, Path(name) / FILE)
+        return pipe
+    folder = find(name)
+    schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule)
+    tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
+    tokenizers = read(folder / "tokenizer", tokenize), read(folder / "tokenizer_2", tokenize)
+    vae = read(folder / "vae", partial(parse_model, AutoencoderKL)).float()
+    clip = read(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
+    t5 = read(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
+    vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
+    flux = load_flux(folder / "transformer", device, dtype, place)
+    given = vae.config.latent_channels * PATCH**2, clip.config.hidden_size, t5.config.d_model
+    taken = flux.config.in_channels, flux.config.vec_in_dim, flux.config.context_in_dim
+    if given != taken:
+        raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {given} channels, Flux takes {taken}")
+    text_length = text_length or min(tokenizers[1].model_max_length, 512)  # of a T5 without limit, 1e30
+    vae.to(device)
+    if not offload:
+        clip.to(device), t5.to(device)
+    return Pipeline(folder, flux, vae, clip, t5, *tokenizers, schedule, text_length, dtype, offload)
+
+
+def load_flux(
+    path: Path,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    place: Callable[[Flux, Tensors], None] | None = None,
+) -> Flux:
+    """The transformer from a diffusers `transformer/` folder, sharded or not, or from flux1-dev.safetensors.
+
+    `place(flux, tensors)` is for models that no rank holds whole: it gets a Flux without memory and an iterator over
+    names and tensors, which are read from disk as they are asked for.
+    Raises ValueError naming the folder or file and what is missing or does not fit.
+    """
+    if path.is_file():
+        state = read(path, load_file)
+        config = replace(FLUX_DEV, guidance_embed="guidance_in.in_layer.weight" in state)
+        tensors: Tensors = iter(state.items())
+    else:
+        config = read(path / "config.json", lambda file: config_from_diffusers(json.loads(file.read_text())))
+        shards, index = [WEIGHTS], path / INDEX
+        if index.exists():
+            shards = read(index, lambda file: sorted(set(json.loads(file.read_text())["weight_map"].values())))
+        if missing := [name for name in shards if not (path / name).exists()]:
+            raise ValueError(f"{path} is incomplete: copy or download {', '.join(missing)}")
+        state = {k: v for name in shards for k, v in read(path / name, load_file).items()}  # mapped, not read
+        tensors = from_diffusers(state, config, source=str(path))
+    with torch.device("meta"):
+        flux = Flux(config)
+    if place is None:
+        load_weights(flux, dict(tensors), source=str(path))
+        return flux.to(device, dtype)  # names were converted on the CPU: a GPU holds the weights once
+    if path.is_file():
+        check_state(state, flux.state_dict(), source=str(path))
+    place(flux, tensors)
+    return flux
+
+
+def read(what: Name, parse: Callable[[Name], Result]) -> Result:
+    """parse(what); all that can go wrong becomes a ValueError that names it, and libraries differ in what."""
+    try:
+        return parse(what)
+    except Exception as error:
+        raise ValueError(
+            f"cannot read {what} ({type(error).__name__}: {error}); get a whole FLUX checkpoint"
+        ) from error
+
+
+def parse_schedule(file: Path) -> dict[str, Any]:
+    """scheduler_config.json with its defaults. Raises ValueError for an entry that `sigmas` would ignore."""
+    plain = {"_class_name": "FlowMatchEulerDiscreteScheduler", **FlowMatchEulerDiscreteScheduler().config}
+    schedule = plain | json.loads(file.read_text())
+    if other := {k: schedule[k] for k in plain if k not in SHIFTS and schedule[k] != plain[k]}:
+        raise ValueError(f"only FLUX's own schedule is implemented, not {other}")
+    return schedule
+
+
+def parse_model(kind: type, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of safetensors only; where the libraries invent missing tensors, a ValueError."""
+    options |= dict(use_safetensors=True, local_files_only=True, output_loading_info=True)
+    model, info = kind.from_pretrained(folder, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{len(missing)} tensors of {kind.__name__} are missing, such as {missing[0]}")
+    return model
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def save(folder: Path, source: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
+    """Write a checkpoint folder: frozen parts copied from `source`, a transformer from `state` (BFL names)."""
+    if folder.resolve() != source.resolve():
+        for part in set(PARTS) - {"transformer"}:
+            shutil.copytree(source / part, folder / part, dirs_exist_ok=True, copy_function=link_or_copy)
+        shutil.copy(source / "model_index.json", folder)
+    save_flux(folder / "transformer", config, state)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Large files, which nobody edits, are linked where the disk is the same: T5 need not be there twice."""
+    real = Path(source).resolve()  # a hub's cache is made of symbolic links
+    if real.stat().st_size > 100e6:
+        with suppress(OSError):
+            Path(target).unlink(missing_ok=True)
+            return Path(target).hardlink_to(real)
+    shutil.copy2(real, target)
+
+
+def save_flux(folder: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
+    """Write a diffusers `transformer/` folder from names (BFL's) and tensors, in files of PIECE bytes.
+
+    `state` may be an iterator, so that no more than a file of it is in memory.  Files are renamed into place: it
+    may also be mapped from the one it replaces, and none is half-written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[Path] = []
+    where: dict[str, int] = {}
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        parts.append(folder / f"{len(parts)}.part")
+        save_file(held, parts[-1], metadata={"format": "pt"})
+        where.update({key: len(parts) for key in held})
+        held.clear()
+
+    for name, tensor in state.items() if isinstance(state, Mapping) else state:
+        held |= {k: v.detach().cpu().contiguous() for k, v in to_diffusers({name: tensor}, config).items()}
+        if sum(t.nbytes for t in held.values()) > PIECE:
+            flush()
+    if held:
+        flush()
+    names = [f"{Path(WEIGHTS).stem}-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    names = names if len(parts) > 1 else [WEIGHTS]
+    (folder / INDEX).unlink(missing_ok=True)  # it would send readers to older pieces
+    for part, name in zip(parts, names):
+        part.replace(folder / name)
+    if len(parts) > 1:
+        index = {"metadata": {}, "weight_map": {key: names[i - 1] for key, i in where.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
