@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
 from torch.distributed.checkpoint.state_dict import (
@@ -29,8 +30,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils._pytree import tree_map_only
 
+from files import save
+from lora import save_lora
 from model import Flux
-from parallel import gather
+from parallel import World, gather, whole_tensors
+from pipeline import Pipeline
 
 SUMS = "sums.json"
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
@@ -184,3 +188,33 @@ def load_newest(out: Path, run: Run, at: int | None = None) -> int:
     if found:
         raise ValueError(f"none of the checkpoints in {out / 'checkpoints'} can be read")
     return 0
+
+
+# -------------------------------------------------------------------------------------- what a run is for
+
+
+def write_model(folder: Path, pipe: Pipeline, world: World) -> str | None:
+    """A folder of the current weights, as load reads, on rank 0, gathered a tensor at a time; renamed into place.
+
+    Returns why it could not be written, and leaves what was there before.
+    """
+    part, old, flux = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old"), pipe.flux
+    lora = not all(p.requires_grad for p in flux.parameters())  # all else is frozen then
+    tensors, failed = whole_tensors(flux, torch.float32 if lora else pipe.compute, world.rank), None
+    if world.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            if lora:
+                save_lora(part, flux, tensors, str(pipe.folder.resolve()))
+            else:
+                save(part, pipe.folder, flux.config, tensors)
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            failed = f"{folder} could not be written: {error}"
+            shutil.rmtree(part, ignore_errors=True)
+    for _ in tensors:  # the other ranks take part in the gathers
+        pass
+    return gather(failed)[0]

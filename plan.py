@@ -80,6 +80,11 @@ def forward_flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> fl
     return 2.0 * (blocks * (linear * tokens + attention) + outside + once)
 
 
+def passes_of(rollout_steps: int, leaps: int, recompute: bool) -> int:
+    """Evaluations of the transformer that a sample costs; a backward costs two forwards, and a third to recompute."""
+    return rollout_steps + leaps * (3 + recompute)
+
+
 def kept_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps for the backward of `run`, parameters apart: each piece of memory once."""
     own = {p.untyped_storage()._cdata for p in parameters}
@@ -227,7 +232,7 @@ def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, 
     copies = gpus // group
     between = 2 * (copies - 1) / copies * gradient / group  # a ring all-reduce among copies
     tokens = (plan.size // 16) ** 2
-    passes = plan.rollout_steps + plan.leaps * (3 + plan.recompute)
+    passes = passes_of(plan.rollout_steps, plan.leaps, plan.recompute)
     return {
         "gathers": gathers,
         "gathered": gathers * whole * missing,

@@ -3,16 +3,20 @@
 import importlib.util
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from checkpoint import folders
 from config import Config
 from files import load
 from leaps import pick_leaps
+from logs import truncate
 from lora import add_lora, first_values, wrapped_name
 from model import Flux
 from parallel import World, fill, shard_flux, shard_frozen
@@ -152,3 +156,15 @@ def prepare(cfg: Config, world: World) -> Setup:
     if cfg.lam:
         rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam, strict=True)]
     return Setup(pipe, rewards, watched, prompts, eval_prompts, levels.to(world.device), out)
+
+
+def open_folder(cfg: Config, out: Path, first: int) -> list[dict[str, Any]]:
+    """Make the run folder, or take from its logs what will be written again; returns the evaluations that stay."""
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2, default=str) + "\n")
+    print(json.dumps(asdict(cfg), indent=2, default=str))
+    print(f"from step {first}")
+    for later in [f for f in folders(out) if f.name > f"step_{first:06d}"]:  # unreadable, or after --at
+        shutil.rmtree(later)
+    truncate(out / "metrics.jsonl", first)
+    return truncate(out / "eval.jsonl", first)

@@ -15,7 +15,6 @@ The shapes preset differs from the paper in its learning rate, T and EMA: shapes
 
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -27,24 +26,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import tyro
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import Run, folders, load_newest, save_checkpoint
+from checkpoint import Run, load_newest, save_checkpoint, write_model
 from config import PRESETS, Config
-from files import save
 from leaps import Rollout, Velocity, hinge, leap_backward, one_step, rollout, similarity_weight
-from logs import append, open_trackers, peak_flops, peak_memory, stopwatch, truncate
-from lora import save_lora
-from parallel import World, disagreement, fingerprint, gather, join, kept_gathered, swapped, whole_tensors
+from logs import append, open_trackers, peak_flops, peak_memory, stopwatch
+from parallel import World, disagreement, fingerprint, gather, join, kept_gathered, swapped
 from pictures import before_after, curves
 from pipeline import Pipeline, Text, decode, encode, grid, velocity_of
-from plan import forward_flops
+from plan import forward_flops, passes_of
 from prompts import batch_of, shard
 from rewards import Reward, reported
-from start import Setup, pick, prepare
+from start import Setup, open_folder, pick, prepare
 from watch import shown, watch
 
 REQUEUE, NONFINITE = 75, 3  # exit codes: stopped by a signal and resumable; stopped before a bad update
@@ -69,6 +65,7 @@ def update_gradient(
     a leap over every step, whole (alpha = 1); neither weighs samples.
     """
     refl, full = cfg.method == "refl", cfg.method == "full"
+    alpha, weight = (1.0, "none") if full else (cfg.alpha, "none" if refl else cfg.weight)
     lap = stopwatch(pipe.device)
     text, tokens = encode(pipe, prompts), grid(pipe, cfg.size, cfg.size)
 
@@ -77,7 +74,7 @@ def update_gradient(
 
     with kept_gathered(pipe.flux, cfg.keep_gathered):
         ro = rollout(velocity(), noise, levels)
-    w, d = similarity_weight(ro, picks, cfg.tau, "none" if refl or full else cfg.weight)
+    w, d = similarity_weight(ro, picks, cfg.tau, weight)
     lap("rollout")
 
     n, micro = len(prompts), cfg.micro_batch or len(prompts)
@@ -98,9 +95,7 @@ def update_gradient(
 
     for part in parts:
         states = Rollout(ro.x[:, part], ro.v[:, part], ro.sigmas)
-        leap_backward(
-            velocity(part), states, picks, 1.0 if full else cfg.alpha, x0.grad[part], cfg.nested_only
-        )  # Eq. 10
+        leap_backward(velocity(part), states, picks, alpha, x0.grad[part], cfg.nested_only)  # Eq. 10
     score = torch.cat(scores, dim=1).detach()  # (rewards, b)
     satisfied = [r.lam is not None and (s >= r.lam).float().mean().item() for r, s in zip(rewards, score)]
     return dict(
@@ -165,9 +160,9 @@ class Stop(Exception):
 
 def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict[str, Any]:
     """One update of weights and averages. Raises Stop, with the weights as before, if a number is not finite."""
-    batch, lap, began = draw(cfg, setup, step), stopwatch(world.device), time.perf_counter()
+    batch, began = draw(cfg, setup, step), time.perf_counter()
     measured = gradient(cfg, setup, world, batch)
-    lap("all")
+    lap = stopwatch(world.device)
     norm = nn.utils.clip_grad_norm_(run.params, cfg.clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not np.isfinite([norm, *(m["loss"] for m in measured)]).all():
@@ -197,9 +192,8 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
         "backwards": cfg.batch * len(batch.picks),
         "memory": peak_memory(world.device),
     }
-    tokens, again = batch.noise.shape[1], len(batch.picks) if cfg.recompute else 0  # forwards of the recomputation
-    passes = forwards + cfg.batch * (2 * len(batch.picks) + again)  # a backward costs two forwards
-    flops = passes * forward_flops(setup.pipe.flux.config, tokens, setup.pipe.text_length)
+    passes = cfg.batch * passes_of(cfg.rollout_steps, len(batch.picks), cfg.recompute)
+    flops = passes * forward_flops(setup.pipe.flux.config, batch.noise.shape[1], setup.pipe.text_length)
     entry["tflops"] = flops / seconds / world.size / 1e12  # a rank, of the transformer alone
     if peak := peak_flops(world.device):
         entry["mfu"] = entry["tflops"] * 1e12 / peak
@@ -221,35 +215,9 @@ def note_nonfinite(
     )
 
 
-def write_model(folder: Path, cfg: Config, setup: Setup, world: World) -> str | None:
-    """A checkpoint folder of the current weights, on rank 0, gathered a tensor at a time; renamed into place.
-
-    Returns why it could not be written, and leaves what was there before.
-    """
-    part, old, flux = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old"), setup.pipe.flux
-    tensors, failed = whole_tensors(flux, torch.float32 if cfg.lora else setup.pipe.compute, world.rank), None
-    if world.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            if cfg.lora:
-                save_lora(part, flux, tensors, str(setup.pipe.folder.resolve()))
-            else:
-                save(part, setup.pipe.folder, flux.config, tensors)
-            if folder.exists():
-                folder.rename(old)
-            part.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            failed = f"{folder} could not be written: {error}"
-            shutil.rmtree(part, ignore_errors=True)
-    for _ in tensors:  # the other ranks take part in the gathers
-        pass
-    return gather(failed)[0]
-
-
 def finish(folder: Path, cfg: Config, setup: Setup, world: World) -> None:
     """Write the model that a run was for. Raises Stop if that cannot be."""
-    if failed := write_model(folder, cfg, setup, world):
+    if failed := write_model(folder, setup.pipe, world):
         raise Stop(1, f"{failed}; the weights are in {setup.out / 'checkpoints'}, --resume --export FOLDER writes them")
 
 
@@ -295,7 +263,7 @@ def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int) -> None:
             with swapped(run.params, run.averaged):
                 entry, warnings = watch(cfg, setup, world, evals, step, time.time() - start)
                 if setup.watched and entry is max(evals, key=lambda e: e[setup.watched[0].name]):
-                    warnings += filter(None, [write_model(out / "best", cfg, setup, world)])
+                    warnings += filter(None, [write_model(out / "best", setup.pipe, world)])
             track(step, entry, [out / "samples" / f"step_{step:04d}.png"])
             means = {k: v for k, v in entry.items() if isinstance(v, float) and k != "seconds"}
             say(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
@@ -330,18 +298,6 @@ def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int) -> None:
             code = 130 if signal.SIGINT in caught else REQUEUE
             raise Stop(code, f"stopped by signal {caught[0]}; {run.wait() or 'nothing new'} is saved, --resume goes on")
     bar.close()
-
-
-def open_folder(cfg: Config, out: Path, first: int) -> list[dict[str, Any]]:
-    """Make the run folder, or take from its logs what will be written again; returns the evaluations that stay."""
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2, default=str) + "\n")
-    print(json.dumps(asdict(cfg), indent=2, default=str))
-    print(f"from step {first}")
-    for later in [f for f in folders(out) if f.name > f"step_{first:06d}"]:  # unreadable, or after --at
-        shutil.rmtree(later)
-    truncate(out / "metrics.jsonl", first)
-    return truncate(out / "eval.jsonl", first)
 
 
 def main() -> None:
