@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -225,6 +226,23 @@ def test_a_signal_saves_and_stops_with_a_code_to_requeue_on(number, code, base, 
     assert all(m.startswith(f"{code} stopped by signal {int(number)}") for m in messages)
     (saved,) = {f.name for f in folders(cfg.out)} & {m.split("/")[-1].split(" ")[0] for m in messages}
     assert len(read_log(cfg.out / "metrics.jsonl")) == int(saved[-6:]) < 8
+    assert whole(1, cfg) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 8
+
+
+def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, undisturbed, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", resume=True)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                "localhost:0", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "900"]  # fmt: skip
+    flags = ["--batch", "4", "--rollout-steps", "2", "--steps", "8", "--eval-every", "4", "--save-every", "2", "--ema",
+             "0.9", "--eval-prompts", str(cfg.eval_prompts), "--out", str(cfg.out), "--resume"]  # fmt: skip
+    process = subprocess.Popen([sys.executable, *launcher, "train.py", *flags], cwd=ROOT, stderr=subprocess.PIPE)
+    while process.poll() is None and not (cfg.out / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 1 and "stopped by signal" in said and "--resume goes on" in said, said
+    (newest,) = folders(cfg.out)[-1:]
+    assert len(read_log(cfg.out / "metrics.jsonl")) == int(newest.name[-6:]) < 8
     assert whole(1, cfg) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 8
 
 

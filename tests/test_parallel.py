@@ -1,6 +1,7 @@
 """One, two and four gloo processes: the same gradient, the same training, copies that agree."""
 
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,24 @@ def test_the_gradient_is_the_mean_over_the_batch_however_it_is_split(name, base,
     for gradient in spread(world, gradient_of, replace(base, **changes)):
         # Samples in smaller groups meet other kernels, which round otherwise; in float64 nothing is left of it.
         assert (gradient - expected).norm() < (1e-6 if world == 2 and len(changes) < 2 else 5e-5) * expected.norm()
+
+
+def compiled_gradient(cfg: Config) -> tuple[Tensor, int]:
+    """The gradient with --compile, all but the code generation, and how many graphs were captured."""
+    graphs: list = []
+
+    def capture(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend=capture)
+    return gradient_of(replace(cfg, compile=True)), len(graphs)
+
+
+@pytest.mark.parametrize("world, changes", [(1, {}), (2, dict(recompute=True))])
+def test_compiled_blocks_have_the_same_gradient(world, changes, base, expected):
+    for gradient, graphs in spread(world, compiled_gradient, replace(base, **changes)):
+        assert (gradient - expected).norm() < 5e-5 * expected.norm() and graphs >= 2, graphs
 
 
 def gradients_in_double(cfg: Config, changes: list[dict]) -> list[Tensor]:
