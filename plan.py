@@ -5,8 +5,9 @@
 
 Nothing is loaded.  Weights are counted from the shapes, activations by running the real modules on tensors without
 memory and adding up what autograd keeps for the backward.  Tests hold the counts to what small models really keep and
-send.
-Left out: the allocator's slack, cuDNN's and NCCL's buffers, a few GB in all.
+send, to the byte.
+Left out: the allocator's slack, cuDNN's and NCCL's buffers, a few GB in all, and what a reward keeps for its backward
+(HPSv2's and PickScore's tower 0.6 GB a sample, 0.05 with recomputation; counted in the same way).
 
 Legend: GB is 1e9 bytes; b samples at a time.
 """
