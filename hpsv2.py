@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
-from rewards import Device, Reward, build, cosine, normalize, read_tensors
+from clip import cosine
+from rewards import Device, Reward, build, normalize, read_tensors
 
 HEADS = 16  # of both towers of ViT-H/14, which the shapes in a state dict do not tell
 OPEN_CLIP = {

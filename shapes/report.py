@@ -13,10 +13,11 @@ import torch
 import tyro
 from torch import Tensor
 
+from clip import clip
 from files import load
 from leaps import pick_leaps, rollout, similarity_weight
 from pipeline import Pipeline, decode, draw_noise, encode, grid, pack, sample, sigmas, velocity_of
-from rewards import Reward, clip
+from rewards import Reward
 from sample import read_prompts
 from shapes.world import SIZE, TASKS, Prompt, accuracy, all_prompts, by_task, judge, scenes
 from train import Config as TrainConfig

@@ -231,8 +231,9 @@ def test_a_signal_saves_and_stops_with_a_code_to_requeue_on(number, code, base, 
 
 def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, undisturbed, tmp_path):
     cfg = replace(base, out=tmp_path / "run", resume=True)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                "localhost:0", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "900"]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", "localhost:0"]
+    launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "900"]
     flags = ["--batch", "4", "--rollout-steps", "2", "--steps", "8", "--eval-every", "4", "--save-every", "2", "--ema",
              "0.9", "--eval-prompts", str(cfg.eval_prompts), "--out", str(cfg.out), "--resume"]  # fmt: skip
     process = subprocess.Popen([sys.executable, *launcher, "train.py", *flags], cwd=ROOT, stderr=subprocess.PIPE)

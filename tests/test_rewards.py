@@ -1,4 +1,4 @@
-"""rewards.py against transformers' own CLIP, its PIL preprocessing and finite differences, on a tiny random CLIPModel.
+"""clip.py and rewards.py against transformers' own CLIP, its PIL preprocessing and finite differences, on a tiny random CLIPModel.
 
 The folder is what a user would bring: save_pretrained of a CLIPModel and of its tokenizer, 32x32 pixels.
 """
@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-import rewards
-from rewards import CLIP_MEAN, CLIP_STD, Reward, clip, open_reward, open_rewards, preprocess
+from clip import clip, load_clip
+from rewards import CLIP_MEAN, CLIP_STD, Reward, open_reward, open_rewards, preprocess
 from shapes.models import make_tokenizers
 from shapes.world import all_prompts, scenes
 
@@ -85,9 +85,9 @@ def uniform(seed: int, *shape: int) -> Tensor:
 
 def opened(folder: Path, change: Callable[[CLIPModel], object] = lambda model: None) -> tuple[Reward, CLIPModel]:
     """The reward, and the model inside it, which `change` may have altered before it was used."""
-    model, tokenizer = rewards.load_clip(folder)
+    model, tokenizer = load_clip(folder)
     change(model)
-    with mock.patch.object(rewards, "load_clip", lambda name: (model, tokenizer)):
+    with mock.patch("clip.load_clip", lambda name: (model, tokenizer)):
         return clip(folder), model
 
 
