@@ -3,38 +3,37 @@
     RUN/checkpoints/step_000060/     weights, averaged weights and optimizer, a file a rank (torch's own format)
 
 Training waits while a checkpoint is copied to the host's memory, and goes on while the copy is written.
-A checkpoint resumes bitwise on as many ranks, and on any other number: pieces are cut anew.  All randomness is a
-function of (seed, step), so there is no random state in it.
+A run resumed on as many ranks is bitwise the undisturbed one; on another number, where pieces are cut anew, it is that
+up to rounding.  All randomness is a function of (seed, step), so there is no random state in a checkpoint.
 """
 
+import gc
 import json
 import shutil
 import sys
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
-from files import save
-from lora import save_lora
 from model import Flux
-from parallel import World, gather, whole_tensors
-from pipeline import Pipeline
+from parallel import gather
 
 SUMS = "sums.json"
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
@@ -44,32 +43,36 @@ class Run:
     """What training changes: the network's trained parameters, their averages and the optimizer.
 
     `lean` is for weights in bf16: they are rounded at random, so that updates smaller than their precision survive on
-    average, the optimizer keeps 8 bits a moment, and the averages, in fp32, lie in the host's memory.
+    average, the optimizer keeps a byte per moment, and the averages, in fp32, lie in the host's memory.
     """
 
     def __init__(self, flux: Flux, lr: float, weight_decay: float, lean: bool = False) -> None:
         self.flux = flux
         self.names, self.params = zip(*((n, p) for n, p in flux.named_parameters() if p.requires_grad))
         if lean:
-            from torchao.optim import AdamW8bit
+            from lean import LeanAdamW  # torchao is not needed otherwise
 
-            self.optimizer = AdamW8bit(self.params, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
-            eager = torch.compiler.set_stance("force_eager")  # it would compile a kernel for each shape
-            self.optimizer.step = eager(self.optimizer.step)
+            self.optimizer = LeanAdamW(self.params, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
         else:
             self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=weight_decay)
         # Cut as the network is.
         self.averaged = [p.detach().to("cpu" if lean else p.device, torch.float32, copy=True) for p in self.params]
-        self.group = dist.new_group(backend="gloo")  # a writer's messages must not mix with the training's
+        # A writer's messages must not mix with the training's; it waits for other ranks as long as train.py does.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         self.writer = ThreadPoolExecutor(1)
         self.written: Future[Path | None] | None = None
 
     def state(self, step: int) -> dict[str, Any]:
-        """All that a resumed run needs. Weights and averages are the live ones: loading fills them in place."""
+        """All that a resumed run needs. The tensors are the live ones: loading fills them in place."""
+        fresh = not self.optimizer.state
+        optimizer = get_optimizer_state_dict(self.flux, self.optimizer, options=OPTIONS)
+        if fresh:  # torch has just made the moments, by a step of nothing that it counts
+            for moments in self.optimizer.state.values():
+                moments["step"].zero_()
         return {
             "flux": get_model_state_dict(self.flux, options=OPTIONS),
             "averaged": dict(zip(self.names, self.averaged, strict=True)),
-            "optimizer": get_optimizer_state_dict(self.flux, self.optimizer, options=OPTIONS),
+            "optimizer": optimizer,
             "step": torch.tensor(step),
         }
 
@@ -108,8 +111,17 @@ def sums(files: Iterable[Path]) -> dict[str, int]:
 def save_checkpoint(out: Path, run: Run, step: int, keep: int) -> None:
     """Begin to write a checkpoint; `run.wait()` tells when it is there. One at a time: first waits for the last."""
     run.wait()
-    state = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), run.state(step))
+    state = tree_map_only(Tensor, copied, run.state(step))
     run.written = run.writer.submit(write, out, state, step, keep, run.group)
+
+
+def copied(t: Tensor) -> Tensor:
+    """A copy in the host's memory. torchao's tensors, made of others, would hand out their own parts."""
+    if isinstance(t, DTensor) or not is_traceable_wrapper_subclass(t):
+        return t.detach().to("cpu", copy=True)
+    names, made_of = t.__tensor_flatten__()
+    parts = {name: copied(getattr(t, name)) for name in names}
+    return type(t).__tensor_unflatten__(parts, made_of, t.shape, t.stride())
 
 
 def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.ProcessGroup) -> Path | None:
@@ -121,27 +133,32 @@ def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.Pr
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         dist.barrier(group)
-        dcp.save(state, checkpoint_id=part, process_group=group)
+        # Without copying ahead, which would use the GPU from this thread, and the first one on every rank.
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(part, per_thread_copy_ahead=0), process_group=group)
         own = sums([*part.glob(f"__{rank}_*"), *([part / ".metadata"] if rank == 0 else [])])
     except (Exception, CheckpointException) as error:  # whichever rank's disk is full, torch tells all of them
         reason = reason_of(error)
     everyone = gather((reason, own), group)
     failed = next((reason for reason, _ in everyone if reason), None)
-    if rank == 0:
-        if failed:
-            shutil.rmtree(part, ignore_errors=True)
-            newest, free = folders(out)[-1] if folders(out) else "none", shutil.disk_usage(out).free / 1e9
-            print(
-                f"warning: no checkpoint could be written ({failed}; {free:.1f} GB free); the newest is {newest}",
-                file=sys.stderr,
-            )
-        else:
+    if rank == 0 and not failed:
+        try:
             (part / SUMS).write_text(json.dumps({k: v for _, own in everyone for k, v in own.items()}))
             shutil.rmtree(folder, ignore_errors=True)  # a step that is repeated after a fallback
             part.rename(folder)
-            for old in folders(out)[:-keep]:
-                shutil.rmtree(old)
-    dist.barrier(group)
+        except OSError as error:
+            failed = reason_of(error)
+    failed = gather(failed, group)[0]
+    if failed:
+        gc.collect()  # torch's errors hold the whole copy, in a circle
+    if rank == 0:
+        for old in [part] if failed else folders(out)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    if rank == 0 and failed:
+        newest, free = folders(out)[-1] if folders(out) else "none", shutil.disk_usage(out).free / 1e9
+        print(
+            f"warning: no checkpoint could be written ({failed}; {free:.1f} GB free); the newest is {newest}",
+            file=sys.stderr,
+        )
     return None if failed else folder
 
 
@@ -181,40 +198,9 @@ def load_newest(out: Path, run: Run, at: int | None = None) -> int:
         reasons = [r for r in gather(reason) if r]
         if not reasons:
             dcp.load(state, checkpoint_id=folder)
-            set_optimizer_state_dict(run.flux, run.optimizer, state["optimizer"], options=OPTIONS)
             return int(state["step"])
         if dist.get_rank() == 0:
             print(f"warning: {folder} cannot be read ({reasons[0]}); trying the one before", file=sys.stderr)
     if found:
         raise ValueError(f"none of the checkpoints in {out / 'checkpoints'} can be read")
     return 0
-
-
-# -------------------------------------------------------------------------------------- what a run is for
-
-
-def write_model(folder: Path, pipe: Pipeline, world: World) -> str | None:
-    """A folder of the current weights, as load reads, on rank 0, gathered a tensor at a time; renamed into place.
-
-    Returns why it could not be written, and leaves what was there before.
-    """
-    part, old, flux = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old"), pipe.flux
-    lora = not all(p.requires_grad for p in flux.parameters())  # all else is frozen then
-    tensors, failed = whole_tensors(flux, torch.float32 if lora else pipe.compute, world.rank), None
-    if world.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            if lora:
-                save_lora(part, flux, tensors, str(pipe.folder.resolve()))
-            else:
-                save(part, pipe.folder, flux.config, tensors)
-            if folder.exists():
-                folder.rename(old)
-            part.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            failed = f"{folder} could not be written: {error}"
-            shutil.rmtree(part, ignore_errors=True)
-    for _ in tensors:  # the other ranks take part in the gathers
-        pass
-    return gather(failed)[0]

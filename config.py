@@ -1,6 +1,6 @@
 """What a run is told: one flag a field, its help the text beneath, and the presets.
 
-`python train.py PRESET --help` prints them; `prepare` in train.py checks them.
+`python train.py PRESET --help` prints them; start.py checks them.
 """
 
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ class Config:
     """Post-train a flow model with reward gradients."""
 
     out: Path | None = None
-    """Run folder; the default is runs/METHOD-seedN. Must not hold a run yet, but with --resume."""
+    """Run folder; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""
     model: str = str(HERE / "shapes" / "tiny-flux")
-    """Checkpoint folder in the diffusers layout of FLUX, or a hub id."""
+    """Model folder in the diffusers layout of FLUX, or a hub id."""
     reward: tuple[str, ...] = ("tiny",)
     """Rewards to raise, NAME[=PATH][:WEIGHT] or my_file.py:function[:WEIGHT]. Names: tiny, clip, pickscore, hpsv2,
     hpsv3, imagereward; weights multiply what the loss sees (cosines for CLIP rewards, about 13 for hpsv3)."""
@@ -98,18 +98,20 @@ class Config:
     export: Path | None = None
     """Write the averaged weights of a checkpoint to this folder, as final/ is, and stop; needs --resume."""
     at: int | None = None
-    """Resume or export the checkpoint of this step instead of the newest."""
+    """Resume or export the checkpoint of this step instead of the newest. Resuming removes what came after it."""
     skip_nonfinite: int = 0
     """Updates with a loss or gradient that is not finite to leave out before the run stops at one."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where to log beside metrics.jsonl and eval.jsonl. Needs that package."""
 
     bf16: bool = False
-    """Compute the transformer and the text encoders in bfloat16; trained weights, gradients and optimizer stay fp32."""
+    """Compute the transformer and the text encoders in bfloat16; trained weights, gradients and optimizer stay fp32,
+    unless --lean is given."""
     rollout_batch: int | None = None
     """Rollouts at a time on a rank; None: all of its share of --batch. Only memory and time depend on it."""
     micro_batch: int | None = None
-    """Samples at a time in the backward of reward and leaps; None: as many as in a rollout. Nor does this matter."""
+    """Samples at a time in the backward of reward and leaps; None: as many as in a rollout. Only memory and time
+    depend on it."""
     recompute: bool = False
     """Recompute the activations of transformer, VAE and rewards in their backward: less memory, more time."""
     compile: bool = False
@@ -133,7 +135,7 @@ class Config:
     """Alpha of the LoRA; None: twice its rank."""
 
 
-FLUX_DEV = Config(
+PAPER = Config(
     model="weights/FLUX.1-dev",
     prompts=Path("weights/train-prompts.txt"),
     eval_prompts=HERE / "prompts.txt",
@@ -156,22 +158,22 @@ PRESETS = {
     "flux-dev-hpsv2": (
         f"FLUX.1-dev and HPSv2.1 as in the paper. {NEEDS}, weights/HPS_v2.1_compressed.pt, and weights/PickScore_v1 to "
         "watch.",
-        replace(FLUX_DEV, out=Path("runs/flux-dev-hpsv2"), reward=("hpsv2",), watch=("pickscore",), alpha=0.3),
+        replace(PAPER, out=Path("runs/flux-dev-hpsv2"), reward=("hpsv2",), watch=("pickscore",), alpha=0.3),
     ),
     "flux-dev-pickscore": (
         f"FLUX.1-dev and PickScore as in the paper. {NEEDS}, weights/PickScore_v1, and weights/HPS_v2.1_compressed.pt "
         "to watch.",
-        replace(FLUX_DEV, out=Path("runs/flux-dev-pickscore"), reward=("pickscore",), watch=("hpsv2",), alpha=0.1),
+        replace(PAPER, out=Path("runs/flux-dev-pickscore"), reward=("pickscore",), watch=("hpsv2",), alpha=0.1),
     ),
     "flux-dev-hpsv3": (
         f"FLUX.1-dev and HPSv3 as in the paper. {NEEDS}, weights/HPSv3, and weights/HPS_v2.1_compressed.pt to watch.",
-        replace(FLUX_DEV, out=Path("runs/flux-dev-hpsv3"), reward=("hpsv3",), watch=("hpsv2",), alpha=0.1, lr=8e-6),
+        replace(PAPER, out=Path("runs/flux-dev-hpsv3"), reward=("hpsv3",), watch=("hpsv2",), alpha=0.1, lr=8e-6),
     ),
     "flux-dev-lora": (
         f"A LoRA of FLUX.1-dev on HPSv2.1, for one 80 GB GPU. {NEEDS}, weights/HPS_v2.1_compressed.pt, and "
         "weights/PickScore_v1 to watch.",
         replace(
-            FLUX_DEV,
+            PAPER,
             out=Path("runs/flux-dev-lora"),
             reward=("hpsv2",),
             watch=("pickscore",),

@@ -33,13 +33,12 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from files import find, load
-from lora import FILE
+from files import find, is_lora, load
 from parallel import World, gather, join
 from pictures import grid_of, save_png, to_pil
 from pipeline import Pipeline, grid, sample
 from prompts import read_entries, shard
-from rewards import Reward, name_of, open_rewards, score_all
+from rewards import Reward, name_of, open_rewards, resolve, score_all
 from shapes.world import SIZE, parse
 
 HERE = Path(__file__).parent
@@ -51,7 +50,7 @@ class Config:
     """Score models on the same prompts and noise."""
 
     model: tuple[str, ...] = (str(HERE / "shapes" / "tiny-flux"),)
-    """Checkpoint folders or hub ids; the others are compared with the first."""
+    """Model folders or hub ids; the others are compared with the first."""
     prompts: Path = HERE / "shapes" / "eval-prompts.txt"
     """Prompts, one a line or JSON lines with a "prompt"."""
     rewards: tuple[str, ...] = ("judge", "tiny")
@@ -260,7 +259,9 @@ def claim(cfg: Config, entries: list[dict[str, Any]], sources: dict[str, Path]) 
 def run(cfg: Config, world: World) -> None:
     entries, tags = prepare(cfg)
     rewards: list[Reward] = []
-    sources = {label(m): Path(m) if (Path(m) / FILE).exists() else find(m) for m in cfg.model}
+    for spec in cfg.rewards:
+        resolve(spec)
+    sources = {label(m): Path(m) if is_lora(m) else find(m) for m in cfg.model}
     for name, source in sources.items():
         pipe = load(source, world.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
         size = cfg.size or pipe.vae.config.sample_size
@@ -268,7 +269,7 @@ def run(cfg: Config, world: World) -> None:
         if "judge" in map(name_of, cfg.rewards) and size != SIZE:
             raise ValueError(f"--size {size}: the judge reads {SIZE}x{SIZE} pixels")
         if not rewards:
-            rewards = open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer)
+            rewards = open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer, False, size)
             if wrong := gather(claim(cfg, entries, sources) if world.rank == 0 else None)[0]:
                 raise ValueError(wrong)
         folder = cfg.out / name

@@ -1,4 +1,4 @@
-"""Checkpoint folders in the diffusers layout of FLUX.1-dev, which the tiny model's is too: read, checked and written.
+"""Model folders in the diffusers layout of FLUX.1-dev, which the tiny model's is too: read, checked and written.
 
     model_index.json  scheduler/  transformer/  vae/
     text_encoder/  tokenizer/        CLIP
@@ -15,20 +15,22 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 from transformers.utils import logging
 
 from convert import check_state, config_from_diffusers, config_to_diffusers, from_diffusers, load_weights, to_diffusers
-from lora import FILE, merge_lora
+from lora import FILE, NOTE, base_of, merge_lora, save_lora
 from model import FLUX_DEV, Flux, FluxConfig
-from pipeline import PATCH, Device, Pipeline
+from parallel import World, gather, whole_tensors
+from pipeline import PATCH, Device, Pipeline, cell_of
 
 PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a transformer in one piece; others have an index
@@ -42,13 +44,38 @@ Name, Result = TypeVar("Name"), TypeVar("Result")
 # ----------------------------------------------------------------------------------------- reading
 
 
+class Description(NamedTuple):
+    """What a model folder says of itself in its small files."""
+
+    config: FluxConfig
+    schedule: dict[str, Any]  # scheduler_config.json
+    cell: int  # pixels a token spans each way
+
+
+def describe(name: str | Path) -> Description:
+    """Read the small files of a model folder or hub id, so that flags can be checked before weights are read."""
+    folder = find(name)
+    blocks = read(folder / "vae" / "config.json", lambda file: json.loads(file.read_text())["block_out_channels"])
+    return Description(
+        read(folder / "transformer" / "config.json", parse_config),
+        read(folder / "scheduler" / "scheduler_config.json", parse_schedule),
+        cell_of(blocks),
+    )
+
+
+def is_lora(name: str | Path) -> bool:
+    return (Path(name) / NOTE).exists()
+
+
 def find(name: str | Path) -> Path:
-    """The checkpoint folder at path `name`, or of that hub id. Raises ValueError naming what is missing."""
+    """The model folder at path `name`, of that hub id, or under that LoRA. Raises ValueError naming what is missing."""
     folder, files = Path(name), ["model_index.json", *(f"{part}/*" for part in PARTS)]
+    if is_lora(name):
+        folder = base_of(folder)
     if not folder.exists():
         # Where the parent exists, this is a path misspelt: only what can be nothing else goes to the network.
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or folder.parent.is_dir():
-            raise ValueError(f"no checkpoint folder at {str(name)!r}: give a folder, or a hub id owner/name")
+            raise ValueError(f"no model folder at {str(name)!r}: give a folder, or a hub id owner/name")
         folder = Path(read(str(name), partial(snapshot_download, allow_patterns=files)))
     if missing := [part for part in ("model_index.json", *PARTS) if not (folder / part).exists()]:
         found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
@@ -64,18 +91,14 @@ def load(
     offload: bool = False,
     place: Callable[[Flux, Tensors], None] | None = None,
 ) -> Pipeline:
-    """Load a checkpoint folder. `dtype` is that of the transformer and the text encoders; the VAE stays fp32.
+    """Load a model folder. `dtype` is that of the transformer and the text encoders; the VAE stays fp32.
 
     `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev. `offload` keeps
     the text encoders on the CPU, and `place` says where the transformer goes: see `load_flux`.
     Raises ValueError for a folder, file or tensor that is missing or does not fit.
     """
     logging.disable_progress_bar()  # transformers shows one for each tiny part
-    if (Path(name) / "lora.json").exists():
-        pipe = load(json.loads((Path(name) / "lora.json").read_text())["base"], device, dtype, text_length, offload)
-        merge_lora(pipe.flux, Path(name) / FILE)
-        return pipe
-    folder = find(name)
+    folder, lora = find(name), Path(name) / FILE if is_lora(name) else None
     schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule)
     tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
     tokenizers = read(folder / "tokenizer", tokenize), read(folder / "tokenizer_2", tokenize)
@@ -83,7 +106,7 @@ def load(
     clip = read(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
     t5 = read(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
     vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
-    flux = load_flux(folder / "transformer", device, dtype, place)
+    flux = load_flux(folder / "transformer", device, dtype, place, lora)
     given = vae.config.latent_channels * PATCH**2, clip.config.hidden_size, t5.config.d_model
     taken = flux.config.in_channels, flux.config.vec_in_dim, flux.config.context_in_dim
     if given != taken:
@@ -100,11 +123,12 @@ def load_flux(
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     place: Callable[[Flux, Tensors], None] | None = None,
+    lora: Path | None = None,
 ) -> Flux:
     """The transformer from a diffusers `transformer/` folder, sharded or not, or from flux1-dev.safetensors.
 
     `place(flux, tensors)` is for models that no rank holds whole: it gets a Flux without memory and an iterator over
-    names and tensors, which are read from disk as they are asked for.
+    names and tensors, which are read from disk as they are asked for.  `lora` is a file of what to add to them.
     Raises ValueError naming the folder or file and what is missing or does not fit.
     """
     if path.is_file():
@@ -112,7 +136,7 @@ def load_flux(
         config = replace(FLUX_DEV, guidance_embed="guidance_in.in_layer.weight" in state)
         tensors: Tensors = iter(state.items())
     else:
-        config = read(path / "config.json", lambda file: config_from_diffusers(json.loads(file.read_text())))
+        config = read(path / "config.json", parse_config)
         shards, index = [WEIGHTS], path / INDEX
         if index.exists():
             shards = read(index, lambda file: sorted(set(json.loads(file.read_text())["weight_map"].values())))
@@ -120,11 +144,13 @@ def load_flux(
             raise ValueError(f"{path} is incomplete: copy or download {', '.join(missing)}")
         state = {k: v for name in shards for k, v in read(path / name, load_file).items()}  # mapped, not read
         tensors = from_diffusers(state, config, source=str(path))
+    if lora:
+        tensors = merge_lora(tensors, lora, config)
     with torch.device("meta"):
         flux = Flux(config)
     if place is None:
-        load_weights(flux, dict(tensors), source=str(path))
-        return flux.to(device, dtype)  # names were converted on the CPU: a GPU holds the weights once
+        load_weights(flux, {name: tensor.to(dtype) for name, tensor in tensors}, source=str(path))
+        return flux.to(device)  # names were converted on the CPU: a GPU holds the weights once
     if path.is_file():
         check_state(state, flux.state_dict(), source=str(path))
     place(flux, tensors)
@@ -139,6 +165,10 @@ def read(what: Name, parse: Callable[[Name], Result]) -> Result:
         raise ValueError(
             f"cannot read {what} ({type(error).__name__}: {error}); get a whole FLUX checkpoint"
         ) from error
+
+
+def parse_config(file: Path) -> FluxConfig:
+    return config_from_diffusers(json.loads(file.read_text()))
 
 
 def parse_schedule(file: Path) -> dict[str, Any]:
@@ -163,12 +193,39 @@ def parse_model(kind: type, folder: Path, **options: Any) -> Any:
 
 
 def save(folder: Path, source: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
-    """Write a checkpoint folder: frozen parts copied from `source`, a transformer from `state` (BFL names)."""
+    """Write a model folder: frozen parts copied from `source`, a transformer from `state` (BFL names)."""
     if folder.resolve() != source.resolve():
         for part in set(PARTS) - {"transformer"}:
             shutil.copytree(source / part, folder / part, dirs_exist_ok=True, copy_function=link_or_copy)
         shutil.copy(source / "model_index.json", folder)
     save_flux(folder / "transformer", config, state)
+
+
+def write_model(folder: Path, pipe: Pipeline, world: World) -> str | None:
+    """A folder of the current weights, as load reads, on rank 0, gathered a tensor at a time; renamed into place.
+
+    Returns why it could not be written, and leaves what was there before.
+    """
+    part, old, flux = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old"), pipe.flux
+    lora = not all(p.requires_grad for p in flux.parameters())  # all else is frozen then
+    tensors, failed = whole_tensors(flux, torch.float32 if lora else pipe.compute, world.rank), None
+    if world.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            if lora:
+                save_lora(part, flux, tensors, str(pipe.folder.resolve()))
+            else:
+                save(part, pipe.folder, flux.config, tensors)
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            failed = f"{folder} could not be written: {error}"
+            shutil.rmtree(part, ignore_errors=True)
+    for _ in tensors:  # the other ranks take part in the gathers
+        pass
+    return gather(failed)[0]
 
 
 def link_or_copy(source: str, target: str) -> None:

@@ -57,8 +57,7 @@ class Rollout(NamedTuple):
 def one_step(x_k: Tensor, v_k: Tensor, k: Tensor, j: Tensor) -> Tensor:
     """Eq. 3: the latent at noise level j, predicted from level k by one velocity; also the Euler step.
 
-    To reward xhat_{0|j} instead of x_0 (an ablation), use in the iteration at the top of this file
-    `x0 = one_step(ro.x[i], ro.v[i], ro.sigmas[i], ro.sigmas[-1]).requires_grad_()` with i = picks[-1].
+    With j = 0 it is xhat_{0|k}, which an ablation of the paper and ReFL reward instead of x_0 (--reward-input).
     """
     return x_k - (k - j) * v_k
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convert import module_names
-from model import Flux
+from model import Flux, FluxConfig
 
-FILE = "pytorch_lora_weights.safetensors"
+FILE, NOTE = "pytorch_lora_weights.safetensors", "lora.json"  # the second names the base
 TARGETS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")  # all of a block's but its modulation
 
 
@@ -40,9 +40,9 @@ class LoRA(nn.Module):
         return self.linear(x) + self.scale * torch.cat(change, dim=-1)
 
 
-def lora_layers(flux: Flux) -> Iterator[tuple[str, tuple[str, ...]]]:
+def lora_layers(config: FluxConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The layers that are changed: our name, and diffusers' for the parts of its rows."""
-    for ours, theirs in module_names(flux.config):
+    for ours, theirs in module_names(config):
         if "blocks" in ours and ours.endswith(TARGETS):
             yield ours, theirs
 
@@ -50,7 +50,7 @@ def lora_layers(flux: Flux) -> Iterator[tuple[str, tuple[str, ...]]]:
 def add_lora(flux: Flux, rank: int, alpha: float) -> None:
     """Freeze a Flux and put a LoRA around its layers, in place. Parameters `X.weight` become `X.linear.weight`."""
     flux.requires_grad_(False)
-    for ours, theirs in lora_layers(flux):
+    for ours, theirs in lora_layers(flux.config):
         parent, _, leaf = ours.rpartition(".")
         linear = flux.get_submodule(ours)
         setattr(flux.get_submodule(parent), leaf, LoRA(linear, len(theirs), rank, alpha))
@@ -73,36 +73,40 @@ def wrapped_name(name: str, known: set[str]) -> str:
 
 
 def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], base: str) -> None:
-    """Write FILE, with the scale in B, and lora.json, which names the base for `files.load`.
+    """Write FILE, with the scale in B, and NOTE, which names the base for `files.load`.
 
     `tensors` are names and whole tensors of all trained parameters, which come from `flux`, cut or not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, trained = {}, dict(tensors)
-    for ours, theirs in lora_layers(flux):
+    for ours, theirs in lora_layers(flux.config):
         scale = flux.get_submodule(ours).scale
         for i, name in enumerate(theirs):
             state[f"transformer.{name}.lora_A.weight"] = trained[f"{ours}.a.{i}"].contiguous()
             state[f"transformer.{name}.lora_B.weight"] = (scale * trained[f"{ours}.b.{i}"]).contiguous()
     save_file(state, part := folder / f"{FILE}.part", metadata={"format": "pt"})
     part.replace(folder / FILE)
-    (folder / "lora.json").write_text(json.dumps({"base": base}) + "\n")
+    (folder / NOTE).write_text(json.dumps({"base": base}) + "\n")
 
 
-@torch.no_grad()
-def merge_lora(flux: Flux, file: Path) -> None:
-    """Add a saved LoRA to the weights of a plain Flux. Raises ValueError if it is of another Flux."""
-    state = load_file(file)
-    for ours, theirs in lora_layers(flux):
-        weight = flux.get_submodule(ours).weight
-        try:
-            pairs = [
-                (state.pop(f"transformer.{n}.lora_B.weight"), state.pop(f"transformer.{n}.lora_A.weight"))
-                for n in theirs
-            ]
-            change = torch.cat([b.float() @ a.float() for b, a in pairs])
-            weight.copy_(weight.float() + change.to(weight.device))
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{file} is no LoRA of this Flux: {error}") from error
+def base_of(folder: Path) -> Path:
+    """The folder of the model that a saved LoRA changes. Raises ValueError if it is not where it was."""
+    base = Path(json.loads((folder / NOTE).read_text())["base"])
+    if not base.exists():
+        raise ValueError(f"{folder} is a LoRA of {base}, which is gone: write into {folder / NOTE} where it is now")
+    return base
+
+
+def merge_lora(tensors: Iterator[tuple[str, Tensor]], file: Path, config: FluxConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a Flux with a saved LoRA added, in fp32. Raises ValueError if it is of another Flux."""
+    state, layers = load_file(file), {f"{ours}.weight": theirs for ours, theirs in lora_layers(config)}
+    for name, tensor in tensors:
+        if theirs := layers.get(name):
+            try:
+                pairs = [[state.pop(f"transformer.{n}.lora_{x}.weight").float() for x in "BA"] for n in theirs]
+                tensor = tensor.float() + torch.cat([b @ a for b, a in pairs])
+            except (KeyError, RuntimeError) as error:
+                raise ValueError(f"{file} is no LoRA of this Flux: {error}") from error
+        yield name, tensor
     if state:
         raise ValueError(f"{file} changes layers that this code does not: {next(iter(state))}")

@@ -33,7 +33,7 @@ class Text(NamedTuple):
 
 @dataclass
 class Pipeline:
-    """The loaded parts of a checkpoint folder. Everything but `flux` is frozen."""
+    """The loaded parts of a model folder. Everything but `flux` is frozen."""
 
     folder: Path
     flux: Flux
@@ -49,12 +49,16 @@ class Pipeline:
 
     @property
     def cell(self) -> int:
-        """Pixels a token spans each way: 16 for FLUX."""
-        return PATCH * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return cell_of(self.vae.config.block_out_channels)
 
     @property
     def device(self) -> torch.device:
         return self.flux.img_in.weight.device
+
+
+def cell_of(blocks: Sequence[int]) -> int:
+    """Pixels a token spans each way, 16 for FLUX, by the VAE's block_out_channels."""
+    return PATCH * 2 ** (len(blocks) - 1)
 
 
 # --------------------------------------------------------------------------------- text and images
@@ -98,8 +102,11 @@ def unpack(x: Tensor, rows: int, columns: int) -> Tensor:
 # --------------------------------------------------------------------------------------- sampling
 
 
-def grid(pipe: Pipeline, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tokens in an image. Raises ValueError for a size that is not whole tokens."""
+def grid(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tokens in an image. Raises ValueError for a size that is not whole tokens.
+
+    `pipe` is a Pipeline, or a Description of one: what has a `cell`.
+    """
     if height <= 0 or width <= 0 or height % pipe.cell or width % pipe.cell:
         raise ValueError(f"image size {height}x{width} is not a positive multiple of {pipe.cell}")
     return height // pipe.cell, width // pipe.cell

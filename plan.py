@@ -14,6 +14,7 @@ Legend: GB is 1e9 bytes; b samples at a time.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import tyro
@@ -34,7 +35,7 @@ class Plan:
 
     gpus: tuple[int, ...] = (1, 8, 16, 64)
     """Numbers of GPUs to count for."""
-    reward: tuple[str, ...] = ("hpsv2", "pickscore")
+    reward: tuple[Literal["hpsv2", "pickscore", "hpsv3"], ...] = ("hpsv2", "pickscore")
     """Published rewards that are loaded, trained on or watched: hpsv2, pickscore, hpsv3."""
     size: int = 720
     """Image side in pixels."""
@@ -213,11 +214,20 @@ def moments(plan: Plan) -> float:
     return 2 * (1 / 4 + 1 / 256) if plan.lean else 2
 
 
+def disk(plan: Plan, flux: Flux) -> float:
+    """Bytes of a checkpoint: weights, moments, averages. --keep of them are on the disk, and one being written."""
+    trained = size_of((p for p in flux.parameters() if p.requires_grad), torch.float32)
+    return trained * ((0.5 if plan.lean else 1) + moments(plan) + 1)
+
+
 def host_memory(plan: Plan, gpus: int, flux: Flux) -> float:
-    """Bytes a GPU of the host's memory: the copy that a checkpoint is written from, and what a flag puts there."""
-    trained = size_of((p for p in flux.parameters() if p.requires_grad), torch.float32) / (plan.shard or gpus)
-    copied = (0.5 if plan.lean else 1) + moments(plan) + 1  # weights, optimizer, averages
-    return trained * (copied + plan.lean) + (ENCODERS * 2 if plan.offload_encoders else 0)
+    """Bytes per GPU of the host's memory, at most: the copy that a checkpoint is written from, the weights while an
+    evaluation has the averages in their place, and what a flag puts there.
+    """
+    group = plan.shard or gpus
+    trained = size_of((p for p in flux.parameters() if p.requires_grad), torch.float32) / group
+    swapped, averages = (0.5, 1) if plan.lean else (1, 0)
+    return disk(plan, flux) / group + trained * (swapped + averages) + ENCODERS * 2 * plan.offload_encoders
 
 
 def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, float]:
@@ -244,8 +254,13 @@ def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, 
 
 def main() -> None:
     plan = tyro.cli(Plan, description=__doc__)
-    if odd := [g for g in plan.gpus if plan.batch % g or (plan.shard and g % plan.shard)]:
-        raise SystemExit(f"error: --gpus {odd[0]} does not divide --batch {plan.batch}, or --shard {plan.shard} it")
+    for gpus in plan.gpus:
+        if plan.batch % gpus:
+            raise SystemExit(f"error: --batch {plan.batch} is not a multiple of --gpus {gpus}")
+        if gpus % (plan.shard or gpus):
+            raise SystemExit(f"error: --gpus {gpus} is not a multiple of --shard {plan.shard}")
+        if plan.lean and (gpus > 1 or plan.lora):
+            raise SystemExit("error: --lean is for one GPU (--gpus 1) and all weights (no --lora)")
     dtype, rows = torch.bfloat16, {}
     with FakeTensorMode():
         flux = planned_flux(FLUX_DEV, plan.lora, dtype)
@@ -257,6 +272,7 @@ def main() -> None:
             for key, value in {**parts, "peak": peak(parts)}.items():
                 rows.setdefault(f"{key}, GB", []).append(value / 1e9)
             rows.setdefault("in the host's memory, GB", []).append(host_memory(plan, gpus, flux) / 1e9)
+            rows.setdefault("a checkpoint on disk, GB", []).append(disk(plan, flux) / 1e9)
             rows.setdefault("gathered a step, GB", []).append(sent["gathered"] / 1e9)
             rows.setdefault("reduced a step, GB", []).append(sent["reduced"] / 1e9)
             rows.setdefault("computed a step, PFLOP", []).append(sent["flops"] / 1e15)

@@ -16,6 +16,7 @@ Without a path, weights are looked for in WEIGHTS.  A weight may follow: `picksc
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,29 +63,47 @@ class Reward:
 # --------------------------------------------------------------------------------- from the command line
 
 
-def open_reward(
-    spec: str, device: Device = "cpu", tokenizer: PreTrainedTokenizerBase | None = None, recompute: bool = False
-) -> Reward:
-    """The reward that `spec` names: NAME[=PATH][:WEIGHT] or FILE.py:FUNCTION[:WEIGHT].
-
-    `tokenizer` is FLUX's CLIP tokenizer, which hpsv2 shares; `recompute` trades time for memory in the backward.
-    Raises ValueError, before anything is on the device, naming the spec and what is wrong with it.
-    """
+def resolve(spec: str) -> tuple[str, str, float]:
+    """Name, path and weight of a reward; of a user's file the name is empty. ValueError if there can be no such."""
     what, weight = re.fullmatch(r"(.*?)(?::([-+.\de]+))?", spec, re.DOTALL).groups()
     try:
         weight = float(weight or 1)
     except ValueError:
         raise ValueError(f"the weight of reward {spec!r} is no number") from None
     if ".py:" in what:
-        return replace(users(what, device), weight=weight)
+        if not Path(file := what.rpartition(":")[0]).is_file():
+            raise ValueError(f"no file {file!r} for the reward {spec!r}")
+        return "", what, weight
     name, _, path = what.partition("=")
     if not path and name in WEIGHTS:
-        path = WEIGHTS[name]
-        if not path.exists():
+        path = str(WEIGHTS[name])
+        if not Path(path).exists():
             raise ValueError(f"no weights of the reward {name!r} at {path}: put them there, or say {name}=PATH")
-    if name == "judge" and not path:
+    if name not in (*WEIGHTS, "clip", "judge") or (name == "judge") == bool(path):
+        known = ", ".join([*WEIGHTS, "clip=PATH", "judge"])
+        raise ValueError(f"no reward {spec!r}: it is one of {known}, NAME=PATH or FILE.py:FUNCTION")
+    return name, path, weight
+
+
+def open_reward(
+    spec: str,
+    device: Device = "cpu",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    recompute: bool = False,
+    size: int = 64,
+) -> Reward:
+    """The reward that `spec` names: NAME[=PATH][:WEIGHT] or FILE.py:FUNCTION[:WEIGHT].
+
+    `tokenizer` is FLUX's CLIP tokenizer, which hpsv2 shares; `recompute` trades time for memory in the backward;
+    `size` is the side of the images that a user's function is tried on.
+    Raises ValueError, before anything is on the device, naming the spec and what is wrong with it.
+    """
+    name, path, weight = resolve(spec)
+    if not name:
+        return replace(users(path, device, size), weight=weight)
+    if name == "judge":
         reward = rules()
-    elif name in ("tiny", "clip", "pickscore") and path:
+    elif name in ("tiny", "clip", "pickscore"):
         from clip import clip  # each of these is read only by who asks for it
 
         reward = clip(path, device, recompute)
@@ -96,13 +115,10 @@ def open_reward(
         from hpsv3 import hpsv3
 
         reward = hpsv3(path, device, recompute)
-    elif name == "imagereward":
+    else:
         from imagereward import imagereward
 
         reward = imagereward(path, device, recompute)
-    else:
-        known = ", ".join([*WEIGHTS, "clip=PATH", "judge"])
-        raise ValueError(f"no reward {spec!r}: it is one of {known}, NAME=PATH or FILE.py:FUNCTION")
     return replace(reward, name=name, weight=weight, lam=LAMBDA.get(name))
 
 
@@ -136,29 +152,33 @@ def reported(rewards: list[Reward], means: dict[str, float]) -> dict[str, float]
     return {"reward": sum(r.weight * means[r.name] for r in rewards), **means}
 
 
-def users(spec: str, device: Device = "cpu") -> Reward:
+def users(spec: str, device: Device, size: int) -> Reward:
     """A user's own `FILE.py:FUNCTION`, a function (images, prompts) -> (b,). Tried at once on random images."""
     file, _, function = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise ValueError(f"no file {file!r} for the reward {spec!r}")
+    sys.path.insert(0, str(Path(file).parent))  # it may have helpers beside it
     module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"reward file {file} does not run ({type(error).__name__}: {error})") from error
+        raise ValueError(f"reward file {file} does not run: {told(error)}") from error
     score = getattr(module, function, None)
     if not callable(score):
         raise ValueError(f"{file} defines no function {function!r}")
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     try:
         result = score(images, ["a photo of a circle"] * 2)
     except Exception as error:
-        raise ValueError(f"reward {spec} fails on images (2, 3, 64, 64) ({type(error).__name__}: {error})") from error
+        raise ValueError(f"reward {spec} fails on images (2, 3, {size}, {size}): {told(error)}") from error
     if not isinstance(result, Tensor) or result.shape != (2,):
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"reward {spec} must return one score an image, (2,) for 2, and returned {got}")
     return Reward(score, name=function)
+
+
+def told(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
 
 
 def rules() -> Reward:

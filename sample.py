@@ -1,4 +1,4 @@
-"""Images from any checkpoint folder: the tiny Flux, FLUX.1-dev, or the final/ of a run.
+"""Images from any model folder: the tiny Flux, FLUX.1-dev, or the final/ of a run.
 
 python sample.py --model runs/leapalign-seed0/final --prompt "a photo of two circles" --out grid.png
 """
@@ -23,7 +23,7 @@ class Config:
     """Write a captioned grid of images."""
 
     model: str = str(HERE / "shapes" / "tiny-flux")
-    """Checkpoint folder in the diffusers layout of FLUX, or a hub id."""
+    """Model folder in the diffusers layout of FLUX, or a hub id."""
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompts: Path | None = None

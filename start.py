@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoint import folders
 from config import Config
-from files import load
+from files import describe, is_lora, load
 from leaps import pick_leaps
 from logs import truncate
 from lora import add_lora, first_values, wrapped_name
@@ -22,7 +22,7 @@ from model import Flux
 from parallel import World, fill, shard_flux, shard_frozen
 from pipeline import Pipeline, grid, sigmas
 from prompts import read_prompts
-from rewards import Reward, name_of, open_rewards
+from rewards import Reward, name_of, open_rewards, resolve
 from shapes.world import SIZE, parse
 
 FREE = {"out", "resume", "export", "at", "steps", "keep", "save_every", "log", "device", "rollout_batch", "micro_batch",
@@ -53,6 +53,19 @@ def pick(cfg: Config, levels: Tensor, generator: torch.Generator) -> tuple[int, 
     return pick_leaps(levels, generator, cfg.leaps, cfg.low, cfg.high, cfg.distance)
 
 
+def check_model(cfg: Config) -> Tensor:
+    """The noise levels of a rollout; raises ValueError if the model cannot do what the flags ask of it."""
+    told = describe(cfg.model)
+    if told.config.guidance_embed and cfg.guidance is None:
+        raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
+    if cfg.lora and is_lora(cfg.model):
+        raise ValueError(f"--lora on --model {cfg.model}, itself a LoRA: train its base, or go on with all weights")
+    rows, columns = grid(told, cfg.size, cfg.size)
+    levels = sigmas(told.schedule, cfg.rollout_steps, rows * columns)
+    pick(cfg, levels, torch.Generator())
+    return levels
+
+
 def check_flags(cfg: Config, world: World) -> None:
     """Raise ValueError naming the flag that cannot be, and why."""
     counts = ("steps", "batch", "rollout_steps", "eval_every", "text_length", "patience", "save_every", "keep", "lora")
@@ -73,12 +86,16 @@ def check_flags(cfg: Config, world: World) -> None:
         )
     if cfg.stop_early and not cfg.watch:
         raise ValueError("--stop-early needs a reward to --watch")
-    if cfg.nested_only and cfg.method != "leapalign":
-        raise ValueError(f"--nested-only is an ablation of leapalign and means nothing with --method {cfg.method}")
+    own = ("weight", "leaps", "low", "high", "distance", "nested_only")
+    if cfg.method != "leapalign" and (given := [k for k in own if getattr(cfg, k) != getattr(Config(), k)]):
+        name = given[0].replace("_", "-")
+        raise ValueError(f"--{name} is a choice of leapalign and means nothing with --method {cfg.method}")
     if missing := [kind for kind in cfg.log if importlib.util.find_spec(kind) is None]:
         raise ValueError(f"--log {missing[0]} needs that package: pip install {missing[0]}, or leave the flag out")
-    if cfg.lean and (world.size > 1 or cfg.lora or not cfg.bf16):
-        raise ValueError("--lean trains all weights, in --bf16, on one GPU: several cut the weights, --lora trains few")
+    if cfg.lean and world.size > 1:
+        raise ValueError(f"--lean is for one GPU, and there are {world.size} ranks: they share the weights without it")
+    if cfg.lean and (cfg.lora or not cfg.bf16):
+        raise ValueError("--lean keeps all trained weights in bf16: it needs --bf16, and --lora trains others")
     if cfg.lean and importlib.util.find_spec("torchao") is None:
         raise ValueError("--lean needs torchao's optimizer: pip install torchao")
     if cfg.shard_frozen and cfg.offload_encoders:
@@ -99,9 +116,10 @@ def check_folder(cfg: Config, out: Path) -> None:
         return
     before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(asdict(cfg), default=str))
     free = FREE - {"steps"} if cfg.decay else FREE  # the learning rate falls over all of them
-    if other := [k for k in now if k not in free and now[k] != before.get(k)]:
+    before = json.loads(json.dumps(asdict(Config()), default=str)) | before  # flags that are younger than the run
+    if other := [k for k in now if k not in free and now[k] != before[k]]:
         k = other[0]
-        raise ValueError(f"--resume with --{k.replace('_', '-')} {now[k]}, but {out} was started with {before.get(k)}")
+        raise ValueError(f"--resume with --{k.replace('_', '-')} {now[k]}, but {out} was started with {before[k]}")
 
 
 def prepare(cfg: Config, world: World) -> Setup:
@@ -119,6 +137,9 @@ def prepare(cfg: Config, world: World) -> Setup:
             raise ValueError(
                 f"--size {cfg.size}: the judge reads {SIZE}x{SIZE} pixels; --watch without judge takes any"
             )
+    levels = check_model(cfg)
+    for spec in (*cfg.reward, *cfg.watch):
+        resolve(spec)
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
 
     def place(flux: Flux, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -140,18 +161,14 @@ def prepare(cfg: Config, world: World) -> Setup:
     pipe = load(cfg.model, world.device, dtype, cfg.text_length, cfg.offload_encoders, place)
     if cfg.recompute:
         pipe.vae.enable_gradient_checkpointing()
-    if pipe.flux.config.guidance_embed and cfg.guidance is None:
-        raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
-    rows, columns = grid(pipe, cfg.size, cfg.size)
-    levels = sigmas(pipe.schedule, cfg.rollout_steps, rows * columns)
-    pick(cfg, levels, torch.Generator())
-    rewards = open_rewards([*cfg.reward, *cfg.watch], pipe.device, pipe.clip_tokenizer, cfg.recompute)
+    rewards = open_rewards([*cfg.reward, *cfg.watch], pipe.device, pipe.clip_tokenizer, cfg.recompute, cfg.size)
     if cfg.shard_frozen:
         for model in (pipe.t5, *(r.model for r in rewards if r.model)):
             shard_frozen(model, world)
     rewards, watched = rewards[: len(cfg.reward)], rewards[len(cfg.reward) :]
     for reward in rewards:
-        if not reward.score(torch.rand(1, 3, 64, 64, device=world.device).requires_grad_(), prompts[:1]).requires_grad:
+        image = torch.rand(1, 3, cfg.size, cfg.size, device=world.device).requires_grad_()
+        if not reward.score(image, prompts[:1]).requires_grad:
             raise ValueError(f"--reward {reward.name} has no gradient in the images: it can be watched, not trained on")
     if cfg.lam:
         rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam, strict=True)]

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import Run, load_newest, save_checkpoint, write_model
+from checkpoint import Run, load_newest, save_checkpoint
 from config import PRESETS, Config
+from files import write_model
 from leaps import Rollout, Velocity, hinge, leap_backward, one_step, rollout, similarity_weight
 from logs import append, open_trackers, peak_flops, peak_memory, stopwatch
 from parallel import World, disagreement, fingerprint, gather, join, kept_gathered, swapped
@@ -109,7 +111,7 @@ def update_gradient(
     )
 
 
-def numbers(*key: int) -> torch.Generator:
+def generator_of(*key: int) -> torch.Generator:
     """A CPU generator for everything random in one step, of key (seed, step), independent of that of other keys."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
@@ -124,7 +126,7 @@ class Batch(NamedTuple):
 
 def draw(cfg: Config, setup: Setup, step: int) -> Batch:
     """The batch of a step, a function of (seed, step)."""
-    random, (rows, columns) = numbers(cfg.seed, step), grid(setup.pipe, cfg.size, cfg.size)
+    random, (rows, columns) = generator_of(cfg.seed, step), grid(setup.pipe, cfg.size, cfg.size)
     noise = torch.randn(cfg.batch, rows * columns, setup.pipe.flux.config.in_channels, generator=random)
     return Batch(batch_of(setup.prompts, step, cfg.batch, cfg.seed), noise, pick(cfg, setup.levels, random))
 
@@ -170,7 +172,7 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
         raise Stop(NONFINITE, note_nonfinite(cfg, setup.out, step, measured, norm, batch.picks, world))
     if cfg.decay:
         run.set_lr(cfg.lr * (1 - step / cfg.steps))
-    torch.manual_seed(numbers(cfg.seed, step, 1).initial_seed())  # --lean rounds at random; all else has generators
+    torch.manual_seed(generator_of(cfg.seed, step, 1).initial_seed())  # for --lean; all else has generators
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.average(cfg.ema)
@@ -225,7 +227,10 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
     """From the first update to final/. Raises Stop where it must end early, with everything saved that can be."""
     out, began = setup.out, time.time()
     run = Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
-    first = load_newest(out, run, cfg.at) if cfg.resume else 0
+    try:
+        first = load_newest(out, run, cfg.at) if cfg.resume else 0
+    except ValueError as error:
+        raise Stop(2, f"error: {error}") from None
     if not cfg.export:
         try:
             loop(cfg, setup, world, run, first)
@@ -237,7 +242,7 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         pair = [torch.load(out / "samples" / f"{name}.pt") / 255 for name in ("first", "last")]
         before_after(*pair, [setup.eval_prompts[i] for i in shown(setup.eval_prompts)], out / "before_after.png")
         curves(out, out / "curves.png")
-        print(f"{time.time() - began:.0f} s; wrote {out}: final/ best/ before_after.png curves.png samples/ *.jsonl")
+        print(f"{time.time() - began:.0f} s; wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
 def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int) -> None:
@@ -297,6 +302,8 @@ def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int) -> None:
         if caught:
             code = 130 if signal.SIGINT in caught else REQUEUE
             raise Stop(code, f"stopped by signal {caught[0]}; {run.wait() or 'nothing new'} is saved, --resume goes on")
+    if step > first and step % cfg.save_every:  # else it is saved already
+        save_checkpoint(out, run, step, cfg.keep)
     bar.close()
 
 
@@ -306,16 +313,19 @@ def main() -> None:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["shapes", *arguments]
     cfg = tyro.extras.overridable_config_cli(PRESETS, args=arguments, console_outputs=rank == 0)
-    try:
-        with join(cfg.device, cfg.shard, timedelta(hours=1)) as world:  # while one writes, the others wait
-            train(cfg, prepare(cfg, world), world)
-    except ValueError as error:  # perhaps of one node only
-        print(f"\nerror: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Stop as stop:
-        if rank == 0:
-            print(f"\n{stop}", file=sys.stderr)
-        raise SystemExit(stop.code) from None
+    with ExitStack() as stack:
+        try:
+            world = stack.enter_context(join(cfg.device, cfg.shard, timedelta(hours=1)))  # while one writes, all wait
+            setup = prepare(cfg, world)
+        except ValueError as error:  # perhaps of one node only
+            print(f"\nerror: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        try:
+            train(cfg, setup, world)
+        except Stop as stop:
+            if rank == 0:
+                print(f"\n{stop}", file=sys.stderr)
+            raise SystemExit(stop.code) from None
 
 
 if __name__ == "__main__":

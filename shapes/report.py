@@ -21,7 +21,7 @@ from rewards import Reward
 from sample import read_prompts
 from shapes.world import SIZE, TASKS, Prompt, accuracy, all_prompts, by_task, judge, scenes
 from train import Config as TrainConfig
-from train import numbers, pick, update_gradient
+from train import generator_of, pick, update_gradient
 
 PRESET = TrainConfig()
 
@@ -31,7 +31,7 @@ class Config:
     """Measure what the shapes world ships."""
 
     model: str = PRESET.model
-    """Checkpoint folder of the base."""
+    """Model folder of the base."""
     reward: str = PRESET.reward
     """Folder of the reward."""
     each: int = 200
@@ -80,7 +80,7 @@ def report_base(pipe: Pipeline, cfg: Config) -> tuple[list[Prompt], Tensor]:
     chosen = prompts[:: max(1, len(prompts) // 240)]
     velocity = velocity_of(pipe.flux, encode(pipe, [p.text for p in chosen]), rows, columns)
     ro = rollout(velocity, draw_noise(pipe, range(len(chosen)), rows, columns), levels)
-    draws = [pick_leaps(levels, numbers(cfg.seed, i)) for i in range(50)]
+    draws = [pick_leaps(levels, generator_of(cfg.seed, i)) for i in range(50)]
     d = torch.stack([similarity_weight(ro, picks, PRESET.tau)[1].mean(1) for picks in draws]).mean(0)
     print(f"mean distances over random picks: d_j {d[0]:.3f}, d_0 {d[1]:.3f}", flush=True)
     return prompts, images
@@ -101,7 +101,7 @@ def report_update(pipe: Pipeline, reward: Reward, cfg: Config, samples: int = 28
     for method in ("leapalign", "refl", "full"):
         moved = replace(pipe, flux=copy.deepcopy(pipe.flux))
         for i in range(samples // 48):
-            random = numbers(cfg.seed, i)
+            random = generator_of(cfg.seed, i)
             chosen = [train[n] for n in torch.randperm(len(train), generator=random)[:48]]
             noise = torch.randn(48, rows * columns, pipe.flux.config.in_channels, generator=random)
             settings = replace(PRESET, method=method)

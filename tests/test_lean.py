@@ -12,7 +12,7 @@ from config import Config
 from parallel import join
 from start import check_flags, prepare
 from tests.processes import spread
-from tests.test_checkpoint import folders, same_run, stopped_after, whole
+from tests.test_checkpoint import folders, same_run, slow_save, whole
 
 ROOT = Path(train.__file__).parent
 
@@ -46,6 +46,22 @@ def test_updates_smaller_than_the_precision_of_a_weight_survive_on_average():
     assert averages == pytest.approx(0.01 - 9e-4, rel=0.05)  # 9 updates behind: sum_i i 0.1 0.9^i
 
 
+def decayed() -> float:
+    """The second moment of a small tensor after gradients of 1, then of 0, 700 times each."""
+    with join("cpu"):
+        model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
+        run = train.Run(model, 1e-4, 0.0, lean=True)
+        for size in (1.0, 0.0):
+            for _ in range(700):
+                model.weight.grad = torch.full((8, 8), size, dtype=torch.bfloat16)
+                run.optimizer.step()
+        return run.optimizer.state[model.weight]["exp_avg_sq"].mean().item()
+
+
+def test_moments_of_small_tensors_fall_as_they_should():
+    assert spread(1, decayed)[0] == pytest.approx((1 - 0.999**700) * 0.999**700, rel=1e-3)
+
+
 def moved(cfg: Config) -> tuple[torch.Tensor, dict[str, float]]:
     """What 6 updates change of the averages, and the bytes a parameter that are held for it."""
     with join("cpu") as world:
@@ -71,20 +87,20 @@ def test_a_lean_run_goes_where_one_with_fp32_weights_goes_in_a_third_of_the_memo
     lean, held = spread(1, moved, base)[0]
     full, _ = spread(1, moved, replace(base, lean=False))[0]
     assert held["weights"] == held["gradients"] == 2 and held["optimizer"] == pytest.approx(2, rel=0.05)  # of 4, 4, 8
-    assert torch.cosine_similarity(lean, full, dim=0) > 0.5  # the rest is the rounding's, and averages out in time
+    assert torch.cosine_similarity(lean, full, dim=0) > 0.4  # the rest is the rounding's, and averages out in time
 
 
-def test_a_lean_run_resumes_bitwise(base, tmp_path):
+def test_a_lean_run_resumes_bitwise_from_what_was_written_while_it_went_on(base, tmp_path):
     straight, resumed = replace(base, out=tmp_path / "a"), replace(base, out=tmp_path / "b", resume=True)
     assert whole(1, straight) == ""
-    spread(1, stopped_after, resumed, 5)
+    spread(1, slow_save, resumed)
     assert [f.name for f in folders(resumed.out)] == ["step_000002", "step_000004"]
     assert whole(1, resumed) == "" and same_run(straight, resumed)
 
 
 @pytest.mark.parametrize("change", [dict(lora=4), dict(bf16=False)])
 def test_lean_is_refused_where_it_means_nothing(change, base):
-    with pytest.raises(ValueError, match="--lean trains all weights"), join("cpu") as world:
+    with pytest.raises(ValueError, match="--lean keeps all trained weights in bf16"), join("cpu") as world:
         check_flags(replace(base, **change), world)
 
 

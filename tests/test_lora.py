@@ -1,5 +1,6 @@
 """LoRA: the file that a run writes is the one that diffusers reads, and both draw the same picture."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def test_the_change_is_alpha_over_rank_times_B_A_in_each_part_of_a_fused_layer()
     flux, whole = load(TINY).flux, load(TINY).flux
     add_lora(flux, rank=3, alpha=6.0)
     torch.manual_seed(0)
-    for name, parts in lora_layers(whole):
+    for name, parts in lora_layers(whole.config):
         layer, plain = flux.get_submodule(name), whole.get_submodule(name)
         for p in (*layer.a, *layer.b):
             p.data.normal_()
@@ -121,6 +122,32 @@ def test_the_change_is_alpha_over_rank_times_B_A_in_each_part_of_a_fused_layer()
         assert len(layer.a) == len(parts) and sum(len(b) for b in layer.b) == plain.out_features
 
 
+def start_of(cfg: Config) -> dict[str, Tensor]:
+    with join("cpu") as world:
+        return dict(whole_tensors(prepare(cfg, world).pipe.flux, torch.float32, world.rank))
+
+
+def test_a_run_of_all_weights_goes_on_from_a_lora(trained):
+    merged, base = load(trained).flux.state_dict(), load(TINY).flux.state_dict()
+    assert any(not torch.equal(merged[k], base[k]) for k in base)
+    start = spread(2, start_of, Config(out=Path("/nonexistent"), model=str(trained)))[0]  # gathered on rank 0
+    assert all(torch.equal(start[k], merged[k]) for k in merged)
+    with pytest.raises(ValueError, match="itself a LoRA: train its base"):
+        start_of(Config(out=Path("/nonexistent"), model=str(trained), lora=2))
+
+
+def test_a_lora_whose_base_has_moved_says_where_to_write_the_new_place(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "lora")
+    (folder / "lora.json").write_text('{"base": "/gone/FLUX"}')
+    with pytest.raises(ValueError, match=r"is a LoRA of /gone/FLUX, which is gone: write into .*lora.json"):
+        load(folder)
+
+
+def merge(file: Path) -> None:
+    flux = load(TINY).flux
+    dict(merge_lora(iter(flux.state_dict().items()), file, flux.config))
+
+
 def test_a_lora_of_another_flux_is_refused(trained, tmp_path):
     from safetensors.torch import save_file
 
@@ -129,11 +156,11 @@ def test_a_lora_of_another_flux_is_refused(trained, tmp_path):
     for change in ({name: torch.zeros(4, 7)}, {"transformer.time.lora_A.weight": torch.zeros(1)}):
         save_file(state | change, tmp_path / FILE)
         with pytest.raises(ValueError, match=r"no LoRA of this Flux|does not: transformer\.time"):
-            merge_lora(load(TINY).flux, tmp_path / FILE)
+            merge(tmp_path / FILE)
     del state[name]
     save_file(state, tmp_path / FILE)
     with pytest.raises(ValueError, match="no LoRA of this Flux"):
-        merge_lora(load(TINY).flux, tmp_path / FILE)
+        merge(tmp_path / FILE)
 
 
 def test_a_lora_resumes(trained):

@@ -1,6 +1,6 @@
-"""clip.py and rewards.py against transformers' own CLIP, its PIL preprocessing and finite differences, on a tiny random CLIPModel.
+"""clip.py and rewards.py against transformers' own CLIP, its PIL preprocessing and finite differences.
 
-The folder is what a user would bring: save_pretrained of a CLIPModel and of its tokenizer, 32x32 pixels.
+The folder is what a user would bring: save_pretrained of a tiny random CLIPModel and of its tokenizer, 32x32 pixels.
 """
 
 import json

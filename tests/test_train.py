@@ -118,15 +118,17 @@ def test_sample_draws_from_the_final_folder(short_run, tmp_path):
 def gradient_of_a_step(cfg: train.Config) -> torch.Tensor:
     pipe = load(cfg.model)
     levels = sigmas(pipe.schedule, cfg.rollout_steps, 16)
-    picks = train.pick(cfg, levels, train.numbers(cfg.seed, 2))  # two long leaps, steps 0 and 2 of 5
+    picks = train.pick(cfg, levels, train.generator_of(cfg.seed, 2))  # two long leaps, steps 0 and 2 of 5
     noise = draw_noise(pipe, range(4), 4, 4)
     train.update_gradient(pipe, [open_reward("tiny")], ["a photo of a red circle"] * 4, noise, levels, picks, cfg)
     return torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
 
 
 def test_randomness_is_a_function_of_seed_and_step():
-    draws = {key: torch.randn(3, generator=train.numbers(*key)).tolist() for key in [(0, 1), (1, 0), (0, 0), (1, 1)]}
-    assert draws[0, 1] == torch.randn(3, generator=train.numbers(0, 1)).tolist()
+    draws = {
+        key: torch.randn(3, generator=train.generator_of(*key)).tolist() for key in [(0, 1), (1, 0), (0, 0), (1, 1)]
+    }
+    assert draws[0, 1] == torch.randn(3, generator=train.generator_of(0, 1)).tolist()
     assert len({tuple(d) for d in draws.values()}) == 4
 
 
@@ -146,7 +148,7 @@ def test_one_gradient_differs_by_method_and_by_ablation():
 def test_refl_stops_at_one_of_the_last_steps():
     levels = sigmas(load(ROOT / "shapes" / "tiny-flux").schedule, 25, 16)
     cfg = train.Config(method="refl")
-    picks = [train.pick(cfg, levels, train.numbers(0, i)) for i in range(200)]
+    picks = [train.pick(cfg, levels, train.generator_of(0, i)) for i in range(200)]
     assert {len(p) for p in picks} == {1} and {p[0] for p in picks} == set(range(14, 25))
 
 
