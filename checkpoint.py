@@ -134,7 +134,8 @@ def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.Pr
             shutil.rmtree(part, ignore_errors=True)
         dist.barrier(group)
         # Without copying ahead, which would use the GPU from this thread, and the first one on every rank.
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(part, per_thread_copy_ahead=0), process_group=group)
+        writer = dcp.FileSystemWriter(part, per_thread_copy_ahead=0)
+        dcp.save(state, checkpoint_id=part, storage_writer=writer, process_group=group)
         own = sums([*part.glob(f"__{rank}_*"), *([part / ".metadata"] if rank == 0 else [])])
     except (Exception, CheckpointException) as error:  # whichever rank's disk is full, torch tells all of them
         reason = reason_of(error)

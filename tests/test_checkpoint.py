@@ -126,7 +126,7 @@ def test_other_flags_than_the_runs_are_refused_but_not_those_that_only_cost_time
     again = replace(undisturbed, resume=True)
     assert whole(1, replace(again, lr=1.0)).startswith("2 --resume with --lr 1.0, but")
     assert whole(1, replace(again, steps=9)).startswith("2 --resume with --steps 9")  # lr falls over all of them
-    assert whole(1, replace(again, at=3)) == f"2 --at 3: {again.out} has only step_000006, step_000008"
+    assert whole(1, replace(again, at=3)) == f"2 error: --at 3: {again.out} has only step_000006, step_000008"
     assert whole(1, replace(again, micro_batch=2, keep=3)) == ""
 
 
@@ -295,6 +295,25 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(base, tmp_path):
     assert message == "" and said.count("warning: no checkpoint could be written (") == 3 and "GB free" in said
     assert f"the newest is {folders(cfg.out)[0]}" in said
     assert [f.name for f in folders(cfg.out)] == ["step_000002"] and not list(cfg.out.glob("checkpoints/*.part"))
+
+
+def never_renamed(cfg: Config) -> tuple[str, str]:
+    """Something goes wrong on rank 0 alone, once all have written."""
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.suffix == ".part" and path.parent.name == "checkpoints":
+            raise OSError("no such luck")
+        return real(path, target)
+
+    Path.rename = rename
+    return told(cfg)
+
+
+def test_a_save_that_fails_at_the_very_end_is_told_and_training_goes_on_on_all_ranks(base, tmp_path):
+    (message, said), (other, _) = spread(2, never_renamed, replace(base, out=tmp_path / "run"))
+    assert message == other == "" and said.count("no checkpoint could be written (OSError: no such luck;") == 4
+    assert (tmp_path / "run" / "final").exists() and not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 # ------------------------------------------------------------------------------------------ not finite

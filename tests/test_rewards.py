@@ -264,8 +264,8 @@ def test_a_users_function_is_a_reward(tmp_path):
     "code, words",
     [
         (None, "no file"),
-        ("def f(images, prompts) return", "does not run .SyntaxError"),
-        ("import no_such_module", "does not run .ModuleNotFoundError"),
+        ("def f(images, prompts) return", "does not run: SyntaxError"),
+        ("import no_such_module", "does not run: ModuleNotFoundError"),
         ("g = 1", "defines no function 'f'"),
         ("def f(images): return images", "fails on images .*takes 1 positional argument"),
         ("def f(images, prompts): return images.mean()", r"one score an image, \(2,\) for 2, and returned \(\)"),

@@ -68,11 +68,46 @@ def test_a_short_run_writes_all_its_files(short_run):
     names = {p.name for p in short_run.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "eval.jsonl", "curves.png", "before_after.png", "samples", "best", "final",
+        "checkpoints",
     }  # fmt: skip
+    assert [f.name for f in (short_run / "checkpoints").iterdir()] == ["step_000008"]  # the last, --save-every or not
     assert {p.name for p in (short_run / "samples").glob("*.png")} == {f"step_{i:04d}.png" for i in (0, 4, 8)}
     for picture in [*short_run.glob("*.png"), *short_run.glob("samples/*.png")]:
         assert Image.open(picture).size[0] > 300
     assert json.loads((short_run / "config.json").read_text())["lr"] == 2e-4
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(reward=("hpsv2",), watch=()), "no weights of the reward 'hpsv2'"),
+        (dict(reward=("tiny", "mine.py:f")), "no file 'mine.py'"),
+        (dict(watch=("nonsense",)), "no reward 'nonsense'"),
+        (dict(size=63, watch=()), "image size 63x63"),
+        (dict(low=0.99), "cannot pick 2 leaps from 1 steps"),
+        (dict(method="refl", leaps=3), "--leaps is a choice of leapalign"),
+        (dict(method="full", weight="none"), "--weight is a choice of leapalign"),
+        (dict(model="no/such/folder"), "no model folder"),
+    ],
+)
+def test_what_cannot_be_is_told_before_any_weights_are_read(flags, words, monkeypatch):
+    monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=words), join("cpu") as world:
+        train.prepare(train.Config(out=Path("/nonexistent"), **flags), world)
+
+
+def test_an_error_of_ones_own_code_in_a_run_shows_where_it_was(few_prompts, tmp_path):
+    (tmp_path / "helper.py").write_text("calls = []\n")
+    (tmp_path / "mine.py").write_text(
+        "from helper import calls\n"
+        "def f(images, prompts):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 4: raise ValueError('deep inside')\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    done = run("train.py", "--reward", f"{tmp_path / 'mine.py'}:f", "--steps", "3", "--batch", "4", "--out",
+               str(tmp_path / "run"), "--eval-prompts", str(few_prompts))  # fmt: skip
+    assert done.returncode == 1 and 'mine.py", line 4, in f' in done.stderr, done.stderr
 
 
 def test_every_update_logs_what_the_method_predicts(short_run):
