@@ -1,6 +1,6 @@
 """Checkpoints that a run can be killed around: written beside, renamed when whole, the newest few kept.
 
-    RUN/checkpoints/step_000060/     weights, averaged weights and optimizer, a file a rank (torch's own format)
+    RUN/checkpoints/step_000060/     weights, averaged weights and optimizer, a file per rank (torch's own format)
 
 Training waits while a checkpoint is copied to the host's memory, and goes on while the copy is written.
 A run resumed on as many ranks is bitwise the undisturbed one; on another number, where pieces are cut anew, it is that

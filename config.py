@@ -70,7 +70,7 @@ class Config:
     steps: int = 300
     """Updates."""
     batch: int = 64
-    """Rollouts an update."""
+    """Rollouts per update."""
     rollout_steps: int = 5
     """Euler steps of a rollout (T), in training and in evaluation."""
     lr: float = 7e-5

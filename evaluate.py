@@ -57,7 +57,7 @@ class Config:
     """NAME[=PATH] or my_file.py:function: tiny, clip, pickscore, hpsv2, hpsv3, imagereward, or judge, the rules of the
     shapes world."""
     num: int = 4
-    """Images a prompt."""
+    """Images per prompt."""
     steps: int = 50
     """Euler steps."""
     guidance: float = 3.5
@@ -191,7 +191,7 @@ def table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def sheets(scores: dict[str, dict[str, np.ndarray]], prompts: list[str], out: Path) -> None:
-    """Write best.png, worst.png and, for two models or more, changed.png: a cell a prompt, models top to bottom."""
+    """Write best.png, worst.png and, for two models or more, changed.png: a cell per prompt, models top to bottom."""
     reward = next(iter(next(iter(scores.values()))))
     by_prompt = [scores[model][reward].mean(1) for model in scores]
     order = by_prompt[-1].argsort(kind="stable")

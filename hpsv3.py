@@ -80,7 +80,7 @@ def hpsv3(
             image_grid_thw=torch.tensor([[1, rows, columns]] * len(images), device=ids.device),
             use_cache=False,
         ).last_hidden_state  # (b, n, d)
-        return head(hidden[ids == reward_id].to(head[0].weight.dtype))[:, 0]  # one a prompt
+        return head(hidden[ids == reward_id].to(head[0].weight.dtype))[:, 0]  # one per prompt
 
     return Reward(score, model=model)
 

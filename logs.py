@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines that survive a kill, seconds a stage, and TensorBoard or W&B if asked."""
+"""What a run writes down: JSON lines that survive a kill, seconds per stage, and TensorBoard or W&B if asked."""
 
 import json
 import resource

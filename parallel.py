@@ -1,10 +1,10 @@
 """One code path from `python train.py` to several nodes: who is who, and how the network is cut between them.
 
-Every parameter is cut along its first axis into a piece a rank (FSDP2).  A block's pieces are gathered just before it
+Every parameter is cut along its first axis into a piece per rank (FSDP2).  A block's pieces are gathered just before it
 runs and let go after; its gradients are averaged over the ranks as they appear.  Weights, gradients and optimizer are
 fp32; what is gathered and computed is `dtype`; latents, step sizes, connectors and rewards never pass through here.
 
-    whole world       one group: the least memory a rank
+    whole world       one group: the least memory per rank
     --shard 8         groups of 8 ranks (a node), which hold copies of each other: gathers stay inside of a node (HSDP)
 
 `python train.py` is a world of one and not a special case.

@@ -173,7 +173,7 @@ def sample(
     guidance: float | None = None,
     batch: int = 64,
 ) -> Tensor:
-    """Images in [0, 1] on the CPU, (len(prompts), 3, height, width), one a prompt and seed."""
+    """Images in [0, 1] on the CPU, (len(prompts), 3, height, width), one per prompt and seed."""
     rows, columns = grid(pipe, height, width)
     levels = sigmas(pipe.schedule, steps, rows * columns).to(pipe.device)
     images = []

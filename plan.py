@@ -1,4 +1,4 @@
-"""What a run needs, counted before anything is rented: memory a GPU, and what a step computes and sends.
+"""What a run needs, counted before anything is rented: memory per GPU, and what a step computes and sends.
 
     python plan.py --gpus 1 8 16 64                      # FLUX.1-dev, all weights
     python plan.py --gpus 1 --lora 64                    # a LoRA of it;  --lean  all weights, in bf16
@@ -42,7 +42,7 @@ class Plan:
     text_length: int = 512
     """T5 tokens."""
     batch: int = 64
-    """Rollouts an update, over all GPUs."""
+    """Rollouts per update, over all GPUs."""
     rollout_steps: int = 25
     """Euler steps of a rollout."""
     leaps: int = 2
@@ -273,10 +273,10 @@ def main() -> None:
                 rows.setdefault(f"{key}, GB", []).append(value / 1e9)
             rows.setdefault("in the host's memory, GB", []).append(host_memory(plan, gpus, flux) / 1e9)
             rows.setdefault("a checkpoint on disk, GB", []).append(disk(plan, flux) / 1e9)
-            rows.setdefault("gathered a step, GB", []).append(sent["gathered"] / 1e9)
-            rows.setdefault("reduced a step, GB", []).append(sent["reduced"] / 1e9)
-            rows.setdefault("computed a step, PFLOP", []).append(sent["flops"] / 1e15)
-    print("| a GPU, of | " + " | ".join(map(str, plan.gpus)) + " |\n|---|" + "--:|" * len(plan.gpus))
+            rows.setdefault("gathered per step, GB", []).append(sent["gathered"] / 1e9)
+            rows.setdefault("reduced per step, GB", []).append(sent["reduced"] / 1e9)
+            rows.setdefault("computed per step, PFLOP", []).append(sent["flops"] / 1e15)
+    print("| each GPU, of | " + " | ".join(map(str, plan.gpus)) + " |\n|---|" + "--:|" * len(plan.gpus))
     for name, values in rows.items():
         print(f"| {name} | " + " | ".join(f"{v:,.1f}" for v in values) + " |")
 

@@ -25,10 +25,10 @@ Item = TypeVar("Item")
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 file: one a line, or JSON lines with a `prompt` field.
+    """The prompts of a UTF-8 file: one per line, JSON lines with a `prompt` field, or a JSON array of either.
 
-    Blank lines and those that start with # are skipped.  Raises ValueError naming the file, and the line if one is
-    at fault, if it cannot be read or holds no prompt.
+    Blank lines and those that start with # are skipped.  HPDv2's train.json and test.json are such arrays.
+    Raises ValueError naming the file, and the line or entry at fault, if it cannot be read or holds no prompt.
     """
     return [entry["prompt"] for entry in read_entries(path)]
 
@@ -36,31 +36,39 @@ def read_prompts(path: Path) -> list[str]:
 def read_entries(path: Path) -> list[dict[str, Any]]:
     """As `read_prompts`, with all that JSON lines say of a prompt; a plain line becomes {"prompt": line}."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at rarer characters
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    if lines[0].strip().startswith("["):
-        raise ValueError(f"prompt file {path} is a JSON array: write an object a line instead")
     entries = []
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line or line.startswith("#"):
-            continue
-        entry = parse_json(line, f"{path}, line {number}") if line.startswith("{") else {"prompt": line}
-        entries.append(entry)
+    if text.lstrip().startswith("["):
+        for number, item in enumerate(parse_json(text, f"prompt file {path}")):
+            item = {"prompt": item} if isinstance(item, str) else item
+            entries.append(with_prompt(item, f"{path}, entry {number}"))
+    else:
+        for number, line in enumerate(map(str.strip, text.split("\n")), start=1):  # splitlines cuts at more
+            where = f"{path}, line {number}"
+            if line and not line.startswith("#"):
+                entry = parse_json(line, where) if line.startswith("{") else {"prompt": line}
+                entries.append(with_prompt(entry, where))
     if not entries:
         raise ValueError(f"prompt file {path} holds no prompt: write one a line")
     return entries
 
 
-def parse_json(line: str, where: str) -> dict[str, Any]:
+def parse_json(text: str, where: str) -> Any:
     try:
-        entry = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: no JSON object ({error})") from error
-    if not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        raise ValueError(f'{where}: it has no "prompt", but {", ".join(entry) or "nothing"}')
+        raise ValueError(f"{where}: no JSON ({error})") from error
+
+
+def with_prompt(entry: Any, where: str) -> dict[str, Any]:
+    """The entry, if it has a prompt."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
+        found = ", ".join(entry) or "nothing" if isinstance(entry, dict) else repr(entry)
+        raise ValueError(f'{where}: it has no "prompt", but {found}')
     return entry
 
 

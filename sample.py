@@ -31,7 +31,7 @@ class Config:
     out: Path = Path("grid.png")
     """The picture to write."""
     num: int = 4
-    """Images a prompt."""
+    """Images per prompt."""
     steps: int = 25
     """Euler steps."""
     guidance: float = 3.5

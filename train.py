@@ -196,7 +196,7 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
     }
     passes = cfg.batch * passes_of(cfg.rollout_steps, len(batch.picks), cfg.recompute)
     flops = passes * forward_flops(setup.pipe.flux.config, batch.noise.shape[1], setup.pipe.text_length)
-    entry["tflops"] = flops / seconds / world.size / 1e12  # a rank, of the transformer alone
+    entry["tflops"] = flops / seconds / world.size / 1e12  # per rank, of the transformer alone
     if peak := peak_flops(world.device):
         entry["mfu"] = entry["tflops"] * 1e12 / peak
     return entry

@@ -19,7 +19,7 @@ from start import Setup
 def evaluate(
     pipe: Pipeline, rewards: list[Reward], watched: list[Reward], prompts: list[str], cfg: Config, world: World
 ) -> tuple[dict[str, Any], Tensor]:
-    """Mean rewards, and the judge's accuracy a task, on fixed prompts and noise; and the images.
+    """Mean rewards, and the judge's accuracy per task, on fixed prompts and noise; and the images.
 
     `by_prompt` holds the watched rewards of each image, so that evaluations can be compared pair by pair.
     """

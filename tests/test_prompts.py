@@ -51,15 +51,22 @@ def test_json_lines_are_read_for_their_prompt_and_keep_the_rest(tmp_path):
     assert read_entries(file)[0]["tag"] == "single_object" and read_entries(file)[1] == {"prompt": "a dog"}
 
 
+def test_a_json_array_such_as_hpdv2s_is_read_too(tmp_path):
+    file = written(tmp_path, '[\n {"prompt": "a cat", "rank": [1, 2]},\n "a dog"]')
+    assert read_entries(file) == [{"prompt": "a cat", "rank": [1, 2]}, {"prompt": "a dog"}]
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
         ("", "holds no prompt"),
         ("# only this\n", "holds no prompt"),
-        ("a\n{broken\n", "line 2: no JSON object"),
+        ("a\n{broken\n", "line 2: no JSON"),
         ('{"text": "a cat"}', 'line 1: it has no "prompt", but text'),
         ('{"prompt": " "}', 'line 1: it has no "prompt"'),
-        ('[\n"a cat"]', "is a JSON array"),
+        ('[\n"a cat", {"text": "a dog"}]', 'entry 1: it has no "prompt", but text'),
+        ("[cut", "no JSON"),
+        ("[3]", 'entry 0: it has no "prompt", but 3'),
         ('{"prompt": 3}', 'line 1: it has no "prompt"'),
     ],
 )
