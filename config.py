@@ -27,10 +27,10 @@ class Config:
     """Rewards that are evaluated but never trained on: the run keeps its best checkpoint by the first, and warns when
     one has fallen while the trained reward rose. judge is the rules of the shapes world."""
     prompts: Path = HERE / "shapes" / "train-prompts.txt"
-    """Prompts to train on, one a line or JSON lines with a "prompt"; a line that occurs twice is seen twice as
+    """Prompts to train on, one per line or JSON lines with a "prompt"; a line that occurs twice is seen twice as
     often."""
     eval_prompts: Path = HERE / "shapes" / "eval-prompts.txt"
-    """Prompts to evaluate on, one image a line, always from the same noise."""
+    """Prompts to evaluate on, one image per line, always from the same noise."""
     size: int = 64
     """Image side in pixels."""
     guidance: float | None = None
@@ -50,7 +50,7 @@ class Config:
     tau: float = 0.1
     """Smallest distance that the similarity weight tells apart (Eq. 12), in latent units."""
     lam: tuple[float | None, ...] = ()
-    """Score at which a sample asks for no more (lambda of Eq. 11), one a reward, in the loss's units; None switches
+    """Score at which a sample asks for no more (lambda of Eq. 11), one per reward, in the loss's units; None switches
     the hinge off. Default: the paper's (hpsv2 0.55, pickscore 0.4, hpsv3 13.5; tiny 0.4), none for the others."""
     leaps: int = 2
     """Leaps through the trajectory: 2 in the paper."""

@@ -3,7 +3,7 @@
     python prompts.py --out compositional.jsonl --num 50000          # to train on, as the paper's
     python prompts.py --out check.jsonl --num 60 --ratio 1 1 1 1 1 1 # to evaluate on: evaluate.py --geneval
 
-The file written has an object a line, in the form of GenEval's evaluation_metadata.jsonl, which its evaluator reads:
+The file written has an object per line, in the form of GenEval's evaluation_metadata.jsonl, which its evaluator reads:
 
     {"tag": "counting", "include": [{"class": "bench", "count": 2}], "exclude": [...], "prompt": "..."}
 """
@@ -53,7 +53,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
                 entry = parse_json(line, where) if line.startswith("{") else {"prompt": line}
                 entries.append(with_prompt(entry, where))
     if not entries:
-        raise ValueError(f"prompt file {path} holds no prompt: write one a line")
+        raise ValueError(f"prompt file {path} holds no prompt: write one per line")
     return entries
 
 
