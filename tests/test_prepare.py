@@ -35,7 +35,7 @@ def test_the_recipe_writes_the_prompt_files_that_are_shipped(made, name):
 def test_a_finished_stage_is_not_run_again(made, monkeypatch):
     monkeypatch.setattr(prepare, "reward_loss", None)
     monkeypatch.setattr(prepare, "flow_loss", None)
-    prepare.main(prepare.Config(work=made / "work", out=made / "again", scale=0.002))
+    prepare.main(prepare.Config(work=made / "work", out=made / "again", scale=0.002, threads=torch.get_num_threads()))
     weights = "tiny-flux/transformer/diffusion_pytorch_model.safetensors"
     assert (made / "again" / weights).read_bytes() == (made / "out" / weights).read_bytes()
 
