@@ -98,7 +98,8 @@ class Config:
     export: Path | None = None
     """Write the averaged weights of a checkpoint to this folder, as final/ is, and stop; needs --resume."""
     at: int | None = None
-    """Resume or export the checkpoint of this step instead of the newest. Resuming removes what came after it."""
+    """Resume or export the checkpoint of this step instead of the newest. Resuming removes later checkpoints and log
+    lines; best/ stays until a better one."""
     skip_nonfinite: int = 0
     """Updates with a loss or gradient that is not finite to leave out before the run stops at one."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
