@@ -201,7 +201,7 @@ def load_newest(out: Path, run: Run, at: int | None = None) -> int:
             dcp.load(state, checkpoint_id=folder)
             return int(state["step"])
         if dist.get_rank() == 0:
-            print(f"warning: {folder} cannot be read ({reasons[0]}); trying the one before", file=sys.stderr)
+            print(f"warning: {folder} cannot be read ({reasons[0]}); trying an older one, if any", file=sys.stderr)
     if found:
-        raise ValueError(f"none of the checkpoints in {out / 'checkpoints'} can be read")
+        raise ValueError(f"none of {', '.join(f.name for f in found)} in {out / 'checkpoints'} can be read")
     return 0

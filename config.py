@@ -27,8 +27,8 @@ class Config:
     """Rewards that are evaluated but never trained on: the run keeps its best checkpoint by the first, and warns when
     one has fallen while the trained reward rose. judge is the rules of the shapes world."""
     prompts: Path = HERE / "shapes" / "train-prompts.txt"
-    """Prompts to train on, one per line or JSON lines with a "prompt"; a line that occurs twice is seen twice as
-    often."""
+    """Prompts to train on: one per line, or JSON lines or an array with a "prompt". One that occurs twice is seen twice
+    as often."""
     eval_prompts: Path = HERE / "shapes" / "eval-prompts.txt"
     """Prompts to evaluate on, one image per line, always from the same noise."""
     size: int = 64

@@ -38,7 +38,7 @@ from parallel import World, gather, join
 from pictures import grid_of, save_png, to_pil
 from pipeline import Pipeline, grid, sample
 from prompts import read_entries, shard
-from rewards import Reward, name_of, open_rewards, resolve, score_all
+from rewards import Reward, check_rewards, name_of, open_rewards, score_all
 from shapes.world import SIZE, parse
 
 HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ class Config:
     model: tuple[str, ...] = (str(HERE / "shapes" / "tiny-flux"),)
     """Model folders or hub ids; the others are compared with the first."""
     prompts: Path = HERE / "shapes" / "eval-prompts.txt"
-    """Prompts, one per line or JSON lines with a "prompt"."""
+    """Prompts, one per line, or JSON lines or an array with a "prompt"."""
     rewards: tuple[str, ...] = ("judge", "tiny")
     """NAME[=PATH] or my_file.py:function: tiny, clip, pickscore, hpsv2, hpsv3, imagereward, or judge, the rules of the
     shapes world."""
@@ -259,9 +259,9 @@ def claim(cfg: Config, entries: list[dict[str, Any]], sources: dict[str, Path]) 
 def run(cfg: Config, world: World) -> None:
     entries, tags = prepare(cfg)
     rewards: list[Reward] = []
-    for spec in cfg.rewards:
-        resolve(spec)
-    sources = {label(m): Path(m) if is_lora(m) else find(m) for m in cfg.model}
+    check_rewards(cfg.rewards)
+    found = {m: find(m) for m in cfg.model}  # of a LoRA, its base
+    sources = {label(m): Path(m) if is_lora(m) else folder for m, folder in found.items()}
     for name, source in sources.items():
         pipe = load(source, world.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
         size = cfg.size or pipe.vae.config.sample_size

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 from transformers.utils import logging
 
 from convert import check_state, config_from_diffusers, config_to_diffusers, from_diffusers, load_weights, to_diffusers
-from lora import FILE, NOTE, base_of, merge_lora, save_lora
+from lora import FILE, NOTE, merge_lora, save_lora
 from model import FLUX_DEV, Flux, FluxConfig
 from parallel import World, gather, whole_tensors
 from pipeline import PATCH, Device, Pipeline, cell_of
@@ -71,7 +71,10 @@ def find(name: str | Path) -> Path:
     """The model folder at path `name`, of that hub id, or under that LoRA. Raises ValueError naming what is missing."""
     folder, files = Path(name), ["model_index.json", *(f"{part}/*" for part in PARTS)]
     if is_lora(name):
-        folder = base_of(folder)
+        base = folder / read(folder / NOTE, lambda file: json.loads(file.read_text())["base"])  # perhaps absolute
+        if not base.exists() or not (folder / FILE).exists():
+            raise ValueError(f"LoRA {folder}: it needs its {FILE}, and its base at {base}, as {folder / NOTE} says")
+        folder = base
     if not folder.exists():
         # Where the parent exists, this is a path misspelt: only what can be nothing else goes to the network.
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or folder.parent.is_dir():
@@ -98,7 +101,7 @@ def load(
     Raises ValueError for a folder, file or tensor that is missing or does not fit.
     """
     logging.disable_progress_bar()  # transformers shows one for each tiny part
-    folder, lora = find(name), Path(name) / FILE if is_lora(name) else None
+    folder, lora = find(name), read(Path(name) / FILE, load_file) if is_lora(name) else None
     schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule)
     tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
     tokenizers = read(folder / "tokenizer", tokenize), read(folder / "tokenizer_2", tokenize)
@@ -123,12 +126,12 @@ def load_flux(
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     place: Callable[[Flux, Tensors], None] | None = None,
-    lora: Path | None = None,
+    lora: dict[str, Tensor] | None = None,
 ) -> Flux:
     """The transformer from a diffusers `transformer/` folder, sharded or not, or from flux1-dev.safetensors.
 
     `place(flux, tensors)` is for models that no rank holds whole: it gets a Flux without memory and an iterator over
-    names and tensors, which are read from disk as they are asked for.  `lora` is a file of what to add to them.
+    names and tensors, which are read from disk as they are asked for.  `lora` holds what to add to them.
     Raises ValueError naming the folder or file and what is missing or does not fit.
     """
     if path.is_file():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convert import module_names
@@ -89,24 +89,18 @@ def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], b
     (folder / NOTE).write_text(json.dumps({"base": base}) + "\n")
 
 
-def base_of(folder: Path) -> Path:
-    """The folder of the model that a saved LoRA changes. Raises ValueError if it is not where it was."""
-    base = Path(json.loads((folder / NOTE).read_text())["base"])
-    if not base.exists():
-        raise ValueError(f"{folder} is a LoRA of {base}, which is gone: write into {folder / NOTE} where it is now")
-    return base
-
-
-def merge_lora(tensors: Iterator[tuple[str, Tensor]], file: Path, config: FluxConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a Flux with a saved LoRA added, in fp32. Raises ValueError if it is of another Flux."""
-    state, layers = load_file(file), {f"{ours}.weight": theirs for ours, theirs in lora_layers(config)}
+def merge_lora(
+    tensors: Iterator[tuple[str, Tensor]], lora: dict[str, Tensor], config: FluxConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a Flux with those of a FILE added, in fp32. Raises ValueError if it is of another Flux."""
+    state, layers = dict(lora), {f"{ours}.weight": theirs for ours, theirs in lora_layers(config)}
     for name, tensor in tensors:
         if theirs := layers.get(name):
             try:
                 pairs = [[state.pop(f"transformer.{n}.lora_{x}.weight").float() for x in "BA"] for n in theirs]
                 tensor = tensor.float() + torch.cat([b @ a for b, a in pairs])
             except (KeyError, RuntimeError) as error:
-                raise ValueError(f"{file} is no LoRA of this Flux: {error}") from error
+                raise ValueError(f"this is no LoRA of this Flux: {error}") from error
         yield name, tensor
     if state:
-        raise ValueError(f"{file} changes layers that this code does not: {next(iter(state))}")
+        raise ValueError(f"this LoRA changes layers that this code does not: {next(iter(state))}")

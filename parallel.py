@@ -49,12 +49,14 @@ def join(device: str, shard: int | None = None, patience: timedelta | None = Non
     """The processes that torchrun started, or this one alone, until the end of the `with`.
 
     `shard` is the number of ranks that share a copy of the weights; None: all.  `patience` is how long ranks wait
-    for each other.  Raises ValueError if `shard` does not divide the number of ranks.
+    for each other.  Raises ValueError if `shard` does not divide the number of ranks, or there is no such device.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    group = shard or size
-    if size % group:
+    group = size if shard is None else shard
+    if group < 1 or size % group:
         raise ValueError(f"--shard {shard} does not divide the {size} ranks")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {device}: it is cpu, or cuda where there is one and torch was built for it")
     where = torch.device(device, local) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(where)

@@ -42,7 +42,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     entries = []
-    if text.lstrip().startswith("["):
+    if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
         for number, item in enumerate(parse_json(text, f"prompt file {path}")):
             item = {"prompt": item} if isinstance(item, str) else item
             entries.append(with_prompt(item, f"{path}, entry {number}"))

@@ -17,7 +17,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ WEIGHTS = {  # where a name without a path looks, from the current folder
     "hpsv3": Path("weights/HPSv3"),
     "imagereward": Path("weights/ImageReward"),
 }
+WEIGHT = r"[-+]?[\d.][-+.\de]*"  # of a reward among several, as it is written
 LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the paper's, but for ours
 # What is logged under names of its own, which a user's function may not have.
 LOGGED = frozenset(("reward", "loss", "satisfied", "k", "j", "d_j", "d_0", "w", "step", "seconds", "grad_norm",
@@ -65,7 +66,7 @@ class Reward:
 
 def resolve(spec: str) -> tuple[str, str, float]:
     """Name, path and weight of a reward; of a user's file the name is empty. ValueError if there can be no such."""
-    what, weight = re.fullmatch(r"(.*?)(?::([-+.\de]+))?", spec, re.DOTALL).groups()
+    what, weight = re.fullmatch(rf"(.*?)(?::({WEIGHT}))?", spec, re.DOTALL).groups()
     try:
         weight = float(weight or 1)
     except ValueError:
@@ -82,6 +83,9 @@ def resolve(spec: str) -> tuple[str, str, float]:
     if name not in (*WEIGHTS, "clip", "judge") or (name == "judge") == bool(path):
         known = ", ".join([*WEIGHTS, "clip=PATH", "judge"])
         raise ValueError(f"no reward {spec!r}: it is one of {known}, NAME=PATH or FILE.py:FUNCTION")
+    hub_id = name in ("clip", "pickscore") and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)
+    if path and not hub_id and not Path(path).exists():
+        raise ValueError(f"no reward file at {path!r}: download it, or give its path as NAME=PATH")
     return name, path, weight
 
 
@@ -124,20 +128,25 @@ def open_reward(
 
 def name_of(spec: str) -> str:
     """The name that a spec begins with, or the function of a user's."""
-    what = re.sub(r":[-+.\de]+$", "", spec)
+    what = re.sub(f":{WEIGHT}$", "", spec)
     return what.rpartition(":")[2] if ".py:" in what else what.partition("=")[0]
 
 
-def open_rewards(specs: Iterable[str], *options: Any) -> list[Reward]:
-    """All of them; raises ValueError if two share a name, by which they are logged, or one has a log's own."""
-    for spec in specs:
-        if name_of(spec) in LOGGED or (".py:" in spec and name_of(spec) == "judge"):
-            raise ValueError(f"reward {spec!r}: call the function something else than {name_of(spec)}, which is logged")
-    rewards = [open_reward(spec, *options) for spec in specs]
-    names = [r.name for r in rewards]
+def check_rewards(specs: Sequence[str]) -> None:
+    """Raise ValueError if one cannot be, two share a name, by which they are logged, or one has a log's own."""
+    names = [name_of(spec) for spec in specs]
+    for spec, name in zip(specs, names, strict=True):
+        resolve(spec)
+        if name in LOGGED or (".py:" in spec and name == "judge"):
+            raise ValueError(f"reward {spec!r}: call the function something else than {name}, which is logged")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"rewards are logged by name, and two are named {twice.pop()!r}")
-    return rewards
+
+
+def open_rewards(specs: Sequence[str], *options: Any) -> list[Reward]:
+    """All of them, checked."""
+    check_rewards(specs)
+    return [open_reward(spec, *options) for spec in specs]
 
 
 @torch.no_grad()
@@ -165,14 +174,15 @@ def users(spec: str, device: Device, size: int) -> Reward:
     score = getattr(module, function, None)
     if not callable(score):
         raise ValueError(f"{file} defines no function {function!r}")
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
-    try:
-        result = score(images, ["a photo of a circle"] * 2)
-    except Exception as error:
-        raise ValueError(f"reward {spec} fails on images (2, 3, {size}, {size}): {told(error)}") from error
-    if not isinstance(result, Tensor) or result.shape != (2,):
-        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(f"reward {spec} must return one score an image, (2,) for 2, and returned {got}")
+    for n in (2, 1):
+        images = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        try:
+            result = score(images, ["a photo of a circle"] * n)
+        except Exception as error:
+            raise ValueError(f"reward {spec} fails on images ({n}, 3, {size}, {size}): {told(error)}") from error
+        if not isinstance(result, Tensor) or result.shape != (n,):
+            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(f"reward {spec} must return one score per image, ({n},) for {n}, and returned {got}")
     return Reward(score, name=function)
 
 

@@ -27,7 +27,7 @@ class Config:
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompts: Path | None = None
-    """A file of prompts, one per line or JSON lines, used beside --prompt."""
+    """A file of prompts, one per line, or JSON, used beside --prompt."""
     out: Path = Path("grid.png")
     """The picture to write."""
     num: int = 4

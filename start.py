@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from model import Flux
 from parallel import World, fill, shard_flux, shard_frozen
 from pipeline import Pipeline, grid, sigmas
 from prompts import read_prompts
-from rewards import Reward, name_of, open_rewards, resolve
+from rewards import Reward, check_rewards, name_of, open_rewards
 from shapes.world import SIZE, parse
 
 FREE = {"out", "resume", "export", "at", "steps", "keep", "save_every", "log", "device", "rollout_batch", "micro_batch",
@@ -72,6 +73,11 @@ def check_flags(cfg: Config, world: World) -> None:
     for name in (*counts, "rollout_batch", "micro_batch", "check_every"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("lr", "weight_decay", "seed", "clip"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(cfg, name)}")
+    if cfg.lora_alpha is not None and (not cfg.lora or cfg.lora_alpha <= 0):
+        raise ValueError(f"--lora-alpha {cfg.lora_alpha} must be positive, and is for --lora")
     if cfg.tau <= 0:
         raise ValueError(f"--tau must be positive, got {cfg.tau}: the weight of an exact leap is 1 / (2 tau)")
     if not 0 <= cfg.ema < 1:
@@ -105,16 +111,25 @@ def check_flags(cfg: Config, world: World) -> None:
 
 
 def check_folder(cfg: Config, out: Path) -> None:
-    """Raise ValueError if the run folder is occupied, or holds a run that these flags do not go on with."""
+    """Raise ValueError if nothing can be written there, or it holds what these flags do not go on with."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {out}: nothing can be written in {there}")
+    if cfg.export and cfg.export.exists():
+        raise ValueError(f"--export {cfg.export} is there already: give a folder that is not")
     if not cfg.resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and any(out.iterdir()):
             raise ValueError(f"--out {out} is occupied: --resume goes on with it, or choose another folder")
         return
     if not (out / "config.json").exists():
         if cfg.export or cfg.at is not None:
             raise ValueError(f"--out {out} holds no run")
         return
-    before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(asdict(cfg), default=str))
+    try:
+        before = json.loads((out / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{out / 'config.json'} is damaged ({error}): write the run's flags into it again") from None
+    now = json.loads(json.dumps(asdict(cfg), default=str))
     free = FREE - {"steps"} if cfg.decay else FREE  # the learning rate falls over all of them
     before = json.loads(json.dumps(asdict(Config()), default=str)) | before  # flags that are younger than the run
     if other := [k for k in now if k not in free and now[k] != before[k]]:
@@ -138,8 +153,7 @@ def prepare(cfg: Config, world: World) -> Setup:
                 f"--size {cfg.size}: the judge reads {SIZE}x{SIZE} pixels; --watch without judge takes any"
             )
     levels = check_model(cfg)
-    for spec in (*cfg.reward, *cfg.watch):
-        resolve(spec)
+    check_rewards([*cfg.reward, *cfg.watch])
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
 
     def place(flux: Flux, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -178,7 +192,8 @@ def prepare(cfg: Config, world: World) -> Setup:
 def open_folder(cfg: Config, out: Path, first: int) -> list[dict[str, Any]]:
     """Make the run folder, or take from its logs what will be written again; returns the evaluations that stay."""
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2, default=str) + "\n")
+    (part := out / "config.part").write_text(json.dumps(asdict(cfg), indent=2, default=str) + "\n")
+    part.replace(out / "config.json")
     print(json.dumps(asdict(cfg), indent=2, default=str))
     print(f"from step {first}")
     for later in [f for f in folders(out) if f.name > f"step_{first:06d}"]:  # unreadable, or after --at

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import Run, load_newest, save_checkpoint
+from checkpoint import Run, folders, load_newest, save_checkpoint
 from config import PRESETS, Config
 from files import write_model
 from leaps import Rollout, Velocity, hinge, leap_backward, one_step, rollout, similarity_weight
@@ -231,6 +231,10 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         first = load_newest(out, run, cfg.at) if cfg.resume else 0
     except ValueError as error:
         raise Stop(2, f"error: {error}") from None
+    if cfg.export and not folders(out):
+        raise Stop(2, f"error: --export: there is no checkpoint in {out} yet")
+    if first > cfg.steps:
+        raise Stop(2, f"error: --steps {cfg.steps}, but the run in {out} is at {first}: --at takes an older checkpoint")
     if not cfg.export:
         try:
             loop(cfg, setup, world, run, first)
@@ -255,7 +259,7 @@ def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int) -> None:
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda n, _: signals.append(n))
-    start, skipped, satisfied = time.time(), 0, False
+    start, skipped, saved, satisfied = time.time(), 0, first, False
 
     for step in range(first, cfg.steps + 1):
         last = step == cfg.steps
@@ -286,23 +290,22 @@ def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int) -> None:
                 save_checkpoint(out, run, step, cfg.keep)
                 raise
             say(f"warning: {stop}; left out")
-            continue
-        finally:
-            bar.update()
-        if main:
-            append(out / "metrics.jsonl", entry)
-        track(step, entry, [])
-        bar.set_postfix_str(f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}")
-        if entry["satisfied"] > 1 - 1e-6 and not satisfied:
-            satisfied, lam = True, " ".join(str(r.lam) for r in setup.rewards)
-            say(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
+        else:
+            if main:
+                append(out / "metrics.jsonl", entry)
+            track(step, entry, [])
+            bar.set_postfix_str(f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}")
+            if entry["satisfied"] > 1 - 1e-6 and not satisfied:
+                satisfied, lam = True, " ".join(str(r.lam) for r in setup.rewards)
+                say(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
+        bar.update()
         caught = [n for ns in gather(signals) for n in ns]
         if (step + 1) % cfg.save_every == 0 or caught:
-            save_checkpoint(out, run, step + 1, cfg.keep)
+            save_checkpoint(out, run, saved := step + 1, cfg.keep)
         if caught:
             code = 130 if signal.SIGINT in caught else REQUEUE
             raise Stop(code, f"stopped by signal {caught[0]}; {run.wait() or 'nothing new'} is saved, --resume goes on")
-    if step > first and step % cfg.save_every:  # else it is saved already
+    if step != saved:
         save_checkpoint(out, run, step, cfg.keep)
     bar.close()
 

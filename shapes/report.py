@@ -13,11 +13,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from clip import clip
 from files import load
 from leaps import pick_leaps, rollout, similarity_weight
 from pipeline import Pipeline, decode, draw_noise, encode, grid, pack, sample, sigmas, velocity_of
-from rewards import Reward
+from rewards import Reward, open_reward
 from sample import read_prompts
 from shapes.world import SIZE, TASKS, Prompt, accuracy, all_prompts, by_task, judge, scenes
 from train import Config as TrainConfig
@@ -32,10 +31,10 @@ class Config:
 
     model: str = PRESET.model
     """Model folder of the base."""
-    reward: str = PRESET.reward
-    """Folder of the reward."""
+    reward: str = PRESET.reward[0]
+    """The reward, as train.py takes it."""
     each: int = 200
-    """Images a task."""
+    """Images per task."""
     seed: int = 0
     """Seed of scenes, noise and prompts."""
 
@@ -105,7 +104,7 @@ def report_update(pipe: Pipeline, reward: Reward, cfg: Config, samples: int = 28
             chosen = [train[n] for n in torch.randperm(len(train), generator=random)[:48]]
             noise = torch.randn(48, rows * columns, pipe.flux.config.in_channels, generator=random)
             settings = replace(PRESET, method=method)
-            update_gradient(moved, reward, chosen, noise, levels, pick(settings, levels, random), settings)
+            update_gradient(moved, [reward], chosen, noise, levels, pick(settings, levels, random), settings)
         with torch.no_grad():
             for p in moved.flux.parameters():
                 p -= size * p.grad.sign()
@@ -145,7 +144,7 @@ def report_walk(pipe: Pipeline, reward: Reward, prompts: list[Prompt], steps: in
 
 
 def main(cfg: Config) -> None:
-    pipe, reward = load(cfg.model), clip(cfg.reward)
+    pipe, reward = load(cfg.model), open_reward(cfg.reward)
     report_judge(pipe, cfg)
     prompts, images = report_base(pipe, cfg)
     report_reward(pipe, reward, prompts, images)

@@ -146,6 +146,22 @@ def test_export_writes_the_averaged_weights_of_any_checkpoint(undisturbed, tmp_p
     assert any(not torch.equal(before[k], last[k]) for k in last)
 
 
+def test_export_spares_what_is_there_and_needs_a_checkpoint(undisturbed, tmp_path):
+    (tmp_path / "mine").mkdir()
+    again = replace(undisturbed, resume=True)
+    assert "is there already" in whole(1, replace(again, export=tmp_path / "mine"))
+    cfg = replace(again, out=shutil.copytree(undisturbed.out, tmp_path / "run"), export=tmp_path / "new")
+    shutil.rmtree(cfg.out / "checkpoints")
+    assert "there is no checkpoint" in whole(1, cfg) and not (tmp_path / "new").exists()
+
+
+def test_fewer_steps_than_a_run_has_made_are_refused(base, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", decay=False, steps=4, resume=True)
+    assert whole(1, cfg) == ""
+    assert whole(1, replace(cfg, steps=3)).startswith("2 error: --steps 3, but the run in")
+    assert whole(1, replace(cfg, steps=5)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 5
+
+
 # ---------------------------------------------------------------------------------------------- killed
 
 
@@ -269,7 +285,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(how, file, base, undisturbed
     cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True)
     damage(folders(cfg.out)[-1] / file, how)
     ((message, said),) = spread(1, told, cfg)
-    assert message == "" and "step_000008 cannot be read" in said and "trying the one before" in said
+    assert message == "" and "step_000008 cannot be read" in said and "trying an older one" in said
     assert same_run(undisturbed, cfg)
 
 
@@ -356,6 +372,7 @@ def test_some_that_are_not_finite_can_be_left_out(base, tmp_path):
     cfg = replace(base, out=tmp_path / "run", skip_nonfinite=1)
     assert spread(1, poisoned, cfg, 5, 0) == [""]
     assert [e["step"] for e in read_log(cfg.out / "metrics.jsonl")] == [0, 1, 2, 3, 4, 6, 7]
+    assert [f.name for f in folders(cfg.out)] == ["step_000006", "step_000008"]
 
 
 # ------------------------------------------------------------------------------------------------ logs

@@ -139,13 +139,30 @@ def test_a_run_of_all_weights_goes_on_from_a_lora(trained):
 def test_a_lora_whose_base_has_moved_says_where_to_write_the_new_place(trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "lora")
     (folder / "lora.json").write_text('{"base": "/gone/FLUX"}')
-    with pytest.raises(ValueError, match=r"is a LoRA of /gone/FLUX, which is gone: write into .*lora.json"):
+    with pytest.raises(ValueError, match=r"its base at /gone/FLUX, as .*lora.json says"):
+        load(folder)
+
+
+def test_a_lora_folder_can_be_moved_with_its_base_and_broken_files_are_named(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "lora")
+    (tmp_path / "base").symlink_to(TINY)
+    (folder / "lora.json").write_text('{"base": "../base"}')
+    assert load(folder).folder.resolve() == Path(TINY).resolve()
+    whole = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"cannot read .*{FILE}"):
+        load(folder)
+    (folder / FILE).unlink()
+    with pytest.raises(ValueError, match=f"needs its {FILE}"):
+        load(folder)
+    (folder / "lora.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot read .*lora\.json"):
         load(folder)
 
 
 def merge(file: Path) -> None:
     flux = load(TINY).flux
-    dict(merge_lora(iter(flux.state_dict().items()), file, flux.config))
+    dict(merge_lora(iter(flux.state_dict().items()), load_file(file), flux.config))
 
 
 def test_a_lora_of_another_flux_is_refused(trained, tmp_path):

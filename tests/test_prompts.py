@@ -54,6 +54,7 @@ def test_json_lines_are_read_for_their_prompt_and_keep_the_rest(tmp_path):
 def test_a_json_array_such_as_hpdv2s_is_read_too(tmp_path):
     file = written(tmp_path, '[\n {"prompt": "a cat", "rank": [1, 2]},\n "a dog"]')
     assert read_entries(file) == [{"prompt": "a cat", "rank": [1, 2]}, {"prompt": "a dog"}]
+    assert read_prompts(written(tmp_path, "[photo] a cat\na dog")) == ["[photo] a cat", "a dog"]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_a_json_array_such_as_hpdv2s_is_read_too(tmp_path):
         ('{"text": "a cat"}', 'line 1: it has no "prompt", but text'),
         ('{"prompt": " "}', 'line 1: it has no "prompt"'),
         ('[\n"a cat", {"text": "a dog"}]', 'entry 1: it has no "prompt", but text'),
-        ("[cut", "no JSON"),
+        ("[cut]", "no JSON"),
         ("[3]", 'entry 0: it has no "prompt", but 3'),
         ('{"prompt": 3}', 'line 1: it has no "prompt"'),
     ],

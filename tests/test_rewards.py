@@ -268,7 +268,7 @@ def test_a_users_function_is_a_reward(tmp_path):
         ("import no_such_module", "does not run: ModuleNotFoundError"),
         ("g = 1", "defines no function 'f'"),
         ("def f(images): return images", "fails on images .*takes 1 positional argument"),
-        ("def f(images, prompts): return images.mean()", r"one score an image, \(2,\) for 2, and returned \(\)"),
+        ("def f(images, prompts): return images.mean()", r"one score per image, \(2,\) for 2, and returned \(\)"),
         ("def f(images, prompts): return [0.0, 1.0]", "returned list"),
         ("from __future__ import annotations", "defines no function 'f'"),
     ],

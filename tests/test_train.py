@@ -83,6 +83,11 @@ def test_a_short_run_writes_all_its_files(short_run):
         (dict(reward=("hpsv2",), watch=()), "no weights of the reward 'hpsv2'"),
         (dict(reward=("tiny", "mine.py:f")), "no file 'mine.py'"),
         (dict(watch=("nonsense",)), "no reward 'nonsense'"),
+        (dict(watch=("tiny",)), "two are named 'tiny'"),
+        (dict(reward=("hpsv2=/nope",)), "no reward file at '/nope'"),
+        (dict(lr=-1.0), "--lr must not be negative"),
+        (dict(lora_alpha=2.0), "--lora-alpha 2.0 must be positive, and is for --lora"),
+        (dict(out=Path(__file__) / "run"), "nothing can be written in"),
         (dict(size=63, watch=()), "image size 63x63"),
         (dict(low=0.99), "cannot pick 2 leaps from 1 steps"),
         (dict(method="refl", leaps=3), "--leaps is a choice of leapalign"),
@@ -93,7 +98,18 @@ def test_a_short_run_writes_all_its_files(short_run):
 def test_what_cannot_be_is_told_before_any_weights_are_read(flags, words, monkeypatch):
     monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=words), join("cpu") as world:
-        train.prepare(train.Config(out=Path("/nonexistent"), **flags), world)
+        train.prepare(train.Config(**{"out": Path("/nonexistent")} | flags), world)
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+
+
+@pytest.mark.parametrize(
+    "flags", [pytest.param(dict(device="cuda"), marks=NO_GPU), dict(device="foo"), dict(device="cpu", shard=0)]
+)
+def test_a_device_or_a_group_that_cannot_be_is_an_error(flags):
+    with pytest.raises(ValueError, match=f"--{list(flags)[-1]} {list(flags.values())[-1]}"), join(**flags):
+        pass
 
 
 def test_an_error_of_ones_own_code_in_a_run_shows_where_it_was(few_prompts, tmp_path):
