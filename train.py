@@ -233,7 +233,7 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         raise Stop(2, f"error: {error}") from None
     if cfg.export and not folders(out):
         raise Stop(2, f"error: --export: there is no checkpoint in {out} yet")
-    if first > cfg.steps:
+    if first > cfg.steps and not cfg.export:
         raise Stop(2, f"error: --steps {cfg.steps}, but the run in {out} is at {first}: --at takes an older checkpoint")
     if not cfg.export:
         try:

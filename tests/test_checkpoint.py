@@ -159,6 +159,7 @@ def test_fewer_steps_than_a_run_has_made_are_refused(base, tmp_path):
     cfg = replace(base, out=tmp_path / "run", decay=False, steps=4, resume=True)
     assert whole(1, cfg) == ""
     assert whole(1, replace(cfg, steps=3)).startswith("2 error: --steps 3, but the run in")
+    assert whole(1, replace(cfg, steps=3, export=tmp_path / "new")) == ""
     assert whole(1, replace(cfg, steps=5)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 5
 
 
