@@ -33,12 +33,12 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from files import find, is_lora, load
-from parallel import World, gather, join
-from pictures import grid_of, save_png, to_pil
-from pipeline import Pipeline, grid, sample
-from prompts import read_entries, shard
+from infra.distributed import World, gather, join
+from infra.folders import find, is_lora, load
+from infra.pictures import grid_of, save_png, to_pil
+from infra.prompts import read_entries, shard
 from rewards import Reward, check_rewards, name_of, open_rewards, score_all
+from sample import Pipeline, grid, sample
 from shapes.world import SIZE, parse
 
 HERE = Path(__file__).parent

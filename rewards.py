@@ -13,24 +13,18 @@ fp32, because a PIL image has no gradient.  On the command line a reward is NAME
 Without a path, weights are looked for in WEIGHTS.  A weight may follow: `pickscore:0.5 hpsv2:0.5`.
 """
 
-import importlib.util
 import re
-import sys
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from infra.user_code import is_user_code, load_function, where
+from scorers.common import Device, Score, Scorer
+
 TINY = Path(__file__).parent / "shapes" / "tiny-reward"
 WEIGHTS = {  # where a name without a path looks, from the current folder
     "tiny": TINY,
@@ -45,20 +39,19 @@ LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the pa
 LOGGED = frozenset(("reward", "loss", "satisfied", "k", "j", "d_j", "d_0", "w", "step", "seconds", "grad_norm",
                     "prompt", "prompts", "by_prompt", "memory", "tflops", "mfu", "forwards", "backwards", "tag",
                     "single", "two", "count", "color", "position", "attr"))  # fmt: skip
-Score = Callable[[Tensor, Sequence[str]], Tensor]
-Device = str | torch.device
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward: `score(images, prompts) -> (b,)` is differentiable in the images, `scale` is for reports only."""
+    """A scorer in a run: its name, its weight among several, and where it is satisfied."""
 
-    score: Score
-    scale: float = 1.0
+    score: Score  # images (b, 3, h, w) in [0, 1], prompts -> (b,)
+    scale: float = 1.0  # times the score is what is reported
+    model: nn.Module | None = None  # the frozen network, if that is what it is
+    task_of: Callable[[str], str] | None = None  # a prompt's task, where scores are also told by task
     name: str = "reward"
     weight: float = 1.0  # in a sum of several, of the loss's scores
     lam: float | None = None  # lambda of Eq. 11, in units of the score; None: no hinge
-    model: nn.Module | None = None  # the frozen network, if that is what it is
 
 
 # --------------------------------------------------------------------------------- from the command line
@@ -71,7 +64,7 @@ def resolve(spec: str) -> tuple[str, str, float]:
         weight = float(weight or 1)
     except ValueError:
         raise ValueError(f"the weight of reward {spec!r} is no number") from None
-    if ".py:" in what:
+    if is_user_code(what):
         if not Path(file := what.rpartition(":")[0]).is_file():
             raise ValueError(f"no file {file!r} for the reward {spec!r}")
         return "", what, weight
@@ -104,46 +97,63 @@ def open_reward(
     """
     name, path, weight = resolve(spec)
     if not name:
-        return replace(users(path, device, size), weight=weight)
+        score = load_function(path, "reward")
+        try_score(score, path, device, size)
+        return Reward(score, name=name_of(spec), weight=weight)
+    scorer = open_scorer(name, path, device, tokenizer, recompute)
+    return Reward(*scorer, name=name, weight=weight, lam=LAMBDA.get(name))
+
+
+def open_scorer(
+    name: str, path: str, device: Device, tokenizer: PreTrainedTokenizerBase | None, recompute: bool
+) -> Scorer:
+    """The scorer of a name; each file of them is read only by who asks for it."""
     if name == "judge":
-        reward = rules()
-    elif name in ("tiny", "clip", "pickscore"):
-        from clip import clip  # each of these is read only by who asks for it
+        from scorers.judge import judge
 
-        reward = clip(path, device, recompute)
-    elif name == "hpsv2":
-        from hpsv2 import hpsv2
+        return judge()
+    if name == "hpsv2":
+        from scorers.hpsv2 import hpsv2
 
-        reward = hpsv2(path, tokenizer, device, recompute)
-    elif name == "hpsv3":
-        from hpsv3 import hpsv3
+        return hpsv2(path, tokenizer, device, recompute)
+    if name == "hpsv3":
+        from scorers.hpsv3 import hpsv3
 
-        reward = hpsv3(path, device, recompute)
-    else:
-        from imagereward import imagereward
+        return hpsv3(path, device, recompute)
+    if name == "imagereward":
+        from scorers.imagereward import imagereward
 
-        reward = imagereward(path, device, recompute)
-    return replace(reward, name=name, weight=weight, lam=LAMBDA.get(name))
+        return imagereward(path, device, recompute)
+    from scorers.clip import clip
+
+    return clip(path, device, recompute)
 
 
 def name_of(spec: str) -> str:
     """The name that a spec begins with, or the function of a user's."""
     what = re.sub(f":{WEIGHT}$", "", spec)
-    return what.rpartition(":")[2] if ".py:" in what else what.partition("=")[0]
+    return what.rpartition(":")[2] if is_user_code(what) else what.partition("=")[0]
 
 
-def check_rewards(specs: Sequence[str]) -> None:
-    """Raise ValueError if one cannot be, two share a name, by which they are logged, or one has a log's own."""
+def check_rewards(specs: Sequence[str], prompts: Sequence[str] = (), size: int | None = None) -> None:
+    """Raise ValueError if one cannot be, two share a name, by which they are logged, or one has a log's own.
+
+    What is told of the prompts and the size of the images, here only the judge minds.
+    """
     names = [name_of(spec) for spec in specs]
     for spec, name in zip(specs, names, strict=True):
         resolve(spec)
-        if name in LOGGED or (".py:" in spec and name == "judge"):
+        if name in LOGGED or (is_user_code(spec) and name == "judge"):
             raise ValueError(f"reward {spec!r}: call the function something else than {name}, which is logged")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"rewards are logged by name, and two are named {twice.pop()!r}")
+    if "judge" in names and size is not None:
+        from scorers.judge import check
+
+        check(prompts, size)
 
 
-def open_rewards(specs: Sequence[str], *options: Any) -> list[Reward]:
+def open_rewards(specs: Sequence[str], *options) -> list[Reward]:
     """All of them, checked."""
     check_rewards(specs)
     return [open_reward(spec, *options) for spec in specs]
@@ -161,124 +171,23 @@ def reported(rewards: list[Reward], means: dict[str, float]) -> dict[str, float]
     return {"reward": sum(r.weight * means[r.name] for r in rewards), **means}
 
 
-def users(spec: str, device: Device, size: int) -> Reward:
-    """A user's own `FILE.py:FUNCTION`, a function (images, prompts) -> (b,). Tried at once on random images."""
-    file, _, function = spec.rpartition(":")
-    sys.path.insert(0, str(Path(file).parent))  # it may have helpers beside it
-    module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
-    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"reward file {file} does not run: {told(error)}") from error
-    score = getattr(module, function, None)
-    if not callable(score):
-        raise ValueError(f"{file} defines no function {function!r}")
+def means_of(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """The mean of reported scores (n,), by name; where prompts have tasks, each task's, and the mean over the tasks."""
+    if reward.task_of is None:
+        return {reward.name: scores.mean().item()}
+    tasks = [reward.task_of(prompt) for prompt in prompts]
+    by_task = {t: scores[torch.tensor([u == t for u in tasks])].mean().item() for t in dict.fromkeys(tasks)}
+    return by_task | {reward.name: sum(by_task.values()) / len(by_task)}
+
+
+def try_score(score: Score, spec: str, device: Device, size: int) -> None:
+    """Try a user's function (images, prompts) -> (b,) on random images. Raises ValueError saying what is wrong."""
     for n in (2, 1):
         images = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
         try:
             result = score(images, ["a photo of a circle"] * n)
         except Exception as error:
-            raise ValueError(f"reward {spec} fails on images ({n}, 3, {size}, {size}): {told(error)}") from error
+            raise ValueError(f"reward {spec} fails on images ({n}, 3, {size}, {size}): {where(error)}") from error
         if not isinstance(result, Tensor) or result.shape != (n,):
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(f"reward {spec} must return one score per image, ({n},) for {n}, and returned {got}")
-    return Reward(score, name=function)
-
-
-def told(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
-
-
-def rules() -> Reward:
-    """The judge of the shapes world: 1 where an image shows what its prompt asks for, else 0. Without a gradient."""
-    from shapes.world import judge, parse
-
-    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return judge(images, [parse(p) for p in prompts]).float()
-
-    return Reward(score)
-
-
-# --------------------------------------------------------------------------------------- preprocessing
-
-
-def preprocess(images: Tensor, size: int) -> Tensor:
-    """CLIP's preprocessing, differentiable: shortest side to `size` (bicubic, as PIL), centre crop, normalise."""
-    images = images.float()
-    rows, columns = images.shape[-2:]
-    short = min(rows, columns)
-    images = resize(images, rows * size // short, columns * size // short)
-    top, left = ((side - size) // 2 for side in images.shape[-2:])
-    return normalize(images[..., top : top + size, left : left + size])
-
-
-def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic as PIL's: columns, then rows, each followed by a clip to [0, 1], as bicubic overshoots at edges."""
-    if images.shape[-2:] != (height, width):
-        for shape in ((images.shape[-2], width), (height, width)):
-            images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    return images
-
-
-def normalize(images: Tensor) -> Tensor:
-    """[0, 1] to CLIP's mean 0 and standard deviation 1, a channel."""
-    mean, std = (images.new_tensor(s)[:, None, None] for s in (CLIP_MEAN, CLIP_STD))
-    return (images - mean) / std
-
-
-# -------------------------------------------------------------------------------------- published weights
-
-
-STRICT = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # `complete` names them
-
-
-def read_tensors(file: str | Path) -> dict[str, Any]:
-    """A published file of tensors, .safetensors or .pt (weights only, nothing in it is run), on the CPU.
-
-    Raises ValueError naming the file if it is missing, truncated or something else.
-    """
-    if not Path(file).is_file():
-        raise ValueError(f"no reward file at {str(file)!r}: download it, or give its path as NAME=PATH")
-    try:
-        if Path(file).suffix == ".safetensors":
-            return load_file(file)
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"cannot read {file}: truncated, or no file of tensors ({reason}); download it again"
-        ) from error
-
-
-def build(kind: type, config: Any, state: dict[str, Tensor], source: str | Path, **options: Any) -> Any:
-    """A transformers model, in fp32 by default, from its config and a state dict. ValueError if they do not fit."""
-    try:
-        return complete(*kind.from_pretrained(None, config=config, state_dict=state, **STRICT | options))
-    except ValueError as error:
-        raise ValueError(f"{source} is no whole {kind.__name__}: {error}") from error
-
-
-def complete(model: nn.Module, report: dict[str, Any]) -> nn.Module:
-    """The model, if transformers reports that every tensor of it was found in the right shape, else a ValueError."""
-    if unfit := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-        raise ValueError(f"missing tensors, or of another shape than config.json says: {len(unfit)}, e.g. {unfit[0]}")
-    return model
-
-
-def freeze(model: nn.Module, recompute: bool = False) -> nn.Module:
-    """For inference, without gradients of its own. `recompute`: layers keep their inputs only until the backward.
-
-    transformers recomputes in training mode only, so the layers are put into it, but not what is inside them:
-    dropout stays off.
-    """
-    model = model.eval().requires_grad_(False)
-    if recompute:
-        current = hasattr(model, "activation_checkpointing_enable")  # its name in transformers 5
-        enable = model.activation_checkpointing_enable if current else model.gradient_checkpointing_enable
-        enable(dict(use_reentrant=False))
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = True
-    return model

@@ -1,4 +1,6 @@
-"""What is frozen around the transformer: text encoders, VAE, packing, the sigma schedule; and sampling.
+"""From prompts and noise to pictures: encode, sample, decode; and the command that does it.
+
+    python sample.py --model runs/leapalign-seed0/final --prompt "a photo of two circles" --out grid.png
 
 Of a prompt the transformer sees CLIP's pooled vector, and T5's sequence of embeddings, padded, without a mask.
 
@@ -6,22 +8,25 @@ Legend: b images, h w pixels, n = (h/16)(w/16) image tokens of c channels, m tex
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
+import tyro
 from einops import rearrange
 from torch import Tensor
-from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import PreTrainedTokenizerBase
 
+from infra.folders import PATCH, Pipeline, load
+from infra.pictures import contact_sheet
+from infra.prompts import read_prompts
 from leaps import Velocity, rollout
 from model import Flux
 
-Device = str | torch.device
-PATCH = 2  # FLUX sees 2x2 patches of latents
+HERE = Path(__file__).parent
 
 
 class Text(NamedTuple):
@@ -29,36 +34,6 @@ class Text(NamedTuple):
 
     txt: Tensor  # T5, (b, m, context_in_dim)
     vec: Tensor  # CLIP, pooled, (b, vec_in_dim)
-
-
-@dataclass
-class Pipeline:
-    """The loaded parts of a model folder. Everything but `flux` is frozen."""
-
-    folder: Path
-    flux: Flux
-    vae: AutoencoderKL
-    clip: CLIPTextModel
-    t5: T5EncoderModel
-    clip_tokenizer: PreTrainedTokenizerBase
-    t5_tokenizer: PreTrainedTokenizerBase
-    schedule: dict[str, Any]  # scheduler_config.json
-    text_length: int  # T5 tokens a prompt is padded or cut to
-    compute: torch.dtype  # of the transformer, whatever its weights are kept in
-    offload: bool = False  # text encoders on the CPU but while they encode
-
-    @property
-    def cell(self) -> int:
-        return cell_of(self.vae.config.block_out_channels)
-
-    @property
-    def device(self) -> torch.device:
-        return self.flux.img_in.weight.device
-
-
-def cell_of(blocks: Sequence[int]) -> int:
-    """Pixels a token spans each way, 16 for FLUX, by the VAE's block_out_channels."""
-    return PATCH * 2 ** (len(blocks) - 1)
 
 
 # --------------------------------------------------------------------------------- text and images
@@ -183,3 +158,63 @@ def sample(
         x = rollout(velocity, draw_noise(pipe, seeds[i : i + batch], rows, columns), levels).x[-1]
         images.append(decode(pipe, x, height, width).cpu())
     return torch.cat(images)
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write a captioned grid of images."""
+
+    model: str = str(HERE / "shapes" / "tiny-flux")
+    """Model folder in the diffusers layout of FLUX, or a hub id."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts."""
+    prompts: Path | None = None
+    """A file of prompts, one per line, or JSON, used beside --prompt."""
+    out: Path = Path("grid.png")
+    """The picture to write."""
+    num: int = 4
+    """Images per prompt."""
+    steps: int = 25
+    """Euler steps."""
+    guidance: float = 3.5
+    """Guidance scale, for models that were distilled with guidance; others ignore it."""
+    size: int | None = None
+    """Image side in pixels; the default is the VAE's own."""
+    text_length: int | None = None
+    """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
+    batch: int = 8
+    """Images at a time: fewer need less memory, the pictures stay the same."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
+    bf16: bool = False
+    """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published."""
+    seed: int = 0
+    """The n-th image of every prompt starts from the noise of seed + n, so rows can be compared."""
+
+
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__)
+    try:
+        prompts = [*cfg.prompt, *(read_prompts(cfg.prompts) if cfg.prompts else [])]
+        if not prompts:
+            raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
+        if min(cfg.num, cfg.steps, cfg.batch) < 1:
+            raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
+        pipe = load(cfg.model, cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
+        size = cfg.size or pipe.vae.config.sample_size
+        grid(pipe, size, size)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    repeated = [p for p in prompts for _ in range(cfg.num)]
+    seeds = [cfg.seed + n for _ in prompts for n in range(cfg.num)]
+    images = sample(pipe, repeated, seeds, cfg.steps, size, size, cfg.guidance, cfg.batch)
+    contact_sheet(images, repeated, cfg.out, columns=cfg.num, side=max(128, min(size, 512)))
+    print(f"wrote {cfg.out}: {len(images)} images of {size}x{size}")
+
+
+if __name__ == "__main__":
+    main()

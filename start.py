@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import folders
 from config import Config
-from files import describe, is_lora, load
+from infra.checkpoints import folders
+from infra.distributed import World, fill, shard_flux, shard_frozen
+from infra.folders import describe, is_lora, load
+from infra.logs import truncate
+from infra.lora import add_lora, first_values, wrapped_name
+from infra.prompts import read_prompts
 from leaps import pick_leaps
-from logs import truncate
-from lora import add_lora, first_values, wrapped_name
 from model import Flux
-from parallel import World, fill, shard_flux, shard_frozen
-from pipeline import Pipeline, grid, sigmas
-from prompts import read_prompts
 from rewards import Reward, check_rewards, name_of, open_rewards
+from sample import Pipeline, grid, sigmas
 from shapes.world import SIZE, parse
 
 FREE = {"out", "resume", "export", "at", "steps", "keep", "save_every", "log", "device", "rollout_batch", "micro_batch",

@@ -31,19 +31,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import Run, folders, load_newest, save_checkpoint
 from config import PRESETS, Config
-from files import write_model
+from infra.checkpoints import Run, folders, load_newest, save_checkpoint
+from infra.distributed import World, disagreement, fingerprint, gather, join, kept_gathered, swapped
+from infra.folders import write_model
+from infra.logs import append, open_trackers, peak_flops, peak_memory, stopwatch
+from infra.pictures import before_after, curves
+from infra.prompts import batch_of, shard
+from infra.watch import shown, watch
 from leaps import Rollout, Velocity, hinge, leap_backward, one_step, rollout, similarity_weight
-from logs import append, open_trackers, peak_flops, peak_memory, stopwatch
-from parallel import World, disagreement, fingerprint, gather, join, kept_gathered, swapped
-from pictures import before_after, curves
-from pipeline import Pipeline, Text, decode, encode, grid, velocity_of
-from plan import forward_flops, passes_of
-from prompts import batch_of, shard
 from rewards import Reward, reported
+from sample import Pipeline, Text, decode, encode, grid, velocity_of
 from start import Setup, open_folder, pick, prepare
-from watch import shown, watch
+from tools.plan import forward_flops, passes_of
 
 REQUEUE, NONFINITE = 75, 3  # exit codes: stopped by a signal and resumable; stopped before a bad update
 

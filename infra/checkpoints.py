@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
+from infra.distributed import gather
 from model import Flux
-from parallel import gather
 
 SUMS = "sums.json"
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
@@ -50,7 +50,7 @@ class Run:
         self.flux = flux
         self.names, self.params = zip(*((n, p) for n, p in flux.named_parameters() if p.requires_grad))
         if lean:
-            from lean import LeanAdamW  # torchao is not needed otherwise
+            from infra.lean import LeanAdamW  # torchao is not needed otherwise
 
             self.optimizer = LeanAdamW(self.params, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
         else:

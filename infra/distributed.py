@@ -12,8 +12,9 @@ fp32; what is gathered and computed is `dtype`; latents, step sizes, connectors 
 
 import gc
 import os
+import signal
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -78,6 +79,43 @@ def gather(item: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
     return items
 
 
+def on_first_rank(run: Callable[[], Item], meanwhile: Callable[[], None] = lambda: None) -> Item:
+    """run() on rank 0, its result on all ranks; what it raises is raised on all ranks. The others do `meanwhile`."""
+    result = error = None
+    if dist.get_rank() == 0:
+        try:
+            result = run()
+        except Exception as raised:
+            error = raised
+    else:
+        meanwhile()
+    result, error = gather((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+
+class Stop(Exception):
+    """The run must end before it is done; the exit code says why."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code, message)  # both, so that it pickles
+        self.code, self.message = code, message
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The numbers of the signals that asked to stop within the `with`; handlers are undone at its end."""
+    numbers: list[int] = []
+    watched = [getattr(signal, name, None) for name in ("SIGTERM", "SIGUSR1", "SIGINT")]  # Windows lacks SIGUSR1
+    before = {n: signal.signal(n, lambda number, _: numbers.append(number)) for n in watched if n is not None}
+    try:
+        yield numbers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # ------------------------------------------------------------------------------------------- the network
 
 
@@ -112,17 +150,11 @@ def fill(flux: Flux, tensors: Iterable[tuple[str, Tensor]], device: torch.device
         p.copy_(tensor)
 
 
-@contextmanager
-def kept_gathered(flux: Flux, keep: bool) -> Iterator[None]:
-    """Within, blocks are gathered once and stay whole: one gather for the T evaluations of a rollout."""
-    parts = [m for m in flux.modules() if isinstance(m, FSDPModule)] if keep else []
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
+def keep_gathered(flux: Flux, keep: bool) -> None:
+    """From now on, whether blocks that were gathered stay whole: one gather for the T evaluations of a rollout."""
+    for part in (m for m in flux.modules() if isinstance(m, FSDPModule)):
+        part.set_reshard_after_forward(not keep, recurse=False)
+        if not keep:
             part.reshard()
 
 
@@ -165,14 +197,13 @@ def fingerprint(parameters: Iterable[Tensor]) -> int:
     return hash(tuple(torch.stack(sums).flatten().tolist())) if sums else 0
 
 
-def disagreement(world: World, everywhere: dict[str, Any], params: Iterable[Tensor]) -> str | None:
-    """What ranks differ in that must be the same: anything in `everywhere`, or copies of the same pieces of weights."""
-    place = world.mesh.get_local_rank("shard")
-    everyone = gather((place, everywhere, fingerprint(params)))
-    for rank, (its_place, its, weights) in enumerate(everyone):
-        if differing := [key for key in everywhere if its[key] != everyone[0][1][key]]:
-            return f"rank {rank} has gone its own way: its {differing[0]} are not rank 0's; --resume goes on"
-        twin = next(i for i, (p, *_) in enumerate(everyone) if p == its_place)
-        if weights != everyone[twin][2]:
-            return f"rank {rank} has gone its own way: its weights are not rank {twin}'s; --resume goes on"
-    return None
+def check_agreement(world: World, everywhere: dict[str, Any], params: Iterable[Tensor]) -> None:
+    """Raise Stop where ranks differ in what must be the same: `everywhere`, or copies of the same pieces of weights."""
+    piece = world.mesh.get_local_rank("shard")
+    everyone = gather((piece, everywhere, fingerprint(params)))
+    for rank, (its_piece, its_values, its_weights) in enumerate(everyone):
+        if differing := [key for key in everywhere if its_values[key] != everyone[0][1][key]]:
+            raise Stop(1, f"rank {rank} has gone its own way: its {differing[0]} are not rank 0's; --resume goes on")
+        first = next(i for i, (p, *_) in enumerate(everyone) if p == its_piece)  # that holds the same piece
+        if its_weights != everyone[first][2]:
+            raise Stop(1, f"rank {rank} has gone its own way: its weights are not rank {first}'s; --resume goes on")

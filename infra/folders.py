@@ -1,18 +1,16 @@
-"""Model folders in the diffusers layout of FLUX.1-dev, which the tiny model's is too: read, checked and written.
+"""Model folders in the diffusers layout of FLUX.1-dev, which the tiny model's is too: read and checked.
 
     model_index.json  scheduler/  transformer/  vae/
     text_encoder/  tokenizer/        CLIP
     text_encoder_2/  tokenizer_2/    T5
 
 Weights come from safetensors only.  No rank need ever hold a large transformer whole: its tensors are read as they are
-placed, and written a file at a time.
+placed.
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,25 +18,54 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging
 
-from convert import check_state, config_from_diffusers, config_to_diffusers, from_diffusers, load_weights, to_diffusers
-from lora import FILE, NOTE, merge_lora, save_lora
+from infra.files import recover
+from infra.lora import FILE, NOTE, merge_lora
+from infra.names import check_state, config_from_diffusers, from_diffusers, load_weights
 from model import FLUX_DEV, Flux, FluxConfig
-from parallel import World, gather, whole_tensors
-from pipeline import PATCH, Device, Pipeline, cell_of
 
+PATCH = 2  # FLUX sees 2x2 patches of latents
 PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a transformer in one piece; others have an index
 INDEX = f"{WEIGHTS}.index.json"
-PIECE = 5e9  # bytes a file of a saved transformer, as published
 SHIFTS = {"use_dynamic_shifting", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
+Device = str | torch.device
 Tensors = Iterator[tuple[str, Tensor]]
 Name, Result = TypeVar("Name"), TypeVar("Result")
+
+
+@dataclass
+class Pipeline:
+    """The loaded parts of a model folder. Everything but `flux` is frozen."""
+
+    folder: Path
+    flux: Flux
+    vae: AutoencoderKL
+    clip: CLIPTextModel
+    t5: T5EncoderModel
+    clip_tokenizer: PreTrainedTokenizerBase
+    t5_tokenizer: PreTrainedTokenizerBase
+    schedule: dict[str, Any]  # scheduler_config.json
+    text_length: int  # T5 tokens a prompt is padded or cut to
+    compute: torch.dtype  # of the transformer, whatever its weights are kept in
+    offload: bool = False  # text encoders on the CPU but while they encode
+
+    @property
+    def cell(self) -> int:
+        return cell_of(self.vae.config.block_out_channels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.flux.img_in.weight.device
+
+
+def cell_of(blocks: Sequence[int]) -> int:
+    """Pixels a token spans each way, 16 for FLUX, by the VAE's block_out_channels."""
+    return PATCH * 2 ** (len(blocks) - 1)
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -70,6 +97,7 @@ def is_lora(name: str | Path) -> bool:
 def find(name: str | Path) -> Path:
     """The model folder at path `name`, of that hub id, or under that LoRA. Raises ValueError naming what is missing."""
     folder, files = Path(name), ["model_index.json", *(f"{part}/*" for part in PARTS)]
+    recover(folder)
     if is_lora(name):
         base = folder / read(folder / NOTE, lambda file: json.loads(file.read_text())["base"])  # perhaps absolute
         if not base.exists() or not (folder / FILE).exists():
@@ -190,86 +218,3 @@ def parse_model(kind: type, folder: Path, **options: Any) -> Any:
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} tensors of {kind.__name__} are missing, such as {missing[0]}")
     return model
-
-
-# ----------------------------------------------------------------------------------------- writing
-
-
-def save(folder: Path, source: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
-    """Write a model folder: frozen parts copied from `source`, a transformer from `state` (BFL names)."""
-    if folder.resolve() != source.resolve():
-        for part in set(PARTS) - {"transformer"}:
-            shutil.copytree(source / part, folder / part, dirs_exist_ok=True, copy_function=link_or_copy)
-        shutil.copy(source / "model_index.json", folder)
-    save_flux(folder / "transformer", config, state)
-
-
-def write_model(folder: Path, pipe: Pipeline, world: World) -> str | None:
-    """A folder of the current weights, as load reads, on rank 0, gathered a tensor at a time; renamed into place.
-
-    Returns why it could not be written, and leaves what was there before.
-    """
-    part, old, flux = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old"), pipe.flux
-    lora = not all(p.requires_grad for p in flux.parameters())  # all else is frozen then
-    tensors, failed = whole_tensors(flux, torch.float32 if lora else pipe.compute, world.rank), None
-    if world.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            if lora:
-                save_lora(part, flux, tensors, str(pipe.folder.resolve()))
-            else:
-                save(part, pipe.folder, flux.config, tensors)
-            if folder.exists():
-                folder.rename(old)
-            part.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            failed = f"{folder} could not be written: {error}"
-            shutil.rmtree(part, ignore_errors=True)
-    for _ in tensors:  # the other ranks take part in the gathers
-        pass
-    return gather(failed)[0]
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """Large files, which nobody edits, are linked where the disk is the same: T5 need not be there twice."""
-    real = Path(source).resolve()  # a hub's cache is made of symbolic links
-    if real.stat().st_size > 100e6:
-        with suppress(OSError):
-            Path(target).unlink(missing_ok=True)
-            return Path(target).hardlink_to(real)
-    shutil.copy2(real, target)
-
-
-def save_flux(folder: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
-    """Write a diffusers `transformer/` folder from names (BFL's) and tensors, in files of PIECE bytes.
-
-    `state` may be an iterator, so that no more than a file of it is in memory.  Files are renamed into place: it
-    may also be mapped from the one it replaces, and none is half-written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    parts: list[Path] = []
-    where: dict[str, int] = {}
-    held: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        parts.append(folder / f"{len(parts)}.part")
-        save_file(held, parts[-1], metadata={"format": "pt"})
-        where.update({key: len(parts) for key in held})
-        held.clear()
-
-    for name, tensor in state.items() if isinstance(state, Mapping) else state:
-        held |= {k: v.detach().cpu().contiguous() for k, v in to_diffusers({name: tensor}, config).items()}
-        if sum(t.nbytes for t in held.values()) > PIECE:
-            flush()
-    if held:
-        flush()
-    names = [f"{Path(WEIGHTS).stem}-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
-    names = names if len(parts) > 1 else [WEIGHTS]
-    (folder / INDEX).unlink(missing_ok=True)  # it would send readers to older pieces
-    for part, name in zip(parts, names):
-        part.replace(folder / name)
-    if len(parts) > 1:
-        index = {"metadata": {}, "weight_map": {key: names[i - 1] for key, i in where.items()}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from convert import module_names
+from infra.names import module_names
 from model import Flux, FluxConfig
 
 FILE, NOTE = "pytorch_lora_weights.safetensors", "lora.json"  # the second names the base
@@ -84,8 +84,7 @@ def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], b
         for i, name in enumerate(theirs):
             state[f"transformer.{name}.lora_A.weight"] = trained[f"{ours}.a.{i}"].contiguous()
             state[f"transformer.{name}.lora_B.weight"] = (scale * trained[f"{ours}.b.{i}"]).contiguous()
-    save_file(state, part := folder / f"{FILE}.part", metadata={"format": "pt"})
-    part.replace(folder / FILE)
+    save_file(state, folder / FILE, metadata={"format": "pt"})
     (folder / NOTE).write_text(json.dumps({"base": base}) + "\n")
 
 

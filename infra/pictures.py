@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from logs import read_log
+from infra.logs import read_log
 from shapes.world import TASKS
 
 PAD, LINE = 6, 13  # pixels between things, and a line of text

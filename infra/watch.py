@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from config import Config
-from logs import append
-from parallel import World, gather
-from pictures import contact_sheet
-from pipeline import Pipeline, sample
+from infra.distributed import World, gather
+from infra.logs import append
+from infra.pictures import contact_sheet
 from rewards import Reward, reported, score_all
+from sample import Pipeline, sample
 from shapes.world import accuracy, parse
 from start import Setup
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from rewards import STRICT, Device, Reward, Score, complete, freeze, preprocess
+from scorers.common import STRICT, Device, Score, Scorer, complete, freeze, preprocess
 
 
-def clip(name: str | Path, device: Device = "cpu", recompute: bool = False) -> Reward:
+def clip(name: str | Path, device: Device = "cpu", recompute: bool = False) -> Scorer:
     """Any transformers CLIPModel, by folder or hub id: PickScore, the tiny reward of the shapes world, plain CLIP.
 
     The score is the cosine of image and text, in [-1, 1]; the report is `logit_scale.exp()` times that, which is
@@ -20,7 +20,7 @@ def clip(name: str | Path, device: Device = "cpu", recompute: bool = False) -> R
     """
     model, tokenizer = load_clip(name)
     score = cosine(model, tokenizer, preprocess, device, recompute)
-    return Reward(score, scale=model.logit_scale.exp().item(), model=model)
+    return Scorer(score, scale=model.logit_scale.exp().item(), model=model)
 
 
 def cosine(

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
-from clip import cosine
-from rewards import Device, Reward, build, normalize, read_tensors
+from scorers.clip import cosine
+from scorers.common import Device, Scorer, build, normalize, read_tensors
 
 HEADS = 16  # of both towers of ViT-H/14, which the shapes in a state dict do not tell
 OPEN_CLIP = {
@@ -35,7 +35,7 @@ OPEN_CLIP = {
 
 def hpsv2(
     file: str | Path, tokenizer: PreTrainedTokenizerBase, device: Device = "cpu", recompute: bool = False
-) -> Reward:
+) -> Scorer:
     """HPSv2.1 from its published state dict, `HPS_v2.1_compressed.pt`; the tokenizer is FLUX's CLIP tokenizer.
 
     Score and report are the cosine of image and text.  Raises ValueError if the file is no such state dict.
@@ -54,7 +54,7 @@ def hpsv2(
         projection_dim=len(state["text_projection.weight"]),
     )
     model = build(CLIPModel, config, state, source=file)
-    return Reward(cosine(model, tokenizer, letterbox, device, recompute), model=model)
+    return Scorer(cosine(model, tokenizer, letterbox, device, recompute), model=model)
 
 
 def tower(state: dict[str, Tensor], prefix: str) -> dict[str, int | str]:

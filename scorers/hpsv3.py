@@ -22,7 +22,7 @@ from einops import repeat
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
-from rewards import Device, Reward, build, freeze, normalize, read_tensors, resize
+from scorers.common import Device, Scorer, build, freeze, normalize, read_tensors, resize
 
 PIXELS = 448 * 448  # of a resized image
 MERGE, FRAMES = 2, 2  # patches a token spans each way; frames of the film
@@ -36,7 +36,7 @@ TOKEN = "<|Reward|>"
 
 def hpsv3(
     folder: str | Path, device: Device = "cpu", recompute: bool = False, dtype: torch.dtype = torch.bfloat16
-) -> Reward:
+) -> Scorer:
     """HPSv3 from its folder. Score and report are the mean of its two outputs, 12 to 16 for FLUX.
 
     Raises ValueError naming the file that is missing, truncated or of another model.
@@ -82,7 +82,7 @@ def hpsv3(
         ).last_hidden_state  # (b, n, d)
         return head(hidden[ids == reward_id].to(head[0].weight.dtype))[:, 0]  # one per prompt
 
-    return Reward(score, model=model)
+    return Scorer(score, model=model)
 
 
 def current_name(name: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizerFast, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from rewards import Device, Reward, build, freeze, preprocess, read_tensors
+from scorers.common import Device, Scorer, build, freeze, preprocess, read_tensors
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output, published
 TOKENS = 35  # of a prompt
@@ -30,7 +30,7 @@ VISION = {
 }
 
 
-def imagereward(folder: str | Path, device: Device = "cpu", recompute: bool = False) -> Reward:
+def imagereward(folder: str | Path, device: Device = "cpu", recompute: bool = False) -> Scorer:
     """ImageReward from its folder. Score and report are its standardised output, about 1 for FLUX.
 
     Raises ValueError naming the file that is missing, truncated or of another model.
@@ -63,7 +63,7 @@ def imagereward(folder: str | Path, device: Device = "cpu", recompute: bool = Fa
         ).last_hidden_state
         return (head(read[:, 0])[:, 0] - MEAN) / STD
 
-    return Reward(score, model=vision)
+    return Scorer(score, model=vision)
 
 
 def build_vision(state: dict[str, Tensor], file: Path) -> BlipVisionModel:

@@ -29,10 +29,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from files import save_flux
+from infra.folders import save_flux
+from infra.pictures import contact_sheet
 from leaps import rollout
-from pictures import contact_sheet
-from pipeline import Text, pack, sigmas, unpack, velocity_of
+from sample import Text, pack, sigmas, unpack, velocity_of
 from shapes.models import TINY, make_model, make_reward, make_tokenizers, make_vae, token_table
 from shapes.reward import NUMBER, PROMPTS, rendered, reward_loss, truth
 from shapes.world import (

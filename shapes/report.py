@@ -13,11 +13,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from files import load
+from infra.folders import load
 from leaps import pick_leaps, rollout, similarity_weight
-from pipeline import Pipeline, decode, draw_noise, encode, grid, pack, sample, sigmas, velocity_of
 from rewards import Reward, open_reward
-from sample import read_prompts
+from sample import Pipeline, decode, draw_noise, encode, grid, pack, read_prompts, sample, sigmas, velocity_of
 from shapes.world import SIZE, TASKS, Prompt, accuracy, all_prompts, by_task, judge, scenes
 from train import Config as TrainConfig
 from train import generator_of, pick, update_gradient

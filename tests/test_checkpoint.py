@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train
-from checkpoint import folders
 from config import Config
-from files import load
-from logs import append, open_trackers, read_log, truncate
-from parallel import join
+from infra.checkpoints import folders
+from infra.distributed import join
+from infra.folders import load
+from infra.logs import append, open_trackers, read_log, truncate
 from start import check_flags, prepare
 from tests.processes import CONTEXT, spread, start
 
@@ -181,7 +181,7 @@ def test_twenty_kills_at_any_moment_leave_no_trace(base, undisturbed, tmp_path):
 
 def interrupted_save(cfg: Config, when: str) -> None:
     """Die by SIGKILL within the save of step 4."""
-    import checkpoint
+    from infra import checkpoints as checkpoint
 
     real = checkpoint.dcp.save
 
@@ -210,7 +210,7 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before(when, base, undisturb
 
 def slow_save(cfg: Config) -> None:
     """Each checkpoint is written only once training has made another update; the run ends after five."""
-    import checkpoint
+    from infra import checkpoints as checkpoint
 
     real = checkpoint.dcp.save
 

@@ -18,10 +18,10 @@ from PIL import Image
 from scipy import stats
 
 import evaluate
-from files import load
-from pipeline import sample
-from prompts import generate
+from infra.folders import load
+from infra.prompts import generate
 from rewards import open_reward, score_all
+from sample import sample
 
 ROOT = Path(evaluate.__file__).parent
 TINY = ROOT / "shapes" / "tiny-flux"
@@ -39,7 +39,7 @@ def few(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> Path:
     """A second model: the shipped one, disturbed."""
-    from files import save
+    from infra.folders import save
 
     pipe = load(TINY)
     torch.manual_seed(0)

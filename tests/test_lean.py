@@ -9,7 +9,7 @@ from torch import nn
 
 import train
 from config import Config
-from parallel import join
+from infra.distributed import join
 from start import check_flags, prepare
 from tests.processes import spread
 from tests.test_checkpoint import folders, same_run, slow_save, whole

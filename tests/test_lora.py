@@ -12,10 +12,10 @@ from torch import Tensor
 
 import train
 from config import Config
-from files import load
-from lora import FILE, add_lora, lora_layers, merge_lora
-from parallel import join, whole_tensors
-from pipeline import draw_noise, sample
+from infra.distributed import join, whole_tensors
+from infra.folders import load
+from infra.lora import FILE, add_lora, lora_layers, merge_lora
+from sample import draw_noise, sample
 from start import prepare
 from tests.processes import spread
 

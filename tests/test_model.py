@@ -12,7 +12,14 @@ from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 
 import model
-from convert import config_from_diffusers, config_to_diffusers, from_diffusers, load_weights, module_names, to_diffusers
+from infra.names import (
+    config_from_diffusers,
+    config_to_diffusers,
+    from_diffusers,
+    load_weights,
+    module_names,
+    to_diffusers,
+)
 from model import FLUX_DEV, Flux, FluxConfig, init_weights, rotary_table, rotate, sinusoid
 
 BASE = FluxConfig(

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from config import Config
-from files import load
+from infra.distributed import disagreement, join, kept_gathered, swapped, whole_tensors
+from infra.folders import load
 from leaps import rollout
-from parallel import disagreement, join, kept_gathered, swapped, whole_tensors
-from pipeline import encode, grid, sample, velocity_of
+from sample import encode, grid, sample, velocity_of
 from start import prepare
 from tests.processes import spread
 

@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-import files
-from convert import from_diffusers
-from files import INDEX, PARTS, WEIGHTS, find, load, load_flux, save
+from infra import folders
+from infra.folders import INDEX, PARTS, WEIGHTS, Pipeline, find, load, load_flux
+from infra.names import from_diffusers
+from infra.saving import save
 from model import Flux, FluxConfig
-from pipeline import Pipeline, decode, draw_noise, encode, grid, pack, sample, sigmas, unpack, velocity_of
+from sample import decode, draw_noise, encode, grid, pack, sample, sigmas, unpack, velocity_of
 from shapes.models import make_tokenizers
 
-TINY_FLUX = Path(files.__file__).parent / "shapes" / "tiny-flux"
+TINY_FLUX = Path(__file__).parent.parent / "shapes" / "tiny-flux"
 PROMPTS = ["a photo of a red circle and a blue square", "two words"]
 CELL = 8  # pixels a token: the VAE is f4
 FLUX_DEV_SCHEDULE = {
@@ -396,7 +397,7 @@ def test_a_single_file_with_published_names_is_the_same_transformer(dev, schnell
     """As flux1-dev.safetensors; whether guidance is embedded shows in the file."""
     for folder in (dev, schnell):
         flux = load_flux(folder / "transformer")
-        monkeypatch.setattr(files, "FLUX_DEV", replace(flux.config, guidance_embed=True))
+        monkeypatch.setattr(folders, "FLUX_DEV", replace(flux.config, guidance_embed=True))
         save_file(flux.state_dict(), tmp_path / "flux1.safetensors")
         single = load_flux(tmp_path / "flux1.safetensors", dtype=torch.bfloat16)
         assert single.config == flux.config
@@ -414,7 +415,7 @@ def test_flux_dev_fits_in_memory_once_without_initial_values(dev, monkeypatch):
         assert all(p.is_meta for p in flux.parameters())
         return flux
 
-    monkeypatch.setattr(files, "Flux", build)
+    monkeypatch.setattr(folders, "Flux", build)
     assert not any(p.is_meta for p in load_flux(dev / "transformer").parameters())
 
 
@@ -430,7 +431,7 @@ def no_network(monkeypatch) -> list[str]:
         asked.append(name)
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(files, "snapshot_download", download)
+    monkeypatch.setattr(folders, "snapshot_download", download)
     return asked
 
 
@@ -451,7 +452,7 @@ def test_a_hub_id_that_fails_is_named(no_network):
 
 
 def test_a_hub_id_loads_what_was_downloaded(dev, monkeypatch, pipe):
-    monkeypatch.setattr(files, "snapshot_download", lambda name, allow_patterns: str(dev))
+    monkeypatch.setattr(folders, "snapshot_download", lambda name, allow_patterns: str(dev))
     assert_same_weights(load("someone/some-flux").flux, pipe.flux)
 
 

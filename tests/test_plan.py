@@ -10,15 +10,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import plan
 import train
 from config import Config
+from infra.distributed import join
 from model import FLUX_DEV, Flux
-from parallel import join
-from plan import Plan, decode_bytes, flux_inputs, forward_flops, kept_bytes, leap_bytes, planned_flux, traffic
 from shapes.models import TINY
 from start import prepare
 from tests.processes import spread
+from tools import plan
+from tools.plan import Plan, decode_bytes, flux_inputs, forward_flops, kept_bytes, leap_bytes, planned_flux, traffic
 
 ROOT = Path(plan.__file__).parent
 CONFIG = replace(

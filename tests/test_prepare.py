@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip import clip
-from files import load
-from pipeline import sample
+from infra.folders import load
+from sample import sample
+from scorers.clip import clip
 from shapes import prepare
 
 SHIPPED = Path(prepare.__file__).parent

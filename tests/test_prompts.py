@@ -8,22 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import prompts
-from prompts import (
-    COLORS,
-    NUMBERS,
-    PLURAL,
-    RATIO,
-    TASKS,
-    batch_of,
-    compose,
-    generate,
-    read_entries,
-    read_prompts,
-    shard,
-)
+from infra.prompts import batch_of, read_entries, read_prompts, shard
+from tools import prompts
+from tools.prompts import COLORS, NUMBERS, PLURAL, RATIO, TASKS, compose, generate
 
-ROOT = Path(prompts.__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 def written(tmp_path: Path, text: str) -> Path:

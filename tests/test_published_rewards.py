@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-import hpsv3
-import rewards
-from hpsv2 import from_open_clip, hpsv2, letterbox
-from imagereward import MEAN, STD, TOKENS, imagereward
-from rewards import CLIP_MEAN, CLIP_STD, Reward
+from rewards import Reward
+from scorers import common, hpsv3
+from scorers.common import CLIP_MEAN, CLIP_STD
+from scorers.hpsv2 import from_open_clip, hpsv2, letterbox
+from scorers.imagereward import MEAN, STD, TOKENS, imagereward
 from shapes.models import make_tokenizers
 from tests.tiny_rewards import HEADS, write_hpsv2, write_hpsv3, write_imagereward
 
@@ -73,7 +73,7 @@ def in_double(monkeypatch, folder):
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch, "float", torch.float64)
-    monkeypatch.setitem(rewards.STRICT, "dtype", torch.float64)
+    monkeypatch.setitem(common.STRICT, "dtype", torch.float64)
     torch.set_default_dtype(torch.float64)
     yield
     monkeypatch.undo()

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from clip import clip, load_clip
-from rewards import CLIP_MEAN, CLIP_STD, Reward, open_reward, open_rewards, preprocess
+from rewards import Reward, open_reward, open_rewards
+from scorers.clip import clip, load_clip
+from scorers.common import CLIP_MEAN, CLIP_STD, preprocess
 from shapes.models import make_tokenizers
 from shapes.world import all_prompts, scenes
 
@@ -87,7 +88,7 @@ def opened(folder: Path, change: Callable[[CLIPModel], object] = lambda model: N
     """The reward, and the model inside it, which `change` may have altered before it was used."""
     model, tokenizer = load_clip(folder)
     change(model)
-    with mock.patch("clip.load_clip", lambda name: (model, tokenizer)):
+    with mock.patch("scorers.clip.load_clip", lambda name: (model, tokenizer)):
         return clip(folder), model
 
 

@@ -14,16 +14,16 @@ from PIL import Image
 
 import sample
 import train
-from files import load
-from logs import read_log
-from parallel import join
-from pipeline import draw_noise, sigmas
-from prompts import read_prompts
+from infra.distributed import join
+from infra.folders import load
+from infra.logs import read_log
+from infra.prompts import read_prompts
+from infra.watch import evaluate, is_hacked
 from rewards import LAMBDA, WEIGHTS, open_reward
+from sample import draw_noise, sigmas
 from shapes.models import make_tokenizers
 from shapes.world import TASKS
 from tests.tiny_rewards import write_hpsv2, write_hpsv3
-from watch import evaluate, is_hacked
 
 ROOT = Path(train.__file__).parent
 SHORT = ["--steps", "8", "--batch", "24", "--eval-every", "4", "--lr", "2e-4", "--no-decay", "--ema", "0.5"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip import features
+from scorers.clip import features
 from shapes.models import make_reward, make_tokenizers, token_table
 from shapes.reward import NUMBER, PROMPTS, attack, dense_loss, objects_of, scores, truth
 from shapes.world import (

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
-import hpsv3
+from scorers import hpsv3
 from shapes.world import all_prompts
 
 WIDTH, HEADS = 32, 16  # HPSv2.1's heads, of both towers

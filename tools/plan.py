@@ -1,7 +1,7 @@
 """What a run needs, counted before anything is rented: memory per GPU, and what a step computes and sends.
 
-    python plan.py --gpus 1 8 16 64                      # FLUX.1-dev, all weights
-    python plan.py --gpus 1 --lora 64                    # a LoRA of it;  --lean  all weights, in bf16
+    python -m tools.plan --gpus 1 8 16 64                      # FLUX.1-dev, all weights
+    python -m tools.plan --gpus 1 --lora 64                    # a LoRA of it;  --lean  all weights, in bf16
 
 Nothing is loaded.  Weights are counted from the shapes, activations by running the real modules on tensors without
 memory and adding up what autograd keeps for the backward.  Tests hold the counts to what small models really keep and
@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora import add_lora
+from infra.lora import add_lora
 from model import FLUX_DEV, Flux, FluxConfig
 
 ENCODERS = 4_762_310_656 + 123_060_480  # parameters of T5-XXL's encoder and CLIP-L's text model, in bf16

@@ -1,0 +1,32 @@
+"""The judge of the shapes world as a scorer: rules, so there is no gradient in it.
+
+To watch, to evaluate on, or to train on with methods that need no gradient.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from scorers.common import Scorer
+from shapes import world
+
+
+def judge() -> Scorer:
+    """1 where an image shows what its prompt asks for, else 0; with the task of a prompt."""
+
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        check(prompts, images.shape[-1])
+        return world.judge(images, [world.parse(p) for p in prompts]).float().to(images.device)
+
+    return Scorer(score, task_of=lambda prompt: world.parse(prompt).task)
+
+
+def check(prompts: Sequence[str], size: int) -> None:
+    """Raise ValueError for a prompt outside of the world, or images of another size than its own."""
+    for prompt in prompts:
+        try:
+            world.parse(prompt)
+        except ValueError as error:
+            raise ValueError(f"{error}; without judge any prompt will do") from None
+    if size != world.SIZE:
+        raise ValueError(f"--size {size}: the judge reads {world.SIZE}x{world.SIZE} pixels")
