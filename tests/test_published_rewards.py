@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from rewards import Reward
+from rewards import Reward, open_reward
 from scorers import common, hpsv3
 from scorers.common import CLIP_MEAN, CLIP_STD
 from scorers.hpsv2 import from_open_clip, hpsv2, letterbox
@@ -140,7 +140,7 @@ def test_recomputed_activations_give_the_same_gradient(name, folder):
 @pytest.mark.parametrize("name, lam", [("hpsv2", 0.55), ("hpsv3", 13.5), ("imagereward", None)])
 def test_a_spec_opens_it_with_its_lambda(name, lam, folder, tokenizer):
     path = folder / ("hpsv2.pt" if name == "hpsv2" else name)
-    reward = rewards.open_reward(f"{name}={path}:0.5", "cpu", tokenizer, True)
+    reward = open_reward(f"{name}={path}:0.5", "cpu", tokenizer, True)
     images = uniform(13, 2, 3, 40, 52)
     exact = opened(name, folder, dtype=torch.bfloat16).score(images, PROMPTS[:2])
     assert (reward.name, reward.weight, reward.lam) == (name, 0.5, lam)
@@ -397,7 +397,7 @@ def test_imagereward_equals_its_definition_in_float64(folder, in_double):
     images = uniform(12, 4, 3, 40, 52)
     tokenizer = AutoTokenizer.from_pretrained(folder / "imagereward", tokenizer_type="bert")
     tokens = tokenizer(PROMPTS, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    expected = imagereward_score(rewards.preprocess(images, 32), tokens.input_ids, tokens.attention_mask, state)
+    expected = imagereward_score(common.preprocess(images, 32), tokens.input_ids, tokens.attention_mask, state)
     got = opened("imagereward", folder).score(images, PROMPTS)
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
     assert expected.std() > 0.05
