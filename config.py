@@ -1,23 +1,23 @@
-"""What a run is told: one flag a field, its help the text beneath, and the presets.
+"""The flags of a run, one a field, their help the text beneath, and the presets.
 
-`python train.py PRESET --help` prints them; start.py checks them.
+`python train.py PRESET --help` prints them in the groups below; start.py checks them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import tyro
+from tyro.conf import OmitArgPrefixes
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Config:
-    """Post-train a flow model with reward gradients."""
+class Experiment:
+    """What decides the result: --resume must find it unchanged."""
 
-    out: Path | None = None
-    """Run folder; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""
     model: str = str(HERE / "shapes" / "tiny-flux")
     """Model folder in the diffusers layout of FLUX, or a hub id."""
     reward: tuple[str, ...] = ("tiny",)
@@ -37,38 +37,11 @@ class Config:
     """Guidance scale of a guidance-distilled model (FLUX.1-dev: 3.5); none for one that takes none."""
     text_length: int | None = None
     """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute."""
     seed: int = 0
     """All randomness is a function of (seed, step)."""
-
-    method: Literal["leapalign", "refl", "full"] = "leapalign"
-    """leapalign: the paper. refl: one of the last steps, reward on its one-step estimate. full: the true gradient,
-    through all steps."""
-    alpha: float = 0.3
-    """Discount of the nested gradient (Eq. 9): 0 drops it, 1 keeps it whole."""
-    tau: float = 0.1
-    """Smallest distance that the similarity weight tells apart (Eq. 12), in latent units."""
     lam: tuple[float | None, ...] = ()
     """Score at which a sample asks for no more (lambda of Eq. 11), one per reward, in the loss's units; None switches
     the hinge off. Default: the paper's (hpsv2 0.55, pickscore 0.4, hpsv3 13.5; tiny 0.4), none for the others."""
-    leaps: int = 2
-    """Leaps through the trajectory: 2 in the paper."""
-    weight: Literal["both", "d_j", "d_0", "none"] = "both"
-    """Distances that the similarity weight uses (Eq. 12)."""
-    reward_input: Literal["x_0", "xhat_0"] = "x_0"
-    """Reward the image of the rollout, or the last leap's prediction of it."""
-    low: float = 0.0
-    """Leaps start at noise levels of at least this."""
-    high: float = 1.0
-    """Leaps start at noise levels of at most this."""
-    distance: float | None = None
-    """Fixed k - j instead of a random pair."""
-    nested_only: bool = False
-    """Drop the first leap's own term (Eq. 14), a diagnostic."""
-
-    steps: int = 300
-    """Updates."""
     batch: int = 64
     """Rollouts per update."""
     rollout_steps: int = 5
@@ -85,6 +58,79 @@ class Config:
     """Decay of the averaged weights, which are evaluated and saved. Averages about 1 / (1 - decay) updates."""
     eval_every: int = 60
     """Updates between evaluations; there is always one before the first update and one after the last."""
+    bf16: bool = False
+    """Compute the transformer and the text encoders in bfloat16; trained weights, gradients and optimizer stay fp32,
+    unless --lean is given."""
+    lean: bool = False
+    """Train all weights on one GPU in less memory: kept in bfloat16 and rounded at random, 8-bit optimizer states,
+    averages in the host's memory. Needs torchao, and --bf16."""
+    lora: int | None = None
+    """Train a LoRA of this rank instead of all weights; what it changes is frozen, in bfloat16 with --bf16."""
+    lora_alpha: float | None = None
+    """Alpha of the LoRA; None: twice its rank."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the gradient is made. A flag that the method does not have is refused; None is the method's own default."""
+
+    method: str = "leapalign"
+    """leapalign, the paper's; refl, draft_lv, drtune, full, flowbp_sparse, flowbp_bridge, flowbp_lagrange, flow_grpo,
+    dance_grpo, mix_grpo of baselines.py; or yours, my_file.py:FUNCTION."""
+    option: tuple[str, ...] = ()
+    """NAME=VALUE: keywords of a method of yours that are no flags here."""
+    alpha: float | None = None
+    """leapalign (0.3), flowbp_bridge, flowbp_lagrange (0.1): discount of the nested gradient (Eq. 9): 0 drops it, 1
+    keeps it whole."""
+    tau: float | None = None
+    """leapalign (0.1), flowbp_lagrange (0.2): smallest distance that the similarity weight tells apart (Eq. 12), in
+    latent units."""
+    leaps: int | None = None
+    """leapalign (2): leaps through the trajectory."""
+    weight: Literal["both", "d_j", "d_0", "none"] | None = None
+    """leapalign (both): distances that the similarity weight uses (Eq. 12)."""
+    reward_input: Literal["x_0", "xhat_0"] | None = None
+    """leapalign (x_0): reward the image of the rollout, or the last leap's prediction of it."""
+    low: float | None = None
+    """leapalign (0): leaps start at noise levels of at least this."""
+    high: float | None = None
+    """leapalign (1): leaps start at noise levels of at most this."""
+    distance: float | None = None
+    """leapalign: fixed k - j instead of a random pair."""
+    nested_only: bool = False
+    """leapalign: drop the first leap's own term (Eq. 14), a diagnostic."""
+    draw: Literal["uniform", "midpoint", "midpoint_j", "dirichlet"] | None = None
+    """flowbp_lagrange (dirichlet): how k and j are drawn."""
+    nodes: int | None = None
+    """flowbp_lagrange (3): velocities that a leap's polynomial goes through."""
+    active: int | None = None
+    """drtune (2), flowbp_sparse (3), flowbp_bridge (5): steps that carry gradient."""
+    bias: float | None = None
+    """flowbp_sparse, flowbp_bridge (2): steps are drawn with odds (i + 1)^bias, so 0 is uniform."""
+    rho: float | None = None
+    """flowbp_sparse, flowbp_bridge (1), flowbp_lagrange (0.5): how far the active steps stand for all."""
+    copies: int | None = None
+    """draft_lv (2): copies of x_0 with fresh noise, whose last step is differentiated too."""
+    last: int | None = None
+    """full: only the last K steps, which is DRaFT-K."""
+    group: int | None = None
+    """flow_grpo, dance_grpo, mix_grpo (8): samples of one prompt, which are compared with each other."""
+    noise: float | None = None
+    """flow_grpo (a = 0.7), dance_grpo, mix_grpo (eta = 0.3): noise of the random walk."""
+    window: int | None = None
+    """mix_grpo (4): random steps, the others are the ODE's."""
+    every: int | None = None
+    """mix_grpo (25): updates until the window moves on by a step."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long, what is written where, and when it ends."""
+
+    steps: int = 300
+    """Updates."""
+    out: Path | None = None
+    """Run folder; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""
     patience: int = 3
     """Evaluations that a watched reward may stay below its best, while the trained one rises, before a warning."""
     stop_early: bool = False
@@ -105,9 +151,13 @@ class Config:
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where to log beside metrics.jsonl and eval.jsonl. Needs that package."""
 
-    bf16: bool = False
-    """Compute the transformer and the text encoders in bfloat16; trained weights, gradients and optimizer stay fp32,
-    unless --lean is given."""
+
+@dataclass(frozen=True)
+class Machine:
+    """What only memory and time depend on."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
     rollout_batch: int | None = None
     """Rollouts at a time on a rank; None: all of its share of --batch. Only memory and time depend on it."""
     micro_batch: int | None = None
@@ -127,13 +177,45 @@ class Config:
     """Keep the text encoders on the CPU but while they encode: for a single small GPU."""
     check_every: int = 50
     """Updates between checks that all ranks hold the same weights."""
-    lean: bool = False
-    """Train all weights on one GPU in less memory: kept in bfloat16 and rounded at random, 8-bit optimizer states,
-    averages in the host's memory. Needs torchao, and --bf16."""
-    lora: int | None = None
-    """Train a LoRA of this rank instead of all weights; what it changes is frozen, in bfloat16 with --bf16."""
-    lora_alpha: float | None = None
-    """Alpha of the LoRA; None: twice its rank."""
+
+
+GROUPS = (Experiment, Method, Run, Machine)
+
+
+@dataclass(frozen=True)
+class Config(Experiment, Method, Run, Machine):
+    """Post-train a flow model with reward gradients."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Post-train a flow model with reward gradients."""
+
+    experiment: OmitArgPrefixes[Experiment]
+    method: OmitArgPrefixes[Method]
+    run: OmitArgPrefixes[Run]
+    machine: OmitArgPrefixes[Machine]
+
+
+def parse(arguments: list[str], console_outputs: bool = True) -> tuple[Config, Config]:
+    """A run's flags, from PRESET and what follows it, and the preset as it is."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["shapes", *arguments]
+    presets = {name: (text, grouped(cfg)) for name, (text, cfg) in PRESETS.items()}
+    flags = tyro.extras.overridable_config_cli(presets, args=arguments, console_outputs=console_outputs)
+    return flat(flags), PRESETS[arguments[0]][1]
+
+
+def grouped(cfg: Config) -> Flags:
+    return Flags(*(group(**{f.name: getattr(cfg, f.name) for f in fields(group)}) for group in GROUPS))
+
+
+def flat(flags: Flags) -> Config:
+    values: dict[str, Any] = {}
+    for group in fields(flags):
+        part = getattr(flags, group.name)
+        values |= {f.name: getattr(part, f.name) for f in fields(part)}
+    return Config(**values)
 
 
 PAPER = Config(

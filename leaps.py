@@ -4,7 +4,7 @@ Setting: rectified flow.  x_1 ~ N(0, I) is noise, x_0 a clean latent, x_t = (1 -
 predicts the velocity v(x_t, t) ~ x_1 - x_0.  T Euler steps visit the levels sigma_0 = 1 > ... > sigma_T = 0.
 Backpropagation through all of them holds T networks' activations, and its gradient tends to explode.
 
-One iteration:
+One iteration, `leapalign` at the end of this file:
 
 1. Roll out all T steps without gradient; keep every state and every velocity.
 2. Pick two of the T steps, at noise levels k > j.
@@ -16,18 +16,10 @@ One iteration:
 
 The connectors fix every value beforehand: weight, reward and dL/dx_0 are known before any leap is evaluated.
 So the gradient of step 3 (Eq. 10) is a reverse sweep that re-evaluates and differentiates one leap at a time,
-the reward and the VAE already gone from memory:
+the reward and the VAE already gone from memory.  `leap` is that gradient as the paper states it, by autograd.
 
-    ro = rollout(velocity, noise, sigmas)             # no gradient; all T + 1 states, all T velocities
-    picks = pick_leaps(sigmas, generator)             # two step indices; alike for all samples and ranks
-    w, distances = similarity_weight(ro, picks, tau)  # Eq. 12, from cached velocities: no network call
-    x0 = ro.x[-1].requires_grad_()
-    loss = (w * hinge(reward(decode(x0), prompts), lam)).mean();  loss.backward()  # Eq. 11, 13: reward, VAE
-    leap_backward(velocity, ro, picks, alpha, x0.grad)                             # Eq. 10, leap by leap
-
-Only the last line decides how a gradient at x_0 becomes one in the weights.  Such a surrogate is a function
-`(velocity, ro, picks, ..., grad) -> None` that adds its (dx_0/dtheta)^T grad to the parameters' `.grad`; to
-try another, write it beside `leap_backward`.  `leap` is that gradient as the paper states it, by autograd.
+A method, this one or one of baselines.py or of yours, is a function of `Samples` that adds its gradient to the
+weights and returns what to log.  It sees no text, no VAE, no micro-batch and no rank: those are train.py's.
 
 Precision: `velocity` may compute in bf16.  All else is fp32 (float64 if the noise is), because connectors and
 distances are differences of nearly equal numbers.
@@ -37,13 +29,14 @@ index of a step: k = sigmas[picks[0]].  sg( ) is stop-gradient, `.detach()`.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x (b, n, c), sigma () -> v (b, n, c)
+VJP = Callable[..., Tensor | None]  # x, sigma, u (b, n, c), wrt_x = False: see vjp_of
 
 
 class Rollout(NamedTuple):
@@ -147,6 +140,56 @@ def leap(velocity: Velocity, ro: Rollout, picks: tuple[int, ...], alpha: float, 
     return x
 
 
+class Term(NamedTuple):
+    """How a surrogate's x_0 depends on one velocity of the rollout."""
+
+    step: int
+    weight: Tensor  # dx_0/dv, a number: -(k - j) of a leap from k to j (Eq. 3), sigma_{i+1} - sigma_i of an Euler step
+    nested: float = 0.0  # how much of dv/dx is kept: alpha of Eq. 9
+
+
+def leap_terms(ro: Rollout, picks: tuple[int, ...], alpha: float) -> list[Term]:
+    """The terms of leaps from `picks`: x_0 moves by -(k - j) dv; nothing lies before the first leap."""
+    return [
+        Term(start, ro.sigmas[end] - ro.sigmas[start], alpha if start != picks[0] else 0.0)
+        for start, end in spans(ro, picks)
+    ]
+
+
+def sweep(vjp: VJP, ro: Rollout, terms: Sequence[Term], grad: Tensor) -> None:
+    """Add (dx_0/dtheta)^T grad to the weights' `.grad`, last term first, one network's activations at a time.
+
+    grad (b, n, c) is dL/dx_0.  For the terms of two leaps this is Eq. 10,
+
+    dx_0/dtheta = - j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + alpha j (k - j) dv(x_j)/dx_j dv(x_k)/dtheta
+
+    transposed and applied to grad: the first pass of the loop adds the first term, the second the other two.
+    """
+    a = grad  # dL/dx at the end of the leap
+    for step, weight, nested in reversed(terms):
+        into_x = vjp(ro.x[step], ro.sigmas[step], weight * a, wrt_x=nested != 0)
+        if nested:
+            a = a + nested * into_x  # Eq. 9: whole outside of the network, discounted inside
+
+
+def sweep_nested_only(vjp: VJP, ro: Rollout, terms: Sequence[Term], grad: Tensor) -> None:
+    """Eq. 14, a diagnostic: the terms before the last count only through the input of its network."""
+    *before, (step, weight, nested) = terms
+    into_x = vjp(ro.x[step], ro.sigmas[step], weight * grad, wrt_x=True)
+    sweep(vjp, ro, before, nested * into_x)
+
+
+def vjp_of(velocity: Velocity) -> VJP:
+    """(dv/dtheta)^T u, added to the weights' `.grad`, and (dv/dx)^T u, returned if asked for; by autograd."""
+
+    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
+        x = x.detach().requires_grad_(wrt_x)
+        velocity(x, sigma).to(x.dtype).backward(u)
+        return x.grad
+
+    return vjp
+
+
 def leap_backward(
     velocity: Velocity,
     ro: Rollout,
@@ -155,25 +198,9 @@ def leap_backward(
     grad: Tensor,
     nested_only: bool = False,
 ) -> None:
-    """Add to the parameters' `.grad` what `leap(...).backward(grad)` would, one leap's activations at a time.
-
-    grad (b, n, c) is dL/dx_0.  For two leaps this is Eq. 10,
-
-    dx_0/dtheta = - j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + alpha j (k - j) dv(x_j)/dx_j dv(x_k)/dtheta
-
-    transposed and applied to grad: the first pass of the loop adds the first term, the second the other two.
-    """
-    a = grad  # dL/dx at the end of the leap
-    for start, end in reversed(spans(ro, picks)):
-        k, j = ro.sigmas[start], ro.sigmas[end]
-        nested = alpha != 0 and start != picks[0]  # nothing lies before the first leap
-        x = ro.x[start].detach().requires_grad_(nested)
-        v = velocity(x, k).to(x.dtype)
-        v.backward(-(k - j) * a)  # Eq. 4, 6: the leap is x - (k - j) v
-        if nested_only and end == len(ro.v):
-            a = torch.zeros_like(a)  # Eq. 14
-        if nested:
-            a = a + alpha * x.grad  # Eq. 9: whole outside of the network, discounted inside
+    """Add to the parameters' `.grad` what `leap(...).backward(grad)` would, one leap's activations at a time."""
+    backward = sweep_nested_only if nested_only else sweep
+    backward(vjp_of(velocity), ro, leap_terms(ro, picks, alpha), grad)
 
 
 # ------------------------------------------------------------------------------------ the objective
@@ -209,3 +236,46 @@ def hinge(reward: Tensor, lam: float | None) -> Tensor:
     lam is in the units of the reward; None is no hinge, -r.
     """
     return -reward if lam is None else torch.relu(lam - reward)
+
+
+# --------------------------------------------------------------------------------------- the method
+
+
+class Samples(NamedTuple):
+    """Some of a batch: all that a method may know of it."""
+
+    noise: Callable[[int], Tensor]  # the i-th Gaussian of each sample, (b, n, c); noise(0) is x_1
+    sigmas: Tensor  # (T + 1,), from 1 down to 0
+    generator: torch.Generator  # on the CPU, alike on all ranks and parts: for what all samples share, such as steps
+    velocity: Velocity  # without gradient
+    vjp: VJP  # x, sigma, u: adds (dv/dtheta)^T u to the weights' .grad; with wrt_x=True returns (dv/dx)^T u
+    reward: Callable[..., Tensor]  # x_0, weight (b,) = 1: dL/dx_0, L the batch's mean of weight x hinge (Eq. 11, 13)
+    score: Callable[[Tensor], Tensor]  # x_0 -> (b,), the weighted rewards, without gradient: they need have none
+    total: int  # samples that the batch's mean is over, on this rank: these and perhaps others
+    update: int  # number of the update, from 0
+
+
+def leapalign(
+    s: Samples,
+    *,
+    alpha: float = 0.3,
+    tau: float = 0.1,
+    leaps: int = 2,
+    weight: Literal["both", "d_j", "d_0", "none"] = "both",
+    reward_input: Literal["x_0", "xhat_0"] = "x_0",
+    low: float = 0.0,
+    high: float = 1.0,
+    distance: float | None = None,
+    nested_only: bool = False,
+) -> dict[str, Tensor]:
+    """LeapAlign (arXiv 2604.15311), Eq. 3-13, with the paper's defaults for HPSv2.1; all else is its ablations."""
+    ro = rollout(s.velocity, s.noise(0), s.sigmas)
+    picks = pick_leaps(ro.sigmas, s.generator, leaps, low, high, distance)
+    w, d = similarity_weight(ro, picks, tau, weight)  # Eq. 12, from cached velocities: no network call
+    last = picks[-1]
+    x0 = ro.x[-1] if reward_input == "x_0" else one_step(ro.x[last], ro.v[last], ro.sigmas[last], ro.sigmas[-1])
+    grad = s.reward(x0, w)  # Eq. 11, 13: dL/dx_0, through reward and VAE
+    backward = sweep_nested_only if nested_only else sweep
+    backward(s.vjp, ro, leap_terms(ro, picks, alpha), grad)  # Eq. 10, leap by leap
+    d_j = d[:-1].mean(0) if leaps > 1 else torch.zeros_like(w)
+    return dict(k=ro.sigmas[picks[0]], j=ro.sigmas[last], d_j=d_j, d_0=d[-1], w=w)
