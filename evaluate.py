@@ -38,7 +38,7 @@ from infra.folders import find, is_lora, load
 from infra.pictures import grid_of, save_png, to_pil
 from infra.prompts import read_entries, shard
 from rewards import Reward, check_rewards, name_of, open_rewards, score_all
-from sample import Pipeline, grid, sample
+from sample import Pipeline, grid, sample, too_long
 from shapes.world import SIZE, parse
 
 HERE = Path(__file__).parent
@@ -272,6 +272,8 @@ def run(cfg: Config, world: World) -> None:
             rewards = open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer, False, size)
             if wrong := gather(claim(cfg, entries, sources) if world.rank == 0 else None)[0]:
                 raise ValueError(wrong)
+        if world.rank == 0 and (warning := too_long(pipe, [entry["prompt"] for entry in entries])):
+            print(warning, file=sys.stderr)
         folder = cfg.out / name
         todo = [i for i in range(len(entries)) if not read_scores(folder, i, rewards, cfg)]
         gather(None)  # all have looked before any writes

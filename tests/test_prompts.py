@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evaluate
+import sample
+from infra.folders import load
 from infra.prompts import batch_of, fingerprint, read_entries, read_prompts, shard
+from sample import encode, too_long
 from tools import prompts
 from tools.prompts import COLORS, NUMBERS, PLURAL, RATIO, TASKS, compose, generate
 
@@ -142,6 +146,37 @@ def test_the_fingerprint_is_that_of_the_prompts_and_of_their_order():
 def test_the_prompts_that_ship_are_read():
     assert len(set(read_prompts(ROOT / "prompts.txt"))) > 20
     assert len(read_prompts(ROOT / "shapes" / "eval-prompts.txt")) == 360
+
+
+# --------------------------------------------------------------------------------- what the encoders read
+
+
+def test_prompts_that_are_cut_are_told_with_the_numbers_of_each_encoder():
+    pipe = load(ROOT / "shapes" / "tiny-flux")
+    short, long = "a photo of a circle", "a photo of " + "a circle and " * 9 + "a square"
+    assert too_long(pipe, [short] * 3) is None
+    t5, clip = (len(tokenizer(long).input_ids) for tokenizer in (pipe.t5_tokenizer, pipe.clip_tokenizer))
+    assert too_long(pipe, [short, long, short]) == (
+        f"warning: prompts are cut: T5 (--text-length) reads 12 tokens, 1 of 3 have more, up to {t5}; "
+        f"CLIP reads 12 tokens, 1 of 3 have more, up to {clip}"
+    )
+    assert (encode(pipe, [long]).txt == encode(pipe, [long + " and a cross"]).txt).all()  # it is what `encode` cuts
+
+
+@pytest.mark.parametrize(
+    "command, flags",
+    [
+        (sample, ["--num", "1", "--steps", "1", "--out", "g.png"]),
+        (evaluate, ["--num", "1", "--steps", "1", "--rewards", "tiny", "--out", "e"]),
+    ],
+    ids=["sample", "evaluate"],
+)
+def test_the_commands_tell_it_once(command, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, "a photo of " + "a circle and " * 9 + "a square\n")
+    monkeypatch.setattr(sys, "argv", ["command", "--prompts", str(file), "--device", "cpu", *flags])
+    command.main()
+    assert capsys.readouterr().err.count("warning: prompts are cut") == 1
 
 
 # ---------------------------------------------------------------------------------------------- order
