@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from infra.distributed import World, gather, join
+from infra.files import replacing
 from infra.folders import find, is_lora, load
 from infra.pictures import grid_of, save_png, to_pil
 from infra.prompts import read_entries, shard
@@ -120,8 +121,8 @@ def evaluate(
             small.thumbnail((THUMB, THUMB))
             save_png(small, folder / f"{i:05d}.png")
             entry = {"prompt": entries[i]["prompt"], **{k: s[row].tolist() for k, s in scores.items()}}
-            (part := folder / f"{i:05d}.part").write_text(json.dumps(entry) + "\n")
-            part.replace(folder / f"{i:05d}.json")
+            with replacing(folder / f"{i:05d}.json") as part:
+                part.write_text(json.dumps(entry) + "\n")
 
 
 def read_scores(folder: Path, i: int, rewards: list[Reward], cfg: Config) -> dict[str, list[float]] | None:
