@@ -88,6 +88,14 @@ def test_what_is_imported_only_when_the_function_is_called_is_found_beside_it(pa
     assert scored(tmp_path, packages, "", "clip.value", inside="import clip") == 1
 
 
+def test_so_is_one_that_is_called_as_ours_and_it_is_read_once(packages, tmp_path):
+    (tmp_path / "config.py").write_text("calls = []\n")
+    inside = "import config; config.calls.append(0)"
+    assert (
+        scored(tmp_path, packages, "", "len(config.calls)", inside=inside) == 3
+    )  # two calls that try it, and this one
+
+
 def test_two_files_with_helpers_of_one_name_have_each_their_own(tmp_path):
     values = []
     for name in ("one", "two"):
