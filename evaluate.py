@@ -53,7 +53,7 @@ class Config:
     model: tuple[str, ...] = (str(HERE / "shapes" / "tiny-flux"),)
     """Model folders or hub ids; the others are compared with the first."""
     prompts: Path = HERE / "shapes" / "eval-prompts.txt"
-    """Prompts, one per line, or JSON lines or an array with a "prompt"."""
+    """Prompts, one per line; or JSON lines, a JSON array, a .csv or .tsv table with a "prompt" in each."""
     rewards: tuple[str, ...] = ("judge", "tiny")
     """NAME[=PATH] or my_file.py:function: tiny, clip, pickscore, hpsv2, hpsv3, imagereward, or judge, the rules of the
     shapes world."""
