@@ -82,7 +82,8 @@ def line_chart(axes: Axes, lines: Lines, title: str, across: str = "step") -> No
         if half:
             low, high = np.asarray(y) - half[0], np.asarray(y) + half[0]
             axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-        ends.append((y[-1], f"{name} {y[-1]:.2f}", color))
+        digits = 3 if abs(y[-1]) < 1 else 2
+        ends.append((y[-1], f"{name} {y[-1]:.{digits}f}", color))
     axes.set_title(title, loc="left", fontsize=9, color=INK)
     axes.set_xlabel(across, fontsize=8, color=INK)
     axes.tick_params(labelsize=8, colors=INK, length=0)

@@ -75,10 +75,10 @@ def test_tick_values_are_round(low, high):
 
 
 def test_names_stand_with_their_last_values_in_the_order_of_the_lines_and_do_not_overlap():
-    lines = {"low": ([0, 1], [0, 1.0]), "high": ([0, 1], [3, 2.0]), "near": ([0, 1], [0, 2.001])}
+    lines = {"low": ([0, 1], [0, 0.5]), "high": ([0, 1], [3, 2.0]), "near": ([0, 1], [0, 2.001])}
     figure = chart(lines)
     texts = sorted(figure.axes[0].texts, key=lambda t: -t.get_position()[1])
-    assert [t.get_text() for t in texts] == ["near 2.00", "high 2.00", "low 1.00"]
+    assert [t.get_text() for t in texts] == ["near 2.00", "high 2.00", "low 0.500"]
     boxes = [t.get_window_extent() for t in texts]
     assert all(above.y0 >= below.y0 + 0.8 * below.height for above, below in itertools.pairwise(boxes))
 
