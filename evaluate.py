@@ -34,11 +34,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from infra.distributed import World, gather, join
+from infra.files import replacing
 from infra.folders import find, is_lora, load
 from infra.pictures import grid_of, save_png, to_pil
 from infra.prompts import read_entries, shard
 from rewards import Reward, check_rewards, name_of, open_rewards, score_all
-from sample import Pipeline, grid, sample
+from sample import Pipeline, grid, sample, too_long
 from shapes.world import SIZE, parse
 
 HERE = Path(__file__).parent
@@ -52,7 +53,7 @@ class Config:
     model: tuple[str, ...] = (str(HERE / "shapes" / "tiny-flux"),)
     """Model folders or hub ids; the others are compared with the first."""
     prompts: Path = HERE / "shapes" / "eval-prompts.txt"
-    """Prompts, one per line, or JSON lines or an array with a "prompt"."""
+    """Prompts, one per line; or JSON lines, a JSON array, a .csv or .tsv table with a "prompt" in each."""
     rewards: tuple[str, ...] = ("judge", "tiny")
     """NAME[=PATH] or my_file.py:function: tiny, clip, pickscore, hpsv2, hpsv3, imagereward, or judge, the rules of the
     shapes world."""
@@ -120,8 +121,8 @@ def evaluate(
             small.thumbnail((THUMB, THUMB))
             save_png(small, folder / f"{i:05d}.png")
             entry = {"prompt": entries[i]["prompt"], **{k: s[row].tolist() for k, s in scores.items()}}
-            (part := folder / f"{i:05d}.part").write_text(json.dumps(entry) + "\n")
-            part.replace(folder / f"{i:05d}.json")
+            with replacing(folder / f"{i:05d}.json") as part:
+                part.write_text(json.dumps(entry) + "\n")
 
 
 def read_scores(folder: Path, i: int, rewards: list[Reward], cfg: Config) -> dict[str, list[float]] | None:
@@ -272,6 +273,8 @@ def run(cfg: Config, world: World) -> None:
             rewards = open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer, False, size)
             if wrong := gather(claim(cfg, entries, sources) if world.rank == 0 else None)[0]:
                 raise ValueError(wrong)
+        if world.rank == 0 and (warning := too_long(pipe, [entry["prompt"] for entry in entries])):
+            print(warning, file=sys.stderr)
         folder = cfg.out / name
         todo = [i for i in range(len(entries)) if not read_scores(folder, i, rewards, cfg)]
         gather(None)  # all have looked before any writes

@@ -7,7 +7,7 @@ fp32, because a PIL image has no gradient.  On the command line a reward is NAME
 
     tiny         the CLIP of the shapes world, shipped                   pickscore    a folder, or its hub id
     clip         any CLIPModel: a folder or a hub id                     hpsv2        HPS_v2.1_compressed.pt
-    hpsv3        a folder, see hpsv3.py                                  imagereward  a folder, see imagereward.py
+    hpsv3        a folder, see scorers/hpsv3.py                          imagereward  see scorers/imagereward.py
     judge        the rules of the shapes world; no gradient, to watch or evaluate only
 
 Without a path, weights are looked for in WEIGHTS.  A weight may follow: `pickscore:0.5 hpsv2:0.5`.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from infra.user_code import is_user_code, load_function, where
-from scorers.common import Device, Score, Scorer
+from scorers.common import Device, Score, Scorer, check_tensors, file_in
 
 TINY = Path(__file__).parent / "shapes" / "tiny-reward"
 WEIGHTS = {  # where a name without a path looks, from the current folder
@@ -33,6 +33,8 @@ WEIGHTS = {  # where a name without a path looks, from the current folder
     "hpsv3": Path("weights/HPSv3"),
     "imagereward": Path("weights/ImageReward"),
 }
+FILES = {"hpsv2": "HPS_v2.1_compressed.pt", "hpsv3": "HPSv3.safetensors", "imagereward": "ImageReward.pt"}
+BESIDE = {"hpsv3": ("config.json",), "imagereward": ("vocab.txt", "tokenizer.json")}  # one of these, in its folder
 WEIGHT = r"[-+]?[\d.][-+.\de]*"  # of a reward among several, as it is written
 LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the paper's, but for ours
 # What is logged under names of its own, which a user's function may not have.
@@ -79,7 +81,23 @@ def resolve(spec: str) -> tuple[str, str, float]:
     hub_id = name in ("clip", "pickscore") and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)
     if path and not hub_id and not Path(path).exists():
         raise ValueError(f"no reward file at {path!r}: download it, or give its path as NAME=PATH")
-    return name, path, weight
+    return name, path if hub_id else checked(name, path), weight
+
+
+def checked(name: str, path: str) -> str:
+    """The path of a reward's weights. ValueError if one can see, without reading them, that they are not whole."""
+    if name in FILES:
+        check_tensors(file := file_in(path, FILES[name]))
+        beside = BESIDE.get(name)
+        if beside and not any((file.parent / other).is_file() for other in beside):
+            raise ValueError(
+                f"{name}={path} needs {' or '.join(beside)} beside {file}: see the README's table of rewards"
+            )
+        return str(file)
+    folder = Path(path).parent if Path(path).is_file() else Path(path)  # of a CLIPModel
+    for file in folder.glob("*.safetensors") if path else ():
+        check_tensors(file)
+    return path and str(folder)
 
 
 def open_reward(

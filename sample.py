@@ -49,12 +49,30 @@ def encode(pipe: Pipeline, prompts: Sequence[str]) -> Text:
 
     if pipe.offload:
         pipe.t5.to(pipe.device), pipe.clip.to(pipe.device)
-    clip_length = min(pipe.clip_tokenizer.model_max_length, pipe.clip.config.max_position_embeddings)
     txt = pipe.t5(tokens(pipe.t5_tokenizer, pipe.text_length))[0]
-    vec = pipe.clip(tokens(pipe.clip_tokenizer, clip_length)).pooler_output
+    vec = pipe.clip(tokens(pipe.clip_tokenizer, clip_length(pipe))).pooler_output
     if pipe.offload:
         pipe.t5.to("cpu"), pipe.clip.to("cpu")
     return Text(txt, vec)
+
+
+def clip_length(pipe: Pipeline) -> int:
+    """Tokens that CLIP reads of a prompt, 77 for FLUX."""
+    return min(pipe.clip_tokenizer.model_max_length, pipe.clip.config.max_position_embeddings)
+
+
+def too_long(pipe: Pipeline, prompts: Sequence[str]) -> str | None:
+    """A warning with the numbers if `encode` cuts some of the prompts, else None."""
+    cut = []
+    lengths = {
+        "T5 (--text-length)": (pipe.t5_tokenizer, pipe.text_length),
+        "CLIP": (pipe.clip_tokenizer, clip_length(pipe)),
+    }
+    for name, (tokenizer, most) in lengths.items():
+        found = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+        if longer := sum(length > most for length in found):
+            cut.append(f"{name} reads {most} tokens, {longer} of {len(prompts)} have more, up to {max(found)}")
+    return f"warning: prompts are cut: {'; '.join(cut)}" if cut else None
 
 
 def decode(pipe: Pipeline, x: Tensor, height: int, width: int) -> Tensor:
@@ -206,6 +224,8 @@ def main() -> None:
         pipe = load(cfg.model, cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
         size = cfg.size or pipe.vae.config.sample_size
         grid(pipe, size, size)
+        if warning := too_long(pipe, prompts):
+            print(warning, file=sys.stderr)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -23,6 +23,7 @@ def replacing(target: Path) -> Iterator[Path]:
         put_in_place(part, target)
     except BaseException:
         with suppress(OSError):
+            recover(target)
             remove(part)
         raise
 

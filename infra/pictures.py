@@ -1,18 +1,25 @@
 """Pictures for people: captioned grids of images, before and after, and curves of what a run measured."""
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from infra.logs import read_log
-from shapes.world import TASKS
 
 PAD, LINE = 6, 13  # pixels between things, and a line of text
-PALETTE = ("#222222", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf")
-Series = dict[str, tuple[Sequence[float], Sequence[float]]]  # name -> x, y
+PAGE, GRID, INK = "#ffffff", "#d8dee4", "#57606a"
+PALETTE = ("#24292f", "#0969da", "#bc4c00", "#1a7f37", "#cf222e", "#8250df", "#7d4e00", "#1b7c83")  # dark on white
+ROUND = (1, 2, 5, 10)  # what ticks are apart, times a power of ten
+Lines = dict[str, tuple[Sequence[float], ...]]  # name -> x, y and perhaps half the width of a band
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -64,57 +71,78 @@ def save_png(picture: Image.Image, path: Path) -> None:
 # ------------------------------------------------------------------------------------------ curves
 
 
-def chart(series: Series, title: str, size: tuple[int, int] = (440, 280)) -> Image.Image:
-    """Lines over one x axis, with their names and last values at the right; drawn large, then reduced."""
-    zoom = 3
-    left, right, top, bottom = (zoom * m for m in (40, 110, 26, 24))
-    width, height = (zoom * s for s in size)
-    xs = [x for line in series.values() for x in line[0]]
-    ys = [y for line in series.values() for y in line[1]]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    margin = 0.05 * (max(ys) - min(ys)) or 0.5
-    y_low, y_high = min(ys) - margin, max(ys) + margin
+def line_chart(axes: Axes, lines: Lines, title: str, across: str = "step") -> None:
+    """Draw lines over one x axis, each named, with its last value, at its end.
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = left + (x - x_low) / (x_high - x_low) * (width - left - right)
-        return across, height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom)
-
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    font, small = ImageFont.load_default(12 * zoom), ImageFont.load_default(10 * zoom)
-    draw.text((left, 4 * zoom), title, fill="black", font=font)
-    for i in range(5):
-        y = y_low + (y_high - y_low) * i / 4
-        x = x_low + (x_high - x_low) * i / 4
-        draw.line([place(x_low, y), place(x_high, y)], fill="#dddddd", width=zoom)
-        draw.text((left - 4 * zoom, place(x_low, y)[1]), f"{y:.2f}", fill="#555555", font=small, anchor="rm")
-        draw.text((place(x, y_low)[0], height - 4 * zoom), f"{x:.0f}", fill="#555555", font=small, anchor="ms")
-    free = [top + i * 13 * zoom for i in range(len(series))]  # names from top to bottom, by their last value
-    by_height = sorted(series, key=lambda name: -series[name][1][-1])
-    for color, (name, (x, y)) in zip(PALETTE, series.items(), strict=False):
-        draw.line([place(*point) for point in zip(x, y, strict=True)], fill=color, width=2 * zoom, joint="curve")
-        spot = (width - right + 6 * zoom, free[by_height.index(name)])
-        draw.text(spot, f"{name} {y[-1]:.2f}", fill=color, font=small)
-    return picture.resize(size, Image.LANCZOS)
+    A line is (x, y) or (x, y, half): half is the half-width of a shaded band, such as a 95% interval.
+    """
+    ends = []
+    for color, (name, (x, y, *half)) in zip(itertools.cycle(PALETTE), lines.items()):
+        axes.plot(x, y, color=color, linewidth=1.6)
+        if half:
+            low, high = np.asarray(y) - half[0], np.asarray(y) + half[0]
+            axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        digits = 3 if abs(y[-1]) < 1 else 2
+        ends.append((y[-1], f"{name} {y[-1]:.{digits}f}", color))
+    axes.set_title(title, loc="left", fontsize=9, color=INK)
+    axes.set_xlabel(across, fontsize=8, color=INK)
+    axes.tick_params(labelsize=8, colors=INK, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=ROUND))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.set_facecolor(PAGE)
+    name_ends(axes, ends)
 
 
-def curves(run: Path, path: Path) -> None:
-    """Write the trained reward of a run (each update's batch, smoothed, and the evaluations) and all others."""
+def name_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Write names at the right of the axes, at the height of their lines' ends, or below one another."""
+    low, high = axes.get_ylim()
+    line = 10.5 / (72 * axes.get_position().height * axes.figure.get_figheight())  # of text, as a part of the height
+    place = 1 + line
+    for y, text, color in sorted(ends, reverse=True):
+        place = min((y - low) / (high - low), place - line)
+        axes.text(1.02, place, text, color=color, fontsize=8, va="center", transform=axes.transAxes)
+
+
+def save_charts(charts: Sequence[tuple[str, Lines]], path: Path, across: str = "step") -> None:
+    """Write a row of charts, (title, lines) each, as a PNG of few kilobytes.
+
+    The page is white, so that it is read on a dark one too.  No pyplot: what a notebook draws with stays as it is.
+    """
+    width, height = 4.4 * len(charts), 2.8  # inches
+    figure = Figure(figsize=(width, height), dpi=110, facecolor=PAGE)
+    grid = figure.subplots(1, len(charts), squeeze=False)[0]
+    margins = dict(left=0.5 / width, right=1 - 1.1 / width, wspace=1.6 / 2.8, bottom=0.5 / height, top=1 - 0.3 / height)
+    figure.subplots_adjust(**margins)
+    for axes, (title, lines) in zip(grid, charts):
+        line_chart(axes, lines, title, across)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    save_png(picture.quantize(64, dither=Image.Dither.NONE), path)
+
+
+def curves(run: Path, path: Path, tasks: Sequence[str] = ()) -> None:
+    """Write what a run measured: the trained reward, of batches (smoothed) and of evaluations, and all others.
+
+    `tasks` are those keys of eval.jsonl that belong to the judge, whose chart they share.
+    """
     updates, evals = read_log(run / "metrics.jsonl"), read_log(run / "eval.jsonl")
-    smooth, mean = [], updates[0]["reward"]
-    for entry in updates:
-        mean = 0.9 * mean + 0.1 * entry["reward"]
-        smooth.append(mean)
-    at = [e["step"] for e in evals]
-    values = {name: [e[name] for e in evals] for name in evals[0] if name not in ("step", "seconds", "by_prompt")}
-    rewards = {name: ys for name, ys in values.items() if name not in ("judge", *TASKS)}
-    trained = rewards.pop("reward")
-    charts = [chart({"batch": ([e["step"] for e in updates], smooth), "evaluation": (at, trained)}, "trained reward")]
-    charts += [chart({name: (at, ys)}, name) for name, ys in rewards.items() if ys != trained]
-    if "judge" in values:
-        judged = {name: (at, values[name]) for name in ("judge", *TASKS) if name in values}
-        charts.append(chart(judged, "judge accuracy, evaluation prompts"))
-    picture = Image.new("RGB", (sum(c.width for c in charts), charts[0].height), "white")
-    for i, c in enumerate(charts):
-        picture.paste(c, (sum(c.width for c in charts[:i]), 0))
-    save_png(picture, path)
+    at = [entry["step"] for entry in evals]
+    numbers = {k: [entry[k] for entry in evals] for k, v in evals[0].items() if isinstance(v, int | float)}
+    trained = numbers.pop("reward")
+    lines = {"batch": ([e["step"] for e in updates], smooth([e["reward"] for e in updates]))} if updates else {}
+    charts = [("trained reward", {**lines, "evaluation": (at, trained)})]
+    judged = {k: (at, numbers[k]) for k in ("judge", *tasks) if k in numbers}
+    others = numbers.keys() - judged.keys() - {"step", "seconds"}
+    charts += [(k, {k: (at, ys)}) for k, ys in numbers.items() if k in others and ys != trained]
+    if judged:
+        charts.append(("judge accuracy, evaluation prompts", judged))
+    save_charts(charts, path)
+
+
+def smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """Each value's average with those before it, of which an older one counts less."""
+    return list(itertools.accumulate(values, lambda mean, value: keep * mean + (1 - keep) * value))

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,23 +30,32 @@ def load_function(spec: str, kind: str) -> Callable[..., Any]:
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
         raise ValueError(f"no file {file!r} for the {kind} {spec!r}")
+    folder, theirs = Path(file).resolve().parent, {}
+    clash = top_names(folder) & top_names(ROOT) if folder != ROOT else set()
     module_spec = importlib.util.spec_from_file_location(f"{kind}_{Path(file).stem}", file)
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     try:
-        with beside(Path(file).resolve().parent):
+        with beside(folder, clash, theirs):
             module_spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"{kind} file {file} does not run: {where(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{file} defines no function {name!r}")
-    return function
+    if not clash:
+        return function
+
+    @wraps(function)
+    def called(*args: Any, **options: Any) -> Any:  # with its modules, for what it imports only now
+        with beside(folder, clash, theirs):
+            return function(*args, **options)
+
+    return called
 
 
 @contextmanager
-def beside(folder: Path) -> Iterator[None]:
-    """Within, imports look into `folder` first, and modules of ours that have a namesake there are set aside."""
-    clash = top_names(folder) & top_names(ROOT) if folder != ROOT else set()
+def beside(folder: Path, clash: set[str], theirs: dict[str, ModuleType]) -> Iterator[None]:
+    """Within, imports look into `folder` first, and the names in `clash` are the user's modules, kept in `theirs`."""
 
     def clashing() -> dict[str, ModuleType]:
         return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in clash}
@@ -53,6 +63,7 @@ def beside(folder: Path) -> Iterator[None]:
     ours = clashing()
     for name in ours:
         del sys.modules[name]
+    sys.modules.update(theirs)
     path = str(folder)
     sys.path.insert(0, path)
     try:
@@ -61,8 +72,9 @@ def beside(folder: Path) -> Iterator[None]:
         sys.path.remove(path)
         if path not in sys.path:
             sys.path.append(path)  # for what a function imports only when it is called
+        theirs.update(clashing())
         for name in clashing():
-            del sys.modules[name]  # the user's modules hold on to theirs
+            del sys.modules[name]
         sys.modules.update(ours)
 
 

@@ -4,12 +4,14 @@ A scorer is a frozen function of images and prompts.  Preprocessing is done on t
 no gradient; it equals PIL's.
 """
 
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -62,6 +64,35 @@ def normalize(images: Tensor) -> Tensor:
 STRICT = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # `complete` names them
 
 
+def file_in(path: str | Path, name: str) -> Path:
+    """The file of weights that a path means: `name` in a folder, or the file itself, whatever it is called."""
+    return Path(path) / name if Path(path).is_dir() else Path(path)
+
+
+def check_tensors(file: Path) -> None:
+    """Raise ValueError if a published file is missing, empty, truncated or something else, as far as its ends tell."""
+    if not file.is_file():
+        raise ValueError(f"no reward file at {str(file)!r}: download it, or give its path as NAME=PATH")
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):  # reads its head, which knows the length of the whole
+                return
+        with file.open("rb") as opened:
+            start = opened.read(4)
+        if start.startswith(b"PK"):  # torch's archives, whose list of contents is at the end; older ones have none
+            zipfile.ZipFile(file).close()
+        elif not start.startswith(b"\x80"):
+            raise ValueError("empty" if not start else f"it starts with {start!r}")
+    except Exception as error:
+        raise ValueError(damaged(file, error)) from error
+
+
+def damaged(file: str | Path, error: Exception) -> str:
+    """What to say of a file that cannot be read."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"cannot read {file}: truncated, or no file of tensors ({reason}); download it again"
+
+
 def read_tensors(file: str | Path) -> dict[str, Any]:
     """A published file of tensors, .safetensors or .pt (weights only, nothing in it is run), on the CPU.
 
@@ -74,10 +105,7 @@ def read_tensors(file: str | Path) -> dict[str, Any]:
             return load_file(file)
         return dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"cannot read {file}: truncated, or no file of tensors ({reason}); download it again"
-        ) from error
+        raise ValueError(damaged(file, error)) from error
 
 
 def build(kind: type, config: Any, state: dict[str, Tensor], source: str | Path, **options: Any) -> Any:

@@ -4,16 +4,20 @@ Its network is transformers' CLIPModel under other names, so the published state
 neither open_clip nor the hpsv2 package is needed.  The tokenizer is CLIP's, which FLUX has in its `tokenizer/`.
 """
 
+import html
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import ftfy
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from scorers.clip import cosine
-from scorers.common import Device, Scorer, build, normalize, read_tensors
+from scorers.common import Device, Scorer, build, file_in, normalize, read_tensors
 
+FILE = "HPS_v2.1_compressed.pt"
 HEADS = 16  # of both towers of ViT-H/14, which the shapes in a state dict do not tell
 OPEN_CLIP = {
     "vision_model.class_embedding": "vision_model.embeddings.class_embedding",
@@ -36,10 +40,11 @@ OPEN_CLIP = {
 def hpsv2(
     file: str | Path, tokenizer: PreTrainedTokenizerBase, device: Device = "cpu", recompute: bool = False
 ) -> Scorer:
-    """HPSv2.1 from its published state dict, `HPS_v2.1_compressed.pt`; the tokenizer is FLUX's CLIP tokenizer.
+    """HPSv2.1 from its published state dict, or the folder that holds it; the tokenizer is FLUX's CLIP tokenizer.
 
     Score and report are the cosine of image and text.  Raises ValueError if the file is no such state dict.
     """
+    file = file_in(file, FILE)
     state = read_tensors(file)
     state = from_open_clip(state.get("state_dict", state), source=file)
     words, length = (len(state[f"text_model.embeddings.{kind}_embedding.weight"]) for kind in ("token", "position"))
@@ -54,7 +59,20 @@ def hpsv2(
         projection_dim=len(state["text_projection.weight"]),
     )
     model = build(CLIPModel, config, state, source=file)
-    return Scorer(cosine(model, tokenizer, letterbox, device, recompute), model=model)
+    of_clean = cosine(model, tokenizer, letterbox, device, recompute)
+
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return of_clean(images, [clean(prompt) for prompt in prompts])
+
+    return Scorer(score, model=model)
+
+
+def clean(prompt: str) -> str:
+    """What open_clip's tokenizer does to text first: curly quotes and broken letters, &amp;, white space, capitals.
+
+    FLUX's tokenizer does the last two by itself, which changes nothing.
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
 
 
 def tower(state: dict[str, Tensor], prefix: str) -> dict[str, int | str]:

@@ -22,8 +22,9 @@ from einops import repeat
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
-from scorers.common import Device, Scorer, build, freeze, normalize, read_tensors, resize
+from scorers.common import Device, Scorer, build, file_in, freeze, normalize, read_tensors, resize
 
+FILE = "HPSv3.safetensors"
 PIXELS = 448 * 448  # of a resized image
 MERGE, FRAMES = 2, 2  # patches a token spans each way; frames of the film
 PROMPT = (Path(__file__).parent / "hpsv3-prompt.txt").read_text(encoding="utf-8")
@@ -35,22 +36,24 @@ TOKEN = "<|Reward|>"
 
 
 def hpsv3(
-    folder: str | Path, device: Device = "cpu", recompute: bool = False, dtype: torch.dtype = torch.bfloat16
+    path: str | Path, device: Device = "cpu", recompute: bool = False, dtype: torch.dtype = torch.bfloat16
 ) -> Scorer:
-    """HPSv3 from its folder. Score and report are the mean of its two outputs, 12 to 16 for FLUX.
+    """HPSv3 from its folder, or the file of weights in it.
 
+    Score and report are the mean of its two outputs, 12 to 16 for FLUX.
     Raises ValueError naming the file that is missing, truncated or of another model.
     """
-    file = Path(folder) / "HPSv3.safetensors"
+    file = file_in(path, FILE)
+    folder = file.parent
     state = {current_name(k): v for k, v in read_tensors(file).items() if not k.startswith("lm_head.")}
     head, state = build_head(state, file)
     try:
-        json.loads((Path(folder) / "config.json").read_text())  # where there is none, transformers 5 makes one up
+        json.loads((folder / "config.json").read_text())  # where there is none, transformers 5 makes one up
         config = Qwen2VLConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(
-            f"cannot read {folder}: beside HPSv3.safetensors it needs config.json and the tokenizer's files of "
+            f"cannot read {folder}: beside {file.name} it needs config.json and the tokenizer's files of "
             f"Qwen/Qwen2-VL-7B-Instruct ({type(error).__name__}: {error})"
         ) from error
     tokenizer.add_tokens([TOKEN], special_tokens=True)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import BertTokenizerFast, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from scorers.common import Device, Scorer, build, freeze, preprocess, read_tensors
+from scorers.common import Device, Scorer, build, file_in, freeze, preprocess, read_tensors
 
+FILE = "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output, published
 TOKENS = 35  # of a prompt
 HEAD_WIDTH = 64  # of an attention head, in both networks
@@ -30,18 +31,20 @@ VISION = {
 }
 
 
-def imagereward(folder: str | Path, device: Device = "cpu", recompute: bool = False) -> Scorer:
-    """ImageReward from its folder. Score and report are its standardised output, about 1 for FLUX.
+def imagereward(path: str | Path, device: Device = "cpu", recompute: bool = False) -> Scorer:
+    """ImageReward from its folder, or the file of weights in it.
 
+    Score and report are its standardised output, about 1 for FLUX.
     Raises ValueError naming the file that is missing, truncated or of another model.
     """
-    file = Path(folder) / "ImageReward.pt"
+    file = file_in(path, FILE)
+    folder = file.parent
     state = read_tensors(file)
     try:
         tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(
-            f"cannot read {folder}: beside ImageReward.pt it needs vocab.txt of bert-base-uncased "
+            f"cannot read {folder}: beside {file.name} it needs vocab.txt of bert-base-uncased "
             f"({type(error).__name__}: {error})"
         ) from error
     vision, text, head = build_vision(state, file), build_text(state, file), build_head(state, file)

@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infra.prompts import batch_of, read_entries, read_prompts, shard
+import evaluate
+import sample
+from infra.folders import load
+from infra.prompts import batch_of, fingerprint, read_entries, read_prompts, shard
+from sample import encode, too_long
 from tools import prompts
 from tools.prompts import COLORS, NUMBERS, PLURAL, RATIO, TASKS, compose, generate
 
@@ -25,50 +29,154 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_lines_are_prompts_but_blanks_and_comments(tmp_path):
-    assert read_prompts(written(tmp_path, "\ufeffa cat\n\n  # no\n\t a café \r\n#x\nb # c\n")) == [
-        "a cat",
-        "a café",
-        "b # c",
-    ]
+    file = written(tmp_path, "\ufeffa cat\n\n  # no\n\t a café \r\n#1 dad mug\n## no\n#\nb # c\n")
+    assert read_prompts(file) == ["a cat", "a café", "#1 dad mug", "b # c"]
+
+
+def test_what_was_read_as_a_comment_is_told_in_a_line_once(tmp_path, capsys, monkeypatch):
+    file = written(tmp_path, "# no\na cat\n#1 dad mug\n# nor this\n")
+    read_prompts(file)
+    monkeypatch.setenv("RANK", "1")
+    read_prompts(file)
+    said = capsys.readouterr().err
+    assert said == f"{file}: 2 of 4 lines start with # and a space: read as comments\n"
+    monkeypatch.delenv("RANK")
+    read_prompts(written(tmp_path, "a cat\n\na dog\n"))
+    assert not capsys.readouterr().err
 
 
 def test_json_lines_are_read_for_their_prompt_and_keep_the_rest(tmp_path):
     file = written(tmp_path, '{"prompt": "a cat", "tag": "single_object"}\n\n# note\na dog\n{"prompt": "é"}\n')
-    assert read_prompts(file) == ["a cat", "a dog", "é"]
+    assert read_entries(file) == [{"prompt": "a cat", "tag": "single_object"}, {"prompt": "a dog"}, {"prompt": "é"}]
     assert read_prompts(written(tmp_path, '{"prompt": "a \u2028cat"}\na\x85dog\n')) == ["a \u2028cat", "a\x85dog"]
-    file = written(tmp_path, '{"prompt": "a cat", "tag": "single_object"}\n\n# note\na dog\n{"prompt": "é"}\n')
-    assert read_entries(file)[0]["tag"] == "single_object" and read_entries(file)[1] == {"prompt": "a dog"}
 
 
 def test_a_json_array_such_as_hpdv2s_is_read_too(tmp_path):
     file = written(tmp_path, '[\n {"prompt": "a cat", "rank": [1, 2]},\n "a dog"]')
     assert read_entries(file) == [{"prompt": "a cat", "rank": [1, 2]}, {"prompt": "a dog"}]
-    assert read_prompts(written(tmp_path, "[photo] a cat\na dog")) == ["[photo] a cat", "a dog"]
+
+
+@pytest.mark.parametrize("key", ["text", "caption", "Prompt", "Prompts"])
+def test_a_prompt_may_be_called_otherwise_and_is_given_its_name(key, tmp_path):
+    assert read_entries(written(tmp_path, json.dumps({key: "a cat"}))) == [{key: "a cat", "prompt": "a cat"}]
+    both = written(tmp_path, json.dumps({key: "a dog", "prompt": "a cat"}))
+    assert read_prompts(both) == ["a cat"]
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "lines",
     [
-        ("", "holds no prompt"),
-        ("# only this\n", "holds no prompt"),
-        ("a\n{broken\n", "line 2: no JSON"),
-        ('{"text": "a cat"}', 'line 1: it has no "prompt", but text'),
-        ('{"prompt": " "}', 'line 1: it has no "prompt"'),
-        ('[\n"a cat", {"text": "a dog"}]', 'entry 1: it has no "prompt", but text'),
-        ("[cut]", "no JSON"),
-        ("[3]", 'entry 0: it has no "prompt", but 3'),
-        ('{"prompt": 3}', 'line 1: it has no "prompt"'),
+        ["{{{masterpiece}}}, 1girl", "a cat"],
+        ["{broken", "a cat"],
+        ["[photo] a cat", "a [dog]"],
+        ["[masterpiece]", "a cat [blurred]"],
+        ["a cat, text, high detail", "a dog"],
+        ["prompt, text", "a dog", "a hat, with a feather, red"],
+        ["prompt", "a dog"],
     ],
 )
-def test_a_bad_file_is_an_error_that_names_it_and_the_line(text, words, tmp_path):
+def test_only_what_is_json_or_a_table_is_read_as_such(lines, tmp_path):
+    assert read_prompts(written(tmp_path, "\n".join(lines))) == lines
+
+
+# As published: PartiPrompts.tsv has letters and curly quotes and empty notes, DrawBench.csv prompts with commas.
+PARTI = (
+    "Prompt\tCategory\tChallenge\tNote\n"
+    "bond\tAbstract\tBasic\tBiology-inspired concepts\n"
+    'a sign that says "Hello, # you"\tArtifacts\tWriting & Symbols\t\n'
+    "a conductor\u2019s hat \tAnimals\tStyle & Format\t\n"
+)
+DRAWBENCH = (
+    "Prompts,Category\r\n"
+    "A red colored car.,Colors\r\n"
+    '"A zebra, underneath a ""broccoli"".",Conflicting\r\n'
+    "# one,Text\r\n"
+)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "tsv"])
+def test_a_tab_separated_table_is_read_by_its_header(suffix, tmp_path):
+    (file := tmp_path / f"PartiPrompts.{suffix}").write_bytes(PARTI.encode())
+    assert read_prompts(file) == ["bond", 'a sign that says "Hello, # you"', "a conductor\u2019s hat"]
+    assert read_entries(file)[1]["Category"] == "Artifacts"
+    file.write_bytes(PARTI.replace("bond", '"bond" or "no bond"').encode())  # quotes that are no table's
+    assert read_prompts(file)[0] == '"bond" or "no bond"'
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv"])
+def test_a_comma_separated_table_is_read_by_its_header(suffix, tmp_path):
+    (file := tmp_path / f"DrawBench.{suffix}").write_bytes(DRAWBENCH.encode())
+    assert read_prompts(file) == ["A red colored car.", 'A zebra, underneath a "broccoli".', "# one"]
+    (file := tmp_path / "one.csv").write_text('caption\n"a cat, a dog"\n\na hat\n')
+    assert read_prompts(file) == ["a cat, a dog", "a hat"]
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("p.csv", "id,sentence\n1,a cat\n", "no column of its header is called prompt or prompts or text or caption"),
+        ("p.csv", "prompt,id\na cat, a dog,1\n", "line 2: 3 cells under 2 columns"),
+        ("p.csv", "prompt,id\n,1\n", 'line 2: it has no "prompt"'),
+        ("p.csv", 'prompt,id\n"a" cat,1\n', "line 2: no row of a table"),
+        ("p.json", '[\n"a cat"', "no JSON"),
+        ("p.jsonl", "a\n{broken\n", "line 2: no JSON"),
+        ("p.txt", "", "holds no prompt"),
+        ("p.txt", "# only this\n", "holds no prompt"),
+        ("p.txt", '{"prompt": "a"}\n{broken\n', "line 2: no JSON"),
+        ("p.txt", '[{"prompt": "a"},\n{"prom', "no JSON"),
+        ("p.txt", '{"words": "a cat"}', 'line 1: it has no "prompt", but words'),
+        ("p.txt", '{"prompt": " "}', 'line 1: it has no "prompt"'),
+        ("p.txt", '[\n"a cat", {"words": "a dog"}]', 'entry 1: it has no "prompt", but words'),
+        ("p.txt", "[3]", 'entry 0: it has no "prompt", but 3'),
+        ("p.txt", '{"prompt": 3}', 'line 1: it has no "prompt"'),
+    ],
+)
+def test_a_bad_file_is_an_error_that_names_it_and_the_line(name, text, words, tmp_path):
+    (file := tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=words) as error:
-        read_prompts(written(tmp_path, text))
-    assert "prompts.txt" in str(error.value)
+        read_prompts(file)
+    assert name in str(error.value)
+
+
+def test_the_fingerprint_is_that_of_the_prompts_and_of_their_order():
+    assert fingerprint(["a", "b"]) == fingerprint(("a", "b")) and len(fingerprint(["a"])) == 8
+    assert len({fingerprint(p) for p in (["a", "b"], ["b", "a"], ["a", "b", "b"], ["ab"], ["a b"])}) == 5
 
 
 def test_the_prompts_that_ship_are_read():
     assert len(set(read_prompts(ROOT / "prompts.txt"))) > 20
     assert len(read_prompts(ROOT / "shapes" / "eval-prompts.txt")) == 360
+
+
+# --------------------------------------------------------------------------------- what the encoders read
+
+
+def test_prompts_that_are_cut_are_told_with_the_numbers_of_each_encoder():
+    pipe = load(ROOT / "shapes" / "tiny-flux")
+    short, long = "a photo of a circle", "a photo of " + "a circle and " * 9 + "a square"
+    assert too_long(pipe, [short] * 3) is None
+    t5, clip = (len(tokenizer(long).input_ids) for tokenizer in (pipe.t5_tokenizer, pipe.clip_tokenizer))
+    assert too_long(pipe, [short, long, short]) == (
+        f"warning: prompts are cut: T5 (--text-length) reads 12 tokens, 1 of 3 have more, up to {t5}; "
+        f"CLIP reads 12 tokens, 1 of 3 have more, up to {clip}"
+    )
+    assert (encode(pipe, [long]).txt == encode(pipe, [long + " and a cross"]).txt).all()  # it is what `encode` cuts
+
+
+@pytest.mark.parametrize(
+    "command, flags",
+    [
+        (sample, ["--num", "1", "--steps", "1", "--out", "g.png"]),
+        (evaluate, ["--num", "1", "--steps", "1", "--rewards", "tiny", "--out", "e"]),
+    ],
+    ids=["sample", "evaluate"],
+)
+def test_the_commands_tell_it_once(command, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, "a photo of " + "a circle and " * 9 + "a square\n")
+    monkeypatch.setattr(sys, "argv", ["command", "--prompts", str(file), "--device", "cpu", *flags])
+    command.main()
+    assert capsys.readouterr().err.count("warning: prompts are cut") == 1
 
 
 # ---------------------------------------------------------------------------------------------- order

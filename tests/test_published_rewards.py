@@ -17,12 +17,18 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    BertTokenizerFast,
+    PreTrainedTokenizerBase,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
-from rewards import Reward, open_reward
+from rewards import Reward, check_rewards, open_reward
 from scorers import common, hpsv3
 from scorers.common import CLIP_MEAN, CLIP_STD
-from scorers.hpsv2 import from_open_clip, hpsv2, letterbox
+from scorers.hpsv2 import clean, from_open_clip, hpsv2, letterbox
 from scorers.imagereward import MEAN, STD, TOKENS, imagereward
 from shapes.models import make_tokenizers
 from tests.tiny_rewards import HEADS, write_hpsv2, write_hpsv3, write_imagereward
@@ -90,6 +96,47 @@ def levels(seed: int, height: int, width: int) -> np.ndarray:
 
 def tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+
+
+# ------------------------------------------------------------------------------------- what text is read
+
+CURLY, ENTITY, SPACES = "a cat\u2019s \u201chat\u201d", "a cat &amp;amp; a dog", " a  CAT\n and\ta dog "
+STRAIGHT, AND, PLAIN = 'a cat\'s "hat"', "a cat & a dog", "a cat and a dog"
+
+
+def test_hpsv2_cleans_text_as_open_clip_before_its_tokenizer(folder):
+    assert [clean(p) for p in (CURLY, ENTITY, SPACES)] == [STRAIGHT, AND, PLAIN]
+    assert clean("caf\u00c3\u00a9 &lt;b&gt;") == "caf\u00e9 <b>"  # UTF-8 read as Latin-1
+    images = uniform(16, 1, 3, 28, 28).expand(3, -1, -1, -1)
+    score = opened("hpsv2", folder).score
+    assert torch.equal(score(images, [CURLY, ENTITY, SPACES]), score(images, [STRAIGHT, AND, PLAIN]))
+
+
+def published_ids(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
+    """Token ids of text as the published code gives it to the tokenizer: as it is."""
+    if name == "hpsv3":
+        tokenizer = AutoTokenizer.from_pretrained(folder / "hpsv3")
+    if name == "imagereward":
+        tokenizer = BertTokenizerFast.from_pretrained(folder / "imagereward")
+    return tokenizer(prompts).input_ids
+
+
+@pytest.mark.parametrize("name", ["hpsv3", "imagereward", "pickscore"])
+def test_the_others_give_text_to_their_tokenizer_as_it_is(name, folder, tokenizer, monkeypatch):
+    """HPSv3 sees double spaces, and all of them &amp;; BERT's and CLIP's tokenizers do not see white space."""
+    seen: list[str] = []
+    call = PreTrainedTokenizerBase.__call__
+
+    def spy(self, text, *args, **kwargs):
+        seen.extend(text)
+        return call(self, text, *args, **kwargs)
+
+    reward = open_reward("tiny") if name == "pickscore" else opened(name, folder)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", spy)
+    reward.score(uniform(17, 3, 3, 64, 64), [CURLY, ENTITY, SPACES])
+    assert len(seen) == 3 and all(p in text for p, text in zip([CURLY, ENTITY, SPACES], seen))
+    spaced, plain = published_ids(name, folder, tokenizer, [SPACES.replace("CAT", "cat"), PLAIN])
+    assert (spaced == plain) == (name != "hpsv3")
 
 
 # -------------------------------------------------------------------------------- what all of them share
@@ -336,8 +383,10 @@ def test_the_hpsv3_prompt_is_the_published_one_to_the_byte():
 
 
 def test_hpsv3_and_imagereward_are_imported_only_on_request():
-    code = "import sys, rewards; assert not {'hpsv2', 'hpsv3', 'imagereward'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(hpsv3.__file__).parent).returncode == 0
+    code = (
+        "import sys, rewards; assert not any(f'scorers.{n}' in sys.modules for n in ('hpsv2', 'hpsv3', 'imagereward'))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
 # ------------------------------------------------------------------------------------------- ImageReward
@@ -462,6 +511,31 @@ def test_a_damaged_file_is_an_error_that_names_it_before_the_device_is_touched(
     with pytest.raises(ValueError, match=f"(?s){found}") as error:
         opened(name, copy, device="cuda:77")  # no machine has it: to touch it is another error
     assert str(copy) in str(error.value)
+
+
+EARLY = ("missing", "truncated", "a web page", "empty", "no config", "no vocabulary")
+
+
+@pytest.mark.parametrize("name, kind, damage", [d[:3] for d in DAMAGE if d[1] in EARLY])
+def test_what_is_not_whole_is_told_before_anything_is_read(name, kind, damage, folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    damage(copy / FILES[name])
+    for module in ("hpsv2", "hpsv3", "imagereward"):
+        monkeypatch.delattr(f"scorers.{module}.read_tensors")
+    with pytest.raises(ValueError) as error:
+        check_rewards([f"{name}={copy / FILES[name]}"])
+    assert str(copy / FILES[name]) in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reward_may_be_named_by_its_folder_or_by_the_file_in_it(name, folder, tokenizer, tmp_path):
+    kept = shutil.copytree(folder / FILES[name].split("/")[0], tmp_path / "kept") if "/" in FILES[name] else tmp_path
+    if name == "hpsv2":
+        shutil.copy(folder / "hpsv2.pt", tmp_path / "HPS_v2.1_compressed.pt")
+    (file,) = [f for f in kept.iterdir() if f.suffix in (".pt", ".safetensors")]
+    images = uniform(15, 2, 3, 40, 52)
+    scores = [open_reward(f"{name}={p}", "cpu", tokenizer).score(images, PROMPTS[:2]) for p in (kept, file)]
+    assert torch.equal(*scores)
 
 
 @pytest.mark.parametrize("name", NAMES)
