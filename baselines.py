@@ -5,8 +5,8 @@
     flow_grpo  dance_grpo  mix_grpo                   policy gradients: the reward needs no gradient of its own
 
 Each adds its gradient to the weights through `Samples.vjp` and returns what to log, as leapalign does.  A direct
-gradient is a rollout, a choice among its velocities (`Term`), and a sweep over them; a policy gradient is a random walk,
-and the gradient of the log-probability of its random steps.
+gradient is a rollout, a choice among its velocities (`Term`), and a sweep over them; a policy gradient is a random
+walk, and the gradient of the log-probability of its random steps.
 
 Legend as in leaps.py: b samples, T steps, sigma noise levels, k > j two of them.
 """

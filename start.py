@@ -1,10 +1,8 @@
 """What a run needs, read and checked before anything expensive starts."""
 
-import importlib.util
 import inspect
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,13 +16,15 @@ from torch import Tensor
 import baselines
 import leaps
 from baselines import Log
-from config import Config, Experiment, Method
+from config import PRESETS, Config, Experiment, Method
 from infra.checkpoints import folders
+from infra.checks import check_flags, check_folder, check_groups
 from infra.distributed import World, fill, shard_flux, shard_frozen
 from infra.files import replacing
 from infra.folders import Pipeline, describe, is_lora, load
 from infra.logs import truncate
 from infra.lora import add_lora, first_values, wrapped_name
+from infra.meter import Flops, network_flops
 from infra.prompts import read_prompts
 from infra.user_code import is_user_code, load_function, where
 from leaps import Samples
@@ -45,6 +45,7 @@ class Setup:
     prompts: list[str]
     eval_prompts: list[str]
     levels: Tensor  # noise levels of a rollout, (T + 1,)
+    flops: Flops  # of an evaluation of the network
     out: Path
 
 
@@ -103,6 +104,13 @@ def recorded(cfg: Config) -> dict[str, Any]:
     return flags | {k: v for k, v in known.items() if k in flags and flags[k] is None}
 
 
+def fixed_names(cfg: Config) -> list[str]:
+    """What --resume must find unchanged: the experiment, and the method with its keywords."""
+    names = [f.name for f in fields(Experiment)] + ["method", "option"]
+    names += [name for name in keywords(method_of(cfg.method)) if hasattr(cfg, name)]
+    return names + ["steps"] * cfg.decay  # the learning rate falls over all of them
+
+
 def try_method(method: Callable, levels: Tensor, group: int) -> bool:
     """Run a method once on zeros: whether it asks for the rewards' gradient. Raises ValueError if it cannot run."""
     b, asked = 2 * group, set()
@@ -150,83 +158,6 @@ def check_model(cfg: Config) -> Tensor:
     return sigmas(description.schedule, cfg.rollout_steps, rows * columns)
 
 
-def check_groups(cfg: Config, world: World, group: int) -> None:
-    """Raise ValueError if a rank's samples, or those of a rollout, do not divide into groups of one prompt."""
-    share = cfg.batch // world.size
-    if share % group or (cfg.rollout_batch or share) % group:
-        raise ValueError(
-            f"--group {group}: a rank's {share} of --batch and its --rollout-batch must be multiples of it"
-        )
-
-
-def check_flags(cfg: Config, world: World) -> None:
-    """Raise ValueError naming the flag that cannot be, and why."""
-    counts = ("steps", "batch", "rollout_steps", "eval_every", "text_length", "patience", "save_every", "keep", "lora")
-    for name in (*counts, "rollout_batch", "micro_batch", "check_every"):
-        if (value := getattr(cfg, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("lr", "weight_decay", "seed", "clip"):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(cfg, name)}")
-    if cfg.lora_alpha is not None and (not cfg.lora or cfg.lora_alpha <= 0):
-        raise ValueError(f"--lora-alpha {cfg.lora_alpha} must be positive, and is for --lora")
-    if cfg.tau is not None and cfg.tau <= 0:
-        raise ValueError(f"--tau must be positive, got {cfg.tau}: the weight of an exact leap is 1 / (2 tau)")
-    if not 0 <= cfg.ema < 1:
-        raise ValueError(f"--ema must be in [0, 1), got {cfg.ema}")
-    if cfg.batch % world.size:
-        raise ValueError(f"--batch {cfg.batch} does not divide into {world.size} ranks: take a multiple of it")
-    if not cfg.reward:
-        raise ValueError("--reward: give one or more")
-    if cfg.lam and len(cfg.lam) != len(cfg.reward):
-        raise ValueError(
-            f"--lam has {len(cfg.lam)} values for {len(cfg.reward)} rewards: give one each, or none at all"
-        )
-    if cfg.stop_early and not cfg.watch:
-        raise ValueError("--stop-early needs a reward to --watch")
-    if missing := [kind for kind in cfg.log if importlib.util.find_spec(kind) is None]:
-        raise ValueError(f"--log {missing[0]} needs that package: pip install {missing[0]}, or leave the flag out")
-    if cfg.lean and world.size > 1:
-        raise ValueError(f"--lean is for one GPU, and there are {world.size} ranks: they share the weights without it")
-    if cfg.lean and (cfg.lora or not cfg.bf16):
-        raise ValueError("--lean keeps all trained weights in bf16: it needs --bf16, and --lora trains others")
-    if cfg.lean and importlib.util.find_spec("torchao") is None:
-        raise ValueError("--lean needs torchao's optimizer: pip install torchao")
-    if cfg.shard_frozen and cfg.offload_encoders:
-        raise ValueError("--shard-frozen and --offload-encoders: T5 is either cut over the ranks or on the CPU")
-    if (cfg.export or cfg.at is not None) and not cfg.resume:
-        raise ValueError("--export and --at need --resume: they name a checkpoint of the run in --out")
-
-
-def check_folder(cfg: Config, out: Path) -> None:
-    """Raise ValueError if nothing can be written there, or it holds what these flags do not go on with."""
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--out {out}: nothing can be written in {existing}")
-    if cfg.export and cfg.export.exists():
-        raise ValueError(f"--export {cfg.export} is there already: give a folder that is not")
-    if not cfg.resume:
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"--out {out} is occupied: --resume goes on with it, or choose another folder")
-        return
-    if not (out / "config.json").exists():
-        if cfg.export or cfg.at is not None:
-            raise ValueError(f"--out {out} holds no run")
-        return
-    try:
-        before = json.loads((out / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{out / 'config.json'} is damaged ({error}): write the run's flags into it again") from None
-    now = recorded(cfg)
-    before = recorded(Config(method=cfg.method)) | before  # flags that are younger than the run
-    kept = [f.name for f in fields(Experiment)] + ["method", "option", *keywords(method_of(cfg.method))]
-    kept += ["steps"] if cfg.decay else []  # the learning rate falls over all of them
-    for name in kept:
-        if name in now and now[name] != before[name]:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--resume with --{flag} {now[name]}, but {out} was started with {before[name]}")
-
-
 def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     """Read and check all inputs; `preset` holds what the flags changed.
 
@@ -235,7 +166,7 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     check_flags(cfg, world)
     method, options = method_of(cfg.method), options_of(cfg, preset or Config())
     out = cfg.out or Path("runs") / f"{cfg.method.rpartition(':')[2]}-seed{cfg.seed}"
-    check_folder(cfg, out)
+    check_folder(cfg, out, recorded(cfg), fixed_names(cfg))
     prompts, eval_prompts = read_prompts(cfg.prompts), read_prompts(cfg.eval_prompts)
     levels = check_model(cfg)
     group = options.get("group", keywords(method).get("group", 1))
@@ -260,7 +191,9 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
                 )
     if cfg.lam:
         rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam, strict=True)]
-    return Setup(pipe, method, group, rewards, watched, prompts, eval_prompts, levels.to(world.device), out)
+    return Setup(
+        pipe, method, group, rewards, watched, prompts, eval_prompts, levels.to(world.device), flops_of(cfg, pipe), out
+    )
 
 
 def load_pipeline(cfg: Config, world: World) -> Pipeline:
@@ -287,6 +220,34 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
     if cfg.recompute:
         pipe.vae.enable_gradient_checkpointing()
     return pipe
+
+
+def flops_of(cfg: Config, pipe: Pipeline) -> Flops:
+    """What an evaluation of the network costs, counted on one without memory, as the flags have it."""
+    rows, columns = grid(pipe, cfg.size, cfg.size)
+    with torch.device("meta"):
+        flux = Flux(pipe.flux.config)
+        if cfg.lora:
+            add_lora(flux, cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
+    flux.recompute = cfg.recompute
+    return network_flops(flux, rows * columns, pipe.text_length)
+
+
+def announce(cfg: Config, preset: Config, setup: Setup, world: World) -> str:
+    """What a run is, in a few lines; all of it is in config.json."""
+    name = next(name for name, (_, known) in PRESETS.items() if known is preset)
+    changed = {f.name: value for f in fields(Config) if (value := getattr(cfg, f.name)) != getattr(preset, f.name)}
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+    trained = sum(p.numel() for p in setup.pipe.flux.parameters() if p.requires_grad)
+    rewards = ", ".join(r.name if r.lam is None else f"{r.name} (lambda {r.lam})" for r in setup.rewards)
+    together = cfg.rollout_batch or cfg.batch // world.size
+    return f"""\
+{name} {flags}
+{cfg.method} on {cfg.model}: {trained / 1e6:.1f} M trained parameters
+raises {rewards}; watches {", ".join(r.name for r in setup.watched) or "nothing"}
+{cfg.batch} rollouts of {cfg.rollout_steps} steps an update on {world.size} x {world.device.type}, {together} at a time, \
+{cfg.micro_batch or together} in a backward
+all flags are in {setup.out / "config.json"}"""
 
 
 def open_folder(cfg: Config, out: Path, first: int) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
-"""Post-train a flow model so that its images score higher: LeapAlign, and the gradients it is measured against.
+"""Post-train a flow model so that its images score higher.
 
-    python train.py                                  # the tiny Flux of the shapes world, minutes on a laptop
-    python train.py shapes --lr 3e-5 --seed 1        # a preset and what to change of it
-    python train.py --method refl                    # a baseline through the same loop
+    python train.py                                   # the tiny Flux of the shapes world, minutes on a laptop
+    python train.py shapes --lr 3e-5 --seed 1         # a preset, and what to change of it
+    python train.py --method refl                     # a baseline through the same loop
+    python train.py --method my_file.py:my_gradient   # yours
     torchrun --nproc-per-node 8 train.py flux-dev-hpsv2 --resume
 
-One iteration, and nothing else, is `update_gradient` below; the mathematics is leaps.py.  Writes, to --out:
+From the top: what a method is given (`gradient`), one update of the weights, an evaluation, the loop.  The method is
+leapalign in leaps.py; all others are in baselines.py.  Writes, to --out:
 
     config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png
     checkpoints/step_NNNNNN/  best/  final/
@@ -13,102 +15,116 @@ One iteration, and nothing else, is `update_gradient` below; the mathematics is 
 The shapes preset differs from the paper in its learning rate, T and EMA: shapes/README.md says why.
 """
 
-import json
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
-from config import PRESETS, Config
+from config import Config, parse
 from infra.checkpoints import Run, folders, load_newest, save_checkpoint
-from infra.distributed import World, disagreement, fingerprint, gather, join, kept_gathered, swapped
-from infra.folders import write_model
-from infra.logs import append, open_trackers, peak_flops, peak_memory, stopwatch
-from infra.pictures import before_after, curves
+from infra.distributed import (
+    Stop,
+    World,
+    check_agreement,
+    fingerprint,
+    gather,
+    join,
+    keep_gathered,
+    on_first_rank,
+    stop_signals,
+    swapped,
+)
+from infra.logs import Log, append
+from infra.meter import Meter, peak_flops, peak_memory
 from infra.prompts import batch_of, shard
-from infra.watch import shown, watch
-from leaps import Rollout, Velocity, hinge, leap_backward, one_step, rollout, similarity_weight
-from rewards import Reward, reported
-from sample import Pipeline, Text, decode, encode, grid, velocity_of
-from start import Setup, open_folder, pick, prepare
-from tools.plan import forward_flops, passes_of
+from infra.saving import write_model
+from infra.watch import best_of, newly_hacked, shown, which_folder
+from leaps import Samples, Velocity, hinge, vjp_of
+from rewards import means_of, reported, score_all
+from sample import Text, decode, encode, grid, sample, velocity_of
+from start import Setup, announce, open_folder, prepare
 
 REQUEUE, NONFINITE = 75, 3  # exit codes: stopped by a signal and resumable; stopped before a bad update
 
 
-# ------------------------------------------------------------------------------------- one update
+# ------------------------------------------------------------------------------ what a method is given
 
 
-def update_gradient(
-    pipe: Pipeline,
-    rewards: list[Reward],
-    prompts: list[str],
-    noise: Tensor,
-    levels: Tensor,
-    picks: tuple[int, ...],
-    cfg: Config,
-    share: float = 1.0,
-) -> dict[str, float]:
-    """Add one batch's gradient, times `share`, to `pipe.flux` and return what was measured.
+def gradient(
+    cfg: Config, setup: Setup, prompts: list[str], step: int, first: int, total: int, meter: Meter
+) -> dict[str, Tensor]:
+    """Add the gradient of some samples to the weights' `.grad`, by the run's method; returns what to log, (b,) each.
 
-    The baselines are the same lines: ReFL is a single leap with the reward on its prediction, the true gradient
-    a leap over every step, whole (alpha = 1); neither weighs samples.
+    The samples are first, first + 1, ... of the batch of `step`, of which this rank has `total`.  What a method need
+    not know is here: text, VAE, precision, and --micro-batch samples at a time where activations are kept.
     """
-    refl, full = cfg.method == "refl", cfg.method == "full"
-    alpha, weight = (1.0, "none") if full else (cfg.alpha, "none" if refl else cfg.weight)
-    lap = stopwatch(pipe.device)
+    pipe, b = setup.pipe, len(prompts)
     text, tokens = encode(pipe, prompts), grid(pipe, cfg.size, cfg.size)
+    micro = cfg.micro_batch or b
+    parts = [slice(i, i + micro) for i in range(0, b, micro)]
+    measured: dict[str, list[Tensor]] = {}
 
-    def velocity(part: slice = slice(None)) -> Velocity:  # of some samples of the batch
+    def network(part: slice) -> Velocity:
         return velocity_of(pipe.flux, Text(*(t[part] for t in text)), *tokens, cfg.guidance, pipe.compute)
 
-    with kept_gathered(pipe.flux, cfg.keep_gathered):
-        ro = rollout(velocity(), noise, levels)
-    w, d = similarity_weight(ro, picks, cfg.tau, weight)
-    lap("rollout")
+    def noise(i: int) -> Tensor:
+        return draw_noise(cfg, setup, step, i)[0][first : first + b].to(pipe.device)
 
-    n, micro = len(prompts), cfg.micro_batch or len(prompts)
-    parts = [slice(i, i + micro) for i in range(0, n, micro)]
-    x0 = ro.x[-1]
-    if refl or cfg.reward_input == "xhat_0":
-        x0 = one_step(ro.x[picks[-1]], ro.v[picks[-1]], ro.sigmas[picks[-1]], ro.sigmas[-1])
-    x0 = x0.detach().requires_grad_()
-    loss, scores = 0.0, []
-    for part in parts:
-        images = decode(pipe, x0[part], cfg.size, cfg.size)
-        scores.append(torch.stack([reward.score(images, prompts[part]) for reward in rewards]))
-        wanted = sum(r.weight * hinge(score, r.lam) for r, score in zip(rewards, scores[-1]))  # Eq. 11
-        part_loss = (w[part] * wanted).sum() / n  # Eq. 13
-        (share * part_loss).backward()
-        loss += part_loss.item()
-    lap("reward")
+    @torch.no_grad()
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        if cfg.keep_gathered:
+            keep_gathered(pipe.flux, True)
+        with meter("rollout", forwards=b):
+            return network(slice(None))(x, sigma)
 
-    for part in parts:
-        states = Rollout(ro.x[:, part], ro.v[:, part], ro.sigmas)
-        leap_backward(velocity(part), states, picks, alpha, x0.grad[part], cfg.nested_only)  # Eq. 10
-    score = torch.cat(scores, dim=1).detach()  # (rewards, b)
-    satisfied = [r.lam is not None and (s >= r.lam).float().mean().item() for r, s in zip(rewards, score)]
-    return dict(
-        **reported(rewards, {r.name: r.scale * s.mean().item() for r, s in zip(rewards, score)}),
-        loss=loss,
-        satisfied=float(min(satisfied)),
-        d_j=d[:-1].mean().item() if len(picks) > 1 else 0.0,
-        d_0=d[-1].mean().item(),
-        w=w.mean().item(),
-        **lap("leaps"),
-    )
+    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
+        if cfg.keep_gathered:  # activations need the room
+            keep_gathered(pipe.flux, False)
+        with meter("leaps", backwards=b):
+            into_x = [vjp_of(network(part))(x[part], sigma, u[part], wrt_x) for part in parts]
+        return torch.cat(into_x) if wrt_x else None
+
+    def scores_of(x0: Tensor, part: slice) -> list[Tensor]:
+        images = decode(pipe, x0, cfg.size, cfg.size)
+        scores = [r.score(images, prompts[part]) for r in setup.rewards]
+        for r, score in zip(setup.rewards, scores):
+            measured.setdefault(r.name, []).append(r.scale * score.detach())
+        enough = [score >= (np.inf if r.lam is None else r.lam) for r, score in zip(setup.rewards, scores)]
+        measured.setdefault("satisfied", []).append(torch.stack(enough).all(0).float())
+        return scores
+
+    def reward(x0: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight, grads = torch.ones_like(x0[:, 0, 0]) if weight is None else weight, []
+        with meter("reward"):
+            for part in parts:
+                x = x0[part].detach().requires_grad_()
+                hinges = sum(r.weight * hinge(s, r.lam) for r, s in zip(setup.rewards, scores_of(x, part)))  # Eq. 11
+                loss = weight[part] * hinges  # Eq. 13
+                (loss.sum() / total).backward()  # not yet into the weights: VAE and rewards are frozen
+                measured.setdefault("loss", []).append(loss.detach())
+                grads.append(x.grad)
+        return torch.cat(grads)
+
+    @torch.no_grad()
+    def score(x0: Tensor) -> Tensor:
+        with meter("reward"):
+            parted = [sum(r.weight * s for r, s in zip(setup.rewards, scores_of(x0[part], part))) for part in parts]
+        return torch.cat(parted)
+
+    # What all samples share is drawn after x_1, from the same generator, alike for all parts of a batch.
+    shared = draw_noise(cfg, setup, step, 0)[1]
+    log = setup.method(Samples(noise, setup.levels, shared, velocity, vjp, reward, score, total, step))
+    log |= {name: torch.cat(values) for name, values in measured.items()}
+    return {
+        name: value.detach().float().cpu().expand(value.numel() if value.ndim else b) for name, value in log.items()
+    }
 
 
 def generator_of(*key: int) -> torch.Generator:
@@ -116,219 +132,221 @@ def generator_of(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-class Batch(NamedTuple):
-    """What a step starts from: all of it, the same on every rank."""
+def draw_noise(cfg: Config, setup: Setup, step: int, i: int) -> tuple[Tensor, torch.Generator]:
+    """The i-th Gaussian of each sample of a step's batch, (batch, n, c) on the CPU, and the generator that drew it.
 
-    prompts: list[str]
-    noise: Tensor  # (batch, n, c), on the CPU
-    picks: tuple[int, ...]
-
-
-def draw(cfg: Config, setup: Setup, step: int) -> Batch:
-    """The batch of a step, a function of (seed, step)."""
-    random, (rows, columns) = generator_of(cfg.seed, step), grid(setup.pipe, cfg.size, cfg.size)
-    noise = torch.randn(cfg.batch, rows * columns, setup.pipe.flux.config.in_channels, generator=random)
-    return Batch(batch_of(setup.prompts, step, cfg.batch, cfg.seed), noise, pick(cfg, setup.levels, random))
-
-
-def gradient(cfg: Config, setup: Setup, world: World, batch: Batch) -> list[dict[str, Any]]:
-    """Add the mean gradient over the whole batch to every rank's pieces; returns what each rank measured.
-
-    FSDP averages over ranks, so a rank's own mean over its share is all there is to do.
+    A function of (seed, step, i), whatever the ranks and the parts: so runs resume, and any step can be repeated.
     """
-    mine = shard(range(cfg.batch), world.rank, world.size)
-    at_once = cfg.rollout_batch or len(mine)
-    measured: dict[str, Any] = {}
-    for start in range(mine.start, mine.stop, at_once):
-        part = slice(start, min(start + at_once, mine.stop))
-        share = (part.stop - part.start) / len(mine)
-        noise = batch.noise[part].to(world.device)
-        args = setup.pipe, setup.rewards, batch.prompts[part], noise, setup.levels, batch.picks, cfg, share
-        for key, value in update_gradient(*args).items():  # seconds add up, the rest are means
-            measured[key] = measured.get(key, 0.0) + (value if key.startswith("seconds") else share * value)
-    return gather(measured | {"prompts": batch.prompts[mine.start : mine.stop]})
+    random, (rows, columns) = generator_of(cfg.seed, step, *([2, i] if i else [])), grid(setup.pipe, cfg.size, cfg.size)
+    return torch.randn(cfg.batch, rows * columns, setup.pipe.flux.config.in_channels, generator=random), random
 
 
-# ------------------------------------------------------------------------------------------- loop
+def draw_prompts(cfg: Config, setup: Setup, step: int) -> list[str]:
+    """The prompts of a step's batch: one after the other, each `setup.group` times where a method compares."""
+    different = batch_of(setup.prompts, step, cfg.batch // setup.group, cfg.seed)
+    return [prompt for prompt in different for _ in range(setup.group)]
 
 
-class Stop(Exception):
-    """The run must end before it is done; the exit code says why."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+# ------------------------------------------------------------------------------------------ one update
 
 
 def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict[str, Any]:
-    """One update of weights and averages. Raises Stop, with the weights as before, if a number is not finite."""
-    batch, began = draw(cfg, setup, step), time.perf_counter()
-    measured = gradient(cfg, setup, world, batch)
-    lap = stopwatch(world.device)
+    """One update of weights and averages; returns what to log.
+
+    Raises Stop, with the weights as before, if a number is not finite.
+    """
+    began, meter = time.perf_counter(), Meter(world.device)
+    prompts = draw_prompts(cfg, setup, step)
+    mine = shard(range(cfg.batch), world.rank, world.size)  # the samples of this rank
+    together = cfg.rollout_batch or len(mine)
+    logs = []
+    for first in range(mine.start, mine.stop, together):
+        part = prompts[first : min(first + together, mine.stop)]
+        logs.append(gradient(cfg, setup, part, step, first, len(mine), meter))
+
+    # FSDP averages gradients over the ranks: a rank's own mean over its samples is all there is to do.
     norm = nn.utils.clip_grad_norm_(run.params, cfg.clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not np.isfinite([norm, *(m["loss"] for m in measured)]).all():
-        run.optimizer.zero_grad()
-        raise Stop(NONFINITE, note_nonfinite(cfg, setup.out, step, measured, norm, batch.picks, world))
-    if cfg.decay:
-        run.set_lr(cfg.lr * (1 - step / cfg.steps))
-    torch.manual_seed(generator_of(cfg.seed, step, 1).initial_seed())  # for --lean; all else has generators
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.average(cfg.ema)
-    update_seconds = lap("update")["seconds_update"]
 
-    for m in measured:
-        del m["prompts"]
-    forwards = cfg.batch * (cfg.rollout_steps + len(batch.picks))
-    seconds = time.perf_counter() - began
-    entry = {
-        "step": step,
-        **{key: sum(m[key] for m in measured) / len(measured) for key in measured[0]},
-        "seconds_update": update_seconds,
-        "seconds": seconds,
-        "k": setup.levels[batch.picks[0]].item(),
-        "j": setup.levels[batch.picks[-1]].item(),
-        "grad_norm": norm,
-        "forwards": forwards,
-        "backwards": cfg.batch * len(batch.picks),
-        "memory": peak_memory(world.device),
-    }
-    passes = cfg.batch * passes_of(cfg.rollout_steps, len(batch.picks), cfg.recompute)
-    flops = passes * forward_flops(setup.pipe.flux.config, batch.noise.shape[1], setup.pipe.text_length)
-    entry["tflops"] = flops / seconds / world.size / 1e12  # per rank, of the transformer alone
+    # Every rank sees every value, so that all come to the same decisions below.
+    own = {name: torch.cat([log[name] for log in logs]) for name in logs[0]}
+    ranks = gather((own, meter.counts, prompts[mine.start : mine.stop]))
+    means = {name: torch.cat([values[name] for values, *_ in ranks]).mean().item() for name in own}
+    if not np.isfinite([norm, *means.values()]).all():
+        run.optimizer.zero_grad()
+        raise Stop(NONFINITE, note_nonfinite(cfg, setup, step, norm, ranks, world))
+
+    with meter("update"):
+        run.set_lr(cfg.lr * (1 - step / cfg.steps) if cfg.decay else cfg.lr)
+        torch.manual_seed(generator_of(cfg.seed, step, 1).initial_seed())  # --lean rounds at random
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.average(cfg.ema)
+
+    counts = [counts for _, counts, _ in ranks]
+    forwards, backwards = (sum(c[name] for c in counts) for name in ("forwards", "backwards"))
+    entry = dict(step=step, **reported(setup.rewards, means), grad_norm=norm, forwards=forwards, backwards=backwards)
+    entry |= {k: sum(c[k] for c in counts) / world.size for k in counts[0] if k.startswith("seconds")}
+    entry["seconds_update"] = meter.counts["seconds_update"]
+    entry["seconds"] = time.perf_counter() - began
+    entry["memory"] = peak_memory(world.device)
+    flops = (forwards - backwards) * setup.flops.forward + backwards * setup.flops.both
+    entry["tflops"] = flops / entry["seconds"] / world.size / 1e12  # per rank, of the transformer alone
     if peak := peak_flops(world.device):
         entry["mfu"] = entry["tflops"] * 1e12 / peak
     return entry
 
 
-def note_nonfinite(
-    cfg: Config, out: Path, step: int, measured: list[dict], norm: float, picks: tuple[int, ...], world: World
-) -> str:
+def note_nonfinite(cfg: Config, setup: Setup, step: int, norm: float, ranks: list, world: World) -> str:
     """Write down what the step was, for a replay; returns what to tell the user."""
-    bad = [rank for rank, m in enumerate(measured) if not np.isfinite([m["loss"], m["reward"]]).all()]
+    bad = [i for i, (values, *_) in enumerate(ranks) if not all(v.isfinite().all() for v in values.values())]
     where = f"on rank {', '.join(map(str, bad))}" if bad else "in the gradient, though every loss is finite"
+    notes = [{"prompts": prompts, **{k: v.tolist() for k, v in values.items()}} for values, _, prompts in ranks]
+    file = setup.out / "nonfinite.jsonl"
     if world.rank == 0:
-        append(out / "nonfinite.jsonl", dict(step=step, seed=cfg.seed, picks=picks, grad_norm=norm, ranks=measured))
+        append(file, dict(step=step, seed=cfg.seed, grad_norm=norm, ranks=notes))
     return (
-        f"step {step}: a number is not finite {where}; leaps start at steps {picks} of the rollout; prompts such as "
-        f"{measured[(bad or [0])[0]]['prompts'][0]!r}. {out / 'nonfinite.jsonl'} has all of them. The step would "
-        "be the same again: --skip-nonfinite 1 leaves it out"
+        f"step {step}: a number is not finite {where}; prompts such as {notes[(bad or [0])[0]]['prompts'][0]!r}. "
+        f"{file} has all of them. The step would be the same again: --skip-nonfinite 1 leaves it out"
     )
 
 
-def finish(folder: Path, cfg: Config, setup: Setup, world: World) -> None:
-    """Write the model that a run was for. Raises Stop if that cannot be."""
-    if failed := write_model(folder, setup.pipe, world):
-        raise Stop(1, f"{failed}; the weights are in {setup.out / 'checkpoints'}, --resume --export FOLDER writes them")
+# --------------------------------------------------------------------------------------- an evaluation
+
+
+def evaluate(cfg: Config, setup: Setup, world: World) -> tuple[dict[str, Any], Tensor]:
+    """Mean rewards of the network as it is, on fixed prompts and noise; and the images, (n, 3, h, w) uint8.
+
+    `by_prompt` holds the watched rewards of each image, so that evaluations can be compared pair by pair.
+    """
+    prompts, batch = setup.eval_prompts, cfg.rollout_batch or 64
+    each = -(-len(prompts) // world.size)  # the same on every rank, padded: they gather weights together
+    mine = [min(i, len(prompts) - 1) for i in range(world.rank * each, (world.rank + 1) * each)]
+    texts, seeds = [prompts[i] for i in mine], [10**6 + i for i in mine]
+    images = sample(setup.pipe, texts, seeds, cfg.rollout_steps, cfg.size, cfg.size, cfg.guidance, batch)
+    rewards = [*setup.rewards, *setup.watched]
+    own = {r.name: score_all(r, images, texts, world.device, batch) for r in rewards}
+    ranks = gather((images.mul(255).round().byte(), own))
+    scores = {name: torch.cat([of_rank[name] for _, of_rank in ranks])[: len(prompts)] for name in own}
+    means = {k: v for r in rewards for k, v in means_of(r, scores[r.name], prompts).items()}
+    by_prompt = {r.name: [round(x, 5) for x in scores[r.name].tolist()] for r in setup.watched}
+    images = torch.cat([images for images, _ in ranks])[: len(prompts)]
+    return {**reported(setup.rewards, means), "by_prompt": by_prompt}, images
+
+
+# -------------------------------------------------------------------------------------------- the loop
 
 
 def train(cfg: Config, setup: Setup, world: World) -> None:
     """From the first update to final/. Raises Stop where it must end early, with everything saved that can be."""
     out, began = setup.out, time.time()
     run = Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
-    try:
-        first = load_newest(out, run, cfg.at) if cfg.resume else 0
-    except ValueError as error:
-        raise Stop(2, f"error: {error}") from None
+    first = load_newest(out, run, cfg.at) if cfg.resume else 0
     if cfg.export and not folders(out):
-        raise Stop(2, f"error: --export: there is no checkpoint in {out} yet")
+        raise ValueError(f"--export: there is no checkpoint in {out} yet")
     if first > cfg.steps and not cfg.export:
-        raise Stop(2, f"error: --steps {cfg.steps}, but the run in {out} is at {first}: --at takes an older checkpoint")
+        raise ValueError(f"--steps {cfg.steps}, but the run in {out} is at {first}: --at takes an older checkpoint")
+    log, evals = None, []
     if not cfg.export:
+        evals = on_first_rank(lambda: open_folder(cfg, out, first))
+        log = Log(cfg, out, first, speaks=world.rank == 0)
         try:
-            loop(cfg, setup, world, run, first)
+            loop(cfg, setup, world, run, first, log, evals)
         finally:
-            run.wait()
-    with swapped(run.params, run.averaged):
-        finish(cfg.export or out / "final", cfg, setup, world)
-    if world.rank == 0 and not cfg.export:
-        pair = [torch.load(out / "samples" / f"{name}.pt") / 255 for name in ("first", "last")]
-        before_after(*pair, [setup.eval_prompts[i] for i in shown(setup.eval_prompts)], out / "before_after.png")
-        curves(out, out / "curves.png")
-        print(f"{time.time() - began:.0f} s; wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+            run.wait()  # for the checkpoint that is being written
+            log.bar.close()
+
+    try:
+        with swapped(run.params, run.averaged):
+            write_model(cfg.export or out / "final", setup.pipe, world)
+    except OSError as error:
+        kept = f"the weights are in {out / 'checkpoints'}, --resume --export FOLDER writes them"
+        raise Stop(1, f"{error}; {kept}") from error
+    if log:
+        tasks = [k for r in setup.watched if r.task_of for k in dict.fromkeys(map(r.task_of, setup.eval_prompts))]
+        log.pictures([setup.eval_prompts[i] for i in shown(setup.eval_prompts)], tasks)
+        log.say(f"{time.time() - began:.0f} s; wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+        if setup.watched:
+            log.say(which_folder(evals, setup.watched[0].name))
 
 
-def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int) -> None:
-    """Updates, evaluations and checkpoints from step `first` on. Raises Stop where they must end early."""
-    out, main = setup.out, world.rank == 0
-    evals = gather(open_folder(cfg, out, first) if main else None)[0]
-    track = open_trackers(cfg.log if main else (), out, asdict(cfg), first)
-    bar = tqdm(total=cfg.steps, initial=first, unit="update", file=sys.stderr, disable=not main)
-    say = bar.write if main else lambda text: None
-    signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda n, _: signals.append(n))
-    start, skipped, saved, satisfied = time.time(), 0, first, False
+def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log, evals: list[dict[str, Any]]) -> None:
+    """Evaluate, save, update, from step `first` on. `evals` grows by an entry an evaluation."""
+    out, start, watched = setup.out, time.time(), [r.name for r in setup.watched]
+    skipped, saved, satisfied = 0, first, False
+    captions = [setup.eval_prompts[i] for i in shown(setup.eval_prompts)]
+    with stop_signals() as signals:
+        for step in range(first, cfg.steps + 1):
+            last = step == cfg.steps
 
-    for step in range(first, cfg.steps + 1):
-        last = step == cfg.steps
-        if step == first or step % cfg.check_every == 0:
-            told = dict(step=step, flags=json.dumps(asdict(cfg), default=str), prompts=draw(cfg, setup, step).prompts)
-            told["vae"] = fingerprint(setup.pipe.vae.parameters())
-            if wrong := disagreement(world, told, run.params):
-                raise Stop(1, wrong)
-        if step % cfg.eval_every == 0 or last:
-            with swapped(run.params, run.averaged):
-                entry, warnings = watch(cfg, setup, world, evals, step, time.time() - start)
-                if setup.watched and entry is max(evals, key=lambda e: e[setup.watched[0].name]):
-                    warnings += filter(None, [write_model(out / "best", setup.pipe, world)])
-            track(step, entry, [out / "samples" / f"step_{step:04d}.png"])
-            means = {k: v for k, v in entry.items() if isinstance(v, float) and k != "seconds"}
-            say(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
-            for warning in warnings:
-                say(warning)
-            last |= cfg.stop_early and any("hacked" in warning for warning in warnings)
-        if last:
-            break
+            # A rank that has gone its own way would train a model of its own without a word.
+            if step == first or step % cfg.check_every == 0:
+                same = dict(step=step, flags=repr(cfg), prompts=draw_prompts(cfg, setup, step))
+                check_agreement(world, same | dict(vae=fingerprint(setup.pipe.vae.parameters())), run.params)
 
-        try:
-            entry = update(cfg, setup, world, run, step)
-        except Stop as stop:
-            skipped += 1
-            if skipped > cfg.skip_nonfinite:
-                save_checkpoint(out, run, step, cfg.keep)
-                raise
-            say(f"warning: {stop}; left out")
-        else:
-            if main:
-                append(out / "metrics.jsonl", entry)
-            track(step, entry, [])
-            bar.set_postfix_str(f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}")
-            if entry["satisfied"] > 1 - 1e-6 and not satisfied:
-                satisfied, lam = True, " ".join(str(r.lam) for r in setup.rewards)
-                say(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
-        bar.update()
-        caught = [n for ns in gather(signals) for n in ns]
-        if (step + 1) % cfg.save_every == 0 or caught:
-            save_checkpoint(out, run, saved := step + 1, cfg.keep)
-        if caught:
-            code = 130 if signal.SIGINT in caught else REQUEUE
-            raise Stop(code, f"stopped by signal {caught[0]}; {run.wait() or 'nothing new'} is saved, --resume goes on")
-    if step != saved:
-        save_checkpoint(out, run, step, cfg.keep)
-    bar.close()
+            # The averaged weights are what is evaluated and kept: they are better than the last ones, and steadier.
+            if step % cfg.eval_every == 0 or last:
+                with swapped(run.params, run.averaged):
+                    entry, images = evaluate(cfg, setup, world)
+                    evals.append(dict(step=step, **entry, seconds=time.time() - start))
+                    if watched and evals[-1] is best_of(evals, watched[0]):
+                        try:
+                            write_model(out / "best", setup.pipe, world)
+                        except OSError as error:  # the disk is full, say: no reason to lose the run
+                            log.say(f"warning: {error}")
+                log.evaluation(evals[-1], images[shown(setup.eval_prompts)], captions)
+                warnings = newly_hacked(evals, watched, cfg.patience)
+                for warning in warnings:
+                    log.say(warning)
+                last |= cfg.stop_early and bool(warnings)
+            if last:
+                break
+
+            try:
+                entry = update(cfg, setup, world, run, step)
+            except Stop as stop:
+                skipped += 1
+                if skipped > cfg.skip_nonfinite:
+                    save_checkpoint(out, run, step, cfg.keep)
+                    raise
+                log.say(f"warning: {stop.message}; left out")
+            else:
+                log.update(entry)
+                if entry["satisfied"] > 1 - 1e-6 and not satisfied:
+                    satisfied, lam = True, " ".join(str(r.lam) for r in setup.rewards)
+                    log.say(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
+            log.bar.update()
+
+            # A signal reaches one rank first: all must agree that it came, and save the same step.
+            caught = [number for of_rank in gather(list(signals)) for number in of_rank]
+            if (step + 1) % cfg.save_every == 0 or caught:
+                save_checkpoint(out, run, saved := step + 1, cfg.keep)
+            if caught:
+                code = 130 if 2 in caught else REQUEUE  # 2 is Ctrl-C
+                newest = run.wait() or "nothing new"
+                raise Stop(code, f"stopped by signal {caught[0]}; {newest} is saved, --resume goes on")
+        if step != saved:
+            save_checkpoint(out, run, step, cfg.keep)
 
 
 def main() -> None:
     rank = int(os.environ.get("RANK", 0))
-    arguments = sys.argv[1:]
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        arguments = ["shapes", *arguments]
-    cfg = tyro.extras.overridable_config_cli(PRESETS, args=arguments, console_outputs=rank == 0)
-    with ExitStack() as stack:
-        try:
-            world = stack.enter_context(join(cfg.device, cfg.shard, timedelta(hours=1)))  # while one writes, all wait
-            setup = prepare(cfg, world)
-        except ValueError as error:  # perhaps of one node only
-            print(f"\nerror: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        try:
+    cfg, preset = parse(sys.argv[1:], console_outputs=rank == 0)
+    try:
+        with ExitStack() as stack:
+            # While one rank writes a large model, all others wait.
+            world = stack.enter_context(join(cfg.device, cfg.shard, timedelta(hours=1)))
+            setup = prepare(cfg, world, preset)
+            if rank == 0 and not cfg.export:
+                print(announce(cfg, preset, setup, world))
             train(cfg, setup, world)
-        except Stop as stop:
-            if rank == 0:
-                print(f"\n{stop}", file=sys.stderr)
-            raise SystemExit(stop.code) from None
+    except ValueError as error:  # a flag or a file, perhaps of one node only
+        print(f"\nerror: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Stop as stop:
+        if rank == 0:
+            print(f"\n{stop.message}", file=sys.stderr)
+        raise SystemExit(stop.code) from None
 
 
 if __name__ == "__main__":

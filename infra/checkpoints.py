@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
 from infra.distributed import gather
+from infra.files import part_of, put_in_place
 from model import Flux
 
 SUMS = "sums.json"
@@ -127,11 +129,13 @@ def copied(t: Tensor) -> Tensor:
 def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.ProcessGroup) -> Path | None:
     """Write a checkpoint and let go of all but the newest `keep`. None, and a warning, if it cannot be written."""
     folder = out / "checkpoints" / f"step_{step:06d}"
-    part, rank = folder.with_suffix(".part"), dist.get_rank()
+    rank = dist.get_rank()
     reason, own = None, {}
+    part = folder.with_name(f"{folder.name}.part")
+    if rank == 0:
+        with suppress(OSError):  # what is wrong will be told by the writing, on all ranks
+            part_of(folder)
     try:
-        if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
         dist.barrier(group)
         # Without copying ahead, which would use the GPU from this thread, and the first one on every rank.
         writer = dcp.FileSystemWriter(part, per_thread_copy_ahead=0)
@@ -144,8 +148,7 @@ def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.Pr
     if rank == 0 and not failed:
         try:
             (part / SUMS).write_text(json.dumps({k: v for _, own in everyone for k, v in own.items()}))
-            shutil.rmtree(folder, ignore_errors=True)  # a step that is repeated after a fallback
-            part.rename(folder)
+            put_in_place(part, folder)  # a step that is repeated after a fallback has one there
         except OSError as error:
             failed = reason_of(error)
     failed = gather(failed, group)[0]

@@ -1,105 +1,82 @@
-"""What a run writes down: JSON lines that survive a kill, seconds per stage, and TensorBoard or W&B if asked."""
+"""What a run tells and writes down: lines on the screen, JSON lines that survive a kill, pictures, trackers."""
 
 import json
-import resource
 import sys
-import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16 FLOP/s, dense, published
+from config import Config
+from infra.files import replacing
+from infra.pictures import before_after, contact_sheet, curves
+from infra.trackers import open_trackers
+
+Entry = dict[str, Any]
 
 
-def append(path: Path, entry: dict[str, Any]) -> None:
+def append(path: Path, entry: Entry) -> None:
     with path.open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[Entry]:
     """The objects of a JSON-lines file; a last line that a kill cut short is left out."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def truncate(path: Path, step: int) -> list[dict[str, Any]]:
+def truncate(path: Path, step: int) -> list[Entry]:
     """Take from a log what a resumed run will write again, step `step` and after; returns what is left."""
     entries = [e for e in read_log(path) if e["step"] < step]
     if path.exists():
-        (part := path.with_suffix(".part")).write_text("".join(json.dumps(e) + "\n" for e in entries))
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_text("".join(json.dumps(e) + "\n" for e in entries))
     return entries
 
 
-def stopwatch(device: torch.device) -> Callable[[str], dict[str, float]]:
-    """A function that notes the seconds since its last call under a name, and returns all notes so far."""
-    notes: dict[str, float] = {}
-    last = time.perf_counter()
+class Log:
+    """A run's voice, of rank 0 only: the others have one that is silent and writes nothing."""
 
-    def lap(name: str) -> dict[str, float]:
-        nonlocal last
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        notes[f"seconds_{name}"] = notes.get(f"seconds_{name}", 0.0) + now - last
-        last = now
-        return notes
+    def __init__(self, cfg: Config, out: Path, first: int, speaks: bool) -> None:
+        self.out, self.speaks = out, speaks
+        self.track = open_trackers(cfg.log if speaks else (), out, asdict(cfg), first)
+        self.bar = tqdm(total=cfg.steps, initial=first, unit="update", file=sys.stderr, disable=not speaks)
 
-    return lap
+    def say(self, text: str) -> None:
+        if self.speaks:
+            self.bar.write(text)
 
+    def update(self, entry: Entry) -> None:
+        """An update, in metrics.jsonl."""
+        if self.speaks:
+            append(self.out / "metrics.jsonl", entry)
+        self.track(entry["step"], entry, [])
+        self.bar.set_postfix_str(f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}")
 
-def peak_memory(device: torch.device) -> float:
-    """GB: of the device since the start, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    def evaluation(self, entry: Entry, images: Tensor, captions: Sequence[str]) -> None:
+        """An evaluation, in eval.jsonl, and its images (n, 3, h, w), uint8, in samples/."""
+        samples = self.out / "samples"
+        sheet = samples / f"step_{entry['step']:04d}.png"
+        if self.speaks:
+            contact_sheet(images / 255, captions, sheet, columns=8)
+            if entry["step"] == 0:
+                torch.save(images, samples / "first.pt")
+            torch.save(images, samples / "last.pt")
+            append(self.out / "eval.jsonl", entry)
+        self.track(entry["step"], entry, [sheet])
+        means = {k: v for k, v in entry.items() if isinstance(v, float) and k != "seconds"}
+        self.say(f"step {entry['step']:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
 
-
-def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that the device is sold with, if it is a known one."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for kind, flops in PEAK.items() if kind in name), None)
-
-
-def open_trackers(
-    kinds: Sequence[str], out: Path, config: dict[str, Any], first: int
-) -> Callable[[int, dict, list[Path]], None]:
-    """A function (step, numbers, pictures) that logs to all of `kinds`, whose packages are imported only here.
-
-    `first` is the step that a run starts or goes on from: what was logged of later ones is overwritten.
-    """
-    trackers: list[Callable[[int, dict, list[Path]], None]] = []
-    if "tensorboard" in kinds:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(out / "tensorboard"), purge_step=first, flush_secs=10)
-
-        def to_tensorboard(step: int, numbers: dict, pictures: list[Path]) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-            for path in pictures:
-                writer.add_image(path.parent.name, np.array(Image.open(path)), step, dataformats="HWC")
-
-        trackers.append(to_tensorboard)
-    if "wandb" in kinds:
-        import wandb
-
-        name = f"{out.name}-{zlib.crc32(str(out.resolve()).encode()):08x}"  # a folder is a run
-        run = wandb.init(project="leapalign", dir=str(out), config=config, id=name, resume="allow")
-
-        def to_wandb(step: int, numbers: dict, pictures: list[Path]) -> None:
-            run.log({**numbers, **{p.parent.name: wandb.Image(str(p)) for p in pictures}}, step=step)
-
-        trackers.append(to_wandb)
-
-    def track(step: int, numbers: dict[str, Any], pictures: list[Path]) -> None:
-        plain = {k: v for k, v in numbers.items() if isinstance(v, int | float) and k != "step"}
-        for tracker in trackers:
-            tracker(step, plain, pictures)
-
-    return track
+    def pictures(self, captions: Sequence[str], tasks: Sequence[str]) -> None:
+        """before_after.png, of the images of the first and the last evaluation, and curves.png."""
+        if self.speaks:
+            pair = [
+                torch.load(self.out / "samples" / f"{name}.pt", weights_only=True) / 255 for name in ("first", "last")
+            ]
+            before_after(*pair, captions, self.out / "before_after.png")
+            curves(self.out, self.out / "curves.png", tasks)

@@ -1,0 +1,87 @@
+"""Flags and folders, checked before anything is read: each error names the flag, what was found and what to do."""
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from infra.distributed import World
+from infra.trackers import check_trackers
+
+
+def check_flags(cfg: Config, world: World) -> None:
+    """Raise ValueError naming the flag that cannot be, and why."""
+    counts = ("steps", "batch", "rollout_steps", "eval_every", "text_length", "patience", "save_every", "keep", "lora")
+    for name in (*counts, "rollout_batch", "micro_batch", "check_every"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("lr", "weight_decay", "seed", "clip"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(cfg, name)}")
+    if cfg.lora_alpha is not None and (not cfg.lora or cfg.lora_alpha <= 0):
+        raise ValueError(f"--lora-alpha {cfg.lora_alpha} must be positive, and is for --lora")
+    if cfg.tau is not None and cfg.tau <= 0:
+        raise ValueError(f"--tau must be positive, got {cfg.tau}: the weight of an exact leap is 1 / (2 tau)")
+    if not 0 <= cfg.ema < 1:
+        raise ValueError(f"--ema must be in [0, 1), got {cfg.ema}")
+    if cfg.batch % world.size:
+        raise ValueError(f"--batch {cfg.batch} does not divide into {world.size} ranks: take a multiple of it")
+    if not cfg.reward:
+        raise ValueError("--reward: give one or more")
+    if cfg.lam and len(cfg.lam) != len(cfg.reward):
+        raise ValueError(
+            f"--lam has {len(cfg.lam)} values for {len(cfg.reward)} rewards: give one each, or none at all"
+        )
+    if cfg.stop_early and not cfg.watch:
+        raise ValueError("--stop-early needs a reward to --watch")
+    check_trackers(cfg.log)
+    if cfg.lean and world.size > 1:
+        raise ValueError(f"--lean is for one GPU, and there are {world.size} ranks: they share the weights without it")
+    if cfg.lean and (cfg.lora or not cfg.bf16):
+        raise ValueError("--lean keeps all trained weights in bf16: it needs --bf16, and --lora trains others")
+    if cfg.lean and importlib.util.find_spec("torchao") is None:
+        raise ValueError("--lean needs torchao's optimizer: pip install torchao")
+    if cfg.shard_frozen and cfg.offload_encoders:
+        raise ValueError("--shard-frozen and --offload-encoders: T5 is either cut over the ranks or on the CPU")
+    if (cfg.export or cfg.at is not None) and not cfg.resume:
+        raise ValueError("--export and --at need --resume: they name a checkpoint of the run in --out")
+
+
+def check_groups(cfg: Config, world: World, group: int) -> None:
+    """Raise ValueError if a rank's samples, or those of a rollout, do not divide into groups of one prompt."""
+    share = cfg.batch // world.size
+    if share % group or (cfg.rollout_batch or share) % group:
+        raise ValueError(
+            f"--group {group}: a rank's {share} of --batch and its --rollout-batch must be multiples of it"
+        )
+
+
+def check_folder(cfg: Config, out: Path, now: dict[str, Any], fixed: Sequence[str]) -> None:
+    """Raise ValueError if nothing can be written there, or it holds what these flags do not go on with.
+
+    `now` is what config.json will say, and `fixed` the names in it that a resumed run must find unchanged.
+    """
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--out {out}: nothing can be written in {existing}")
+    if cfg.export and cfg.export.exists():
+        raise ValueError(f"--export {cfg.export} is there already: give a folder that is not")
+    if not cfg.resume:
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"--out {out} is occupied: --resume goes on with it, or choose another folder")
+        return
+    if not (out / "config.json").exists():
+        if cfg.export or cfg.at is not None:
+            raise ValueError(f"--out {out} holds no run")
+        return
+    try:
+        before = json.loads((out / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{out / 'config.json'} is damaged ({error}): write the run's flags into it again") from None
+    for name in fixed:
+        if name in before and now[name] != before[name]:  # a flag may be younger than the run
+            flag = name.replace("_", "-")
+            raise ValueError(f"--resume with --{flag} {now[name]}, but {out} was started with {before[name]}")
