@@ -38,9 +38,8 @@ from infra.files import replacing
 from infra.folders import find, is_lora, load
 from infra.pictures import grid_of, save_png, to_pil
 from infra.prompts import read_entries, shard
-from rewards import Reward, check_rewards, name_of, open_rewards, score_all
+from rewards import Reward, check_rewards, name_of, open_reward, open_rewards, score_all
 from sample import Pipeline, grid, sample, too_long
-from shapes.world import SIZE, parse
 
 HERE = Path(__file__).parent
 THUMB = 256  # pixels, the longest side of the images that are always kept
@@ -224,11 +223,12 @@ def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
     tags = [e.get("tag") for e in entries]
     if cfg.geneval and not all(tags):
         raise ValueError(
-            f"--geneval needs prompts with GenEval's tags, and {cfg.prompts} has some without: see prompts.py"
+            f"--geneval needs prompts with GenEval's tags, and {cfg.prompts} has some without: python -m tools.prompts"
         )
     if "judge" in map(name_of, cfg.rewards):
+        task_of = open_reward("judge").task_of
         try:
-            tags = [parse(e["prompt"]).task for e in entries]
+            tags = [task_of(e["prompt"]) for e in entries]
         except ValueError as error:
             raise ValueError(f"--prompts {cfg.prompts}: {error}; --rewards without judge takes any") from error
     return entries, tags if all(tags) else None
@@ -267,8 +267,7 @@ def run(cfg: Config, world: World) -> None:
         pipe = load(source, world.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
         size = cfg.size or pipe.vae.config.sample_size
         grid(pipe, size, size)
-        if "judge" in map(name_of, cfg.rewards) and size != SIZE:
-            raise ValueError(f"--size {size}: the judge reads {SIZE}x{SIZE} pixels")
+        check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
         if not rewards:
             rewards = open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer, False, size)
             if wrong := gather(claim(cfg, entries, sources) if world.rank == 0 else None)[0]:
