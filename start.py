@@ -20,17 +20,17 @@ from config import PRESETS, Config, Experiment, Method
 from infra.checkpoints import folders
 from infra.checks import check_flags, check_folder, check_groups
 from infra.distributed import World, fill, shard_flux, shard_frozen
-from infra.files import replacing
+from infra.files import recover, replacing
 from infra.folders import Pipeline, describe, is_lora, load
-from infra.logs import truncate
+from infra.jsonl import truncate
 from infra.lora import add_lora, first_values, wrapped_name
 from infra.meter import Flops, network_flops
-from infra.prompts import read_prompts
+from infra.prompts import fingerprint, read_prompts, say
 from infra.user_code import is_user_code, load_function, where
 from leaps import Samples
 from model import Flux
 from rewards import Reward, check_rewards, open_rewards
-from sample import grid, sigmas
+from sample import grid, sigmas, too_long
 
 
 @dataclass
@@ -166,8 +166,12 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     check_flags(cfg, world)
     method, options = method_of(cfg.method), options_of(cfg, preset or Config())
     out = cfg.out or Path("runs") / f"{cfg.method.rpartition(':')[2]}-seed{cfg.seed}"
-    check_folder(cfg, out, recorded(cfg), fixed_names(cfg))
+    check_folder(cfg, out, recorded(cfg), recorded(Config(method=cfg.method)), fixed_names(cfg))
     prompts, eval_prompts = read_prompts(cfg.prompts), read_prompts(cfg.eval_prompts)
+    if cfg.resume and (out / "config.json").exists():
+        before = json.loads((out / "config.json").read_text()).get("prompts_read")
+        if before and before != [fingerprint(prompts), fingerprint(eval_prompts)]:
+            say(f"warning: --prompts or --eval-prompts say something else than when {out} was started")
     levels = check_model(cfg)
     group = options.get("group", keywords(method).get("group", 1))
     check_groups(cfg, world, group)
@@ -176,6 +180,8 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     check_rewards([*cfg.reward, *cfg.watch], eval_prompts, cfg.size)
 
     pipe = load_pipeline(cfg, world)
+    if warning := too_long(pipe, [*prompts, *eval_prompts]):
+        say(warning)
     rewards = open_rewards([*cfg.reward, *cfg.watch], pipe.device, pipe.clip_tokenizer, cfg.recompute, cfg.size)
     if cfg.shard_frozen:
         for model in (pipe.t5, *(r.model for r in rewards if r.model)):
@@ -191,9 +197,8 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
                 )
     if cfg.lam:
         rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam, strict=True)]
-    return Setup(
-        pipe, method, group, rewards, watched, prompts, eval_prompts, levels.to(world.device), flops_of(cfg, pipe), out
-    )
+    levels, flops = levels.to(world.device), flops_of(cfg, pipe)
+    return Setup(pipe, method, group, rewards, watched, prompts, eval_prompts, levels, flops, out)
 
 
 def load_pipeline(cfg: Config, world: World) -> Pipeline:
@@ -245,16 +250,20 @@ def announce(cfg: Config, preset: Config, setup: Setup, world: World) -> str:
 {name} {flags}
 {cfg.method} on {cfg.model}: {trained / 1e6:.1f} M trained parameters
 raises {rewards}; watches {", ".join(r.name for r in setup.watched) or "nothing"}
-{cfg.batch} rollouts of {cfg.rollout_steps} steps an update on {world.size} x {world.device.type}, {together} at a time, \
-{cfg.micro_batch or together} in a backward
+{cfg.batch} rollouts of {cfg.rollout_steps} steps an update on {world.size} x {world.device.type}
+{together} rollouts at a time, {cfg.micro_batch or together} in a backward
 all flags are in {setup.out / "config.json"}"""
 
 
-def open_folder(cfg: Config, out: Path, first: int) -> list[dict[str, Any]]:
+def open_folder(cfg: Config, setup: Setup, first: int) -> list[dict[str, Any]]:
     """Make the run folder, or take from its logs what will be written again; returns the evaluations that stay."""
+    out = setup.out
     (out / "samples").mkdir(parents=True, exist_ok=True)
+    for name in ("best", "final"):
+        recover(out / name)
+    record = recorded(cfg) | dict(prompts_read=[fingerprint(setup.prompts), fingerprint(setup.eval_prompts)])
     with replacing(out / "config.json") as part:
-        part.write_text(json.dumps(recorded(cfg), indent=2) + "\n")
+        part.write_text(json.dumps(record, indent=2) + "\n")
     for later in [f for f in folders(out) if f.name > f"step_{first:06d}"]:  # unreadable, or after --at
         shutil.rmtree(later)
     truncate(out / "metrics.jsonl", first)

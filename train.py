@@ -41,7 +41,8 @@ from infra.distributed import (
     stop_signals,
     swapped,
 )
-from infra.logs import Log, append
+from infra.jsonl import append
+from infra.logs import Log
 from infra.meter import Meter, peak_flops, peak_memory
 from infra.prompts import batch_of, shard
 from infra.saving import write_model
@@ -248,7 +249,7 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         raise ValueError(f"--steps {cfg.steps}, but the run in {out} is at {first}: --at takes an older checkpoint")
     log, evals = None, []
     if not cfg.export:
-        evals = on_first_rank(lambda: open_folder(cfg, out, first))
+        evals = on_first_rank(lambda: open_folder(cfg, setup, first))
         log = Log(cfg, out, first, speaks=world.rank == 0)
         try:
             loop(cfg, setup, world, run, first, log, evals)

@@ -59,10 +59,11 @@ def check_groups(cfg: Config, world: World, group: int) -> None:
         )
 
 
-def check_folder(cfg: Config, out: Path, now: dict[str, Any], fixed: Sequence[str]) -> None:
+def check_folder(cfg: Config, out: Path, now: dict[str, Any], defaults: dict[str, Any], fixed: Sequence[str]) -> None:
     """Raise ValueError if nothing can be written there, or it holds what these flags do not go on with.
 
-    `now` is what config.json will say, and `fixed` the names in it that a resumed run must find unchanged.
+    `now` is what config.json will say, `defaults` what it said before a flag was known, and `fixed` are the names in
+    it that a resumed run must find unchanged.
     """
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -82,6 +83,6 @@ def check_folder(cfg: Config, out: Path, now: dict[str, Any], fixed: Sequence[st
     except ValueError as error:
         raise ValueError(f"{out / 'config.json'} is damaged ({error}): write the run's flags into it again") from None
     for name in fixed:
-        if name in before and now[name] != before[name]:  # a flag may be younger than the run
+        if now[name] != (earlier := before.get(name, defaults[name])):
             flag = name.replace("_", "-")
-            raise ValueError(f"--resume with --{flag} {now[name]}, but {out} was started with {before[name]}")
+            raise ValueError(f"--resume with --{flag} {now[name]}, but {out} was started with {earlier}")

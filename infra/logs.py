@@ -1,42 +1,18 @@
-"""What a run tells and writes down: lines on the screen, JSON lines that survive a kill, pictures, trackers."""
+"""What a run tells and writes down: lines on the screen, metrics and evaluations, pictures, trackers."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
-from infra.files import replacing
+from infra.jsonl import Entry, append
 from infra.pictures import before_after, contact_sheet, curves
 from infra.trackers import open_trackers
-
-Entry = dict[str, Any]
-
-
-def append(path: Path, entry: Entry) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-def read_log(path: Path) -> list[Entry]:
-    """The objects of a JSON-lines file; a last line that a kill cut short is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def truncate(path: Path, step: int) -> list[Entry]:
-    """Take from a log what a resumed run will write again, step `step` and after; returns what is left."""
-    entries = [e for e in read_log(path) if e["step"] < step]
-    if path.exists():
-        with replacing(path) as part:
-            part.write_text("".join(json.dumps(e) + "\n" for e in entries))
-    return entries
 
 
 class Log:

@@ -50,7 +50,8 @@ def network_flops(flux: Flux, image_tokens: int, text_tokens: int) -> Flops:
             flux(img, *others)
         with FlopCounterMode(display=False) as both, torch.enable_grad():
             v = flux(img.requires_grad_(), *others)
-            torch.autograd.grad(v, [img, *(p for p in flux.parameters() if p.requires_grad)], torch.zeros_like(v))
+            v.backward(torch.zeros_like(v))
+    flux.zero_grad()
     return Flops(forward.get_total_flops(), both.get_total_flops())
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from infra.logs import read_log
+from infra.jsonl import read_log
 
 PAD, LINE = 6, 13  # pixels between things, and a line of text
 PAGE, GRID, INK = "#ffffff", "#d8dee4", "#57606a"

@@ -25,7 +25,8 @@ from config import Config
 from infra.checkpoints import folders
 from infra.distributed import join
 from infra.folders import load
-from infra.logs import append, open_trackers, read_log, truncate
+from infra.jsonl import append, read_log, truncate
+from infra.trackers import open_trackers
 from start import check_flags, prepare
 from tests.processes import CONTEXT, spread, start
 

@@ -16,7 +16,7 @@ import sample
 import train
 from infra.distributed import join
 from infra.folders import load
-from infra.logs import read_log
+from infra.jsonl import read_log
 from infra.prompts import read_prompts
 from infra.watch import evaluate, is_hacked
 from rewards import LAMBDA, WEIGHTS, open_reward
