@@ -153,10 +153,12 @@ def name_of(spec: str) -> str:
     return what.rpartition(":")[2] if is_user_code(what) else what.partition("=")[0]
 
 
-def check_rewards(specs: Sequence[str], prompts: Sequence[str] = (), size: int | None = None) -> None:
+def check_rewards(
+    specs: Sequence[str], prompts: Sequence[str] = (), size: int | None = None, source: str = "the prompts"
+) -> None:
     """Raise ValueError if one cannot be, two share a name, by which they are logged, or one has a log's own.
 
-    What is told of the prompts and the size of the images, here only the judge minds.
+    The prompts, which come from `source`, and the size of the images: only the judge minds.
     """
     names = [name_of(spec) for spec in specs]
     for spec, name in zip(specs, names, strict=True):
@@ -168,7 +170,7 @@ def check_rewards(specs: Sequence[str], prompts: Sequence[str] = (), size: int |
     if "judge" in names and size is not None:
         from scorers.judge import check
 
-        check(prompts, size)
+        check(prompts, size, source)
 
 
 def open_rewards(specs: Sequence[str], *options) -> list[Reward]:

@@ -29,7 +29,7 @@ from infra.prompts import fingerprint, read_prompts, say
 from infra.user_code import is_user_code, load_function, where
 from leaps import Samples
 from model import Flux
-from rewards import Reward, check_rewards, open_rewards
+from rewards import Reward, check_rewards, name_of, open_rewards
 from sample import grid, sigmas, too_long
 
 
@@ -177,7 +177,9 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     check_groups(cfg, world, group)
     method = partial(method, **options)
     needs_gradient = try_method(method, levels, group)
-    check_rewards([*cfg.reward, *cfg.watch], eval_prompts, cfg.size)
+    check_rewards([*cfg.reward, *cfg.watch], eval_prompts, cfg.size, f"--eval-prompts {cfg.eval_prompts}")
+    if needs_gradient and "judge" in map(name_of, cfg.reward):
+        raise ValueError(f"--reward judge has no gradient, which {cfg.method} needs: flow_grpo does without")
 
     pipe = load_pipeline(cfg, world)
     if warning := too_long(pipe, [*prompts, *eval_prompts]):

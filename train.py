@@ -151,27 +151,34 @@ def draw_prompts(cfg: Config, setup: Setup, step: int) -> list[str]:
 # ------------------------------------------------------------------------------------------ one update
 
 
+def batch_gradient(
+    cfg: Config, setup: Setup, world: World, step: int, meter: Meter
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Add the gradient of this rank's part of a batch, --rollout-batch samples at a time; its values and prompts."""
+    prompts = draw_prompts(cfg, setup, step)
+    mine = shard(range(cfg.batch), world.rank, world.size)
+    together = cfg.rollout_batch or len(mine)
+    logs = []
+    for first in range(mine.start, mine.stop, together):
+        part = prompts[first : min(first + together, mine.stop)]
+        logs.append(gradient(cfg, setup, part, step, first, len(mine), meter))
+    return {name: torch.cat([log[name] for log in logs]) for name in logs[0]}, prompts[mine.start : mine.stop]
+
+
 def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict[str, Any]:
     """One update of weights and averages; returns what to log.
 
     Raises Stop, with the weights as before, if a number is not finite.
     """
     began, meter = time.perf_counter(), Meter(world.device)
-    prompts = draw_prompts(cfg, setup, step)
-    mine = shard(range(cfg.batch), world.rank, world.size)  # the samples of this rank
-    together = cfg.rollout_batch or len(mine)
-    logs = []
-    for first in range(mine.start, mine.stop, together):
-        part = prompts[first : min(first + together, mine.stop)]
-        logs.append(gradient(cfg, setup, part, step, first, len(mine), meter))
+    own, prompts = batch_gradient(cfg, setup, world, step, meter)
 
     # FSDP averages gradients over the ranks: a rank's own mean over its samples is all there is to do.
     norm = nn.utils.clip_grad_norm_(run.params, cfg.clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     # Every rank sees every value, so that all come to the same decisions below.
-    own = {name: torch.cat([log[name] for log in logs]) for name in logs[0]}
-    ranks = gather((own, meter.counts, prompts[mine.start : mine.stop]))
+    ranks = gather((own, meter.counts, prompts))
     means = {name: torch.cat([values[name] for values, *_ in ranks]).mean().item() for name in own}
     if not np.isfinite([norm, *means.values()]).all():
         run.optimizer.zero_grad()
@@ -242,11 +249,14 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
     """From the first update to final/. Raises Stop where it must end early, with everything saved that can be."""
     out, began = setup.out, time.time()
     run = Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
-    first = load_newest(out, run, cfg.at) if cfg.resume else 0
+    try:
+        first = load_newest(out, run, cfg.at) if cfg.resume else 0
+    except ValueError as error:
+        raise Stop(2, f"error: {error}") from None
     if cfg.export and not folders(out):
-        raise ValueError(f"--export: there is no checkpoint in {out} yet")
+        raise Stop(2, f"error: --export: there is no checkpoint in {out} yet")
     if first > cfg.steps and not cfg.export:
-        raise ValueError(f"--steps {cfg.steps}, but the run in {out} is at {first}: --at takes an older checkpoint")
+        raise Stop(2, f"error: --steps {cfg.steps}, but the run in {out} is at {first}: --at takes an older checkpoint")
     log, evals = None, []
     if not cfg.export:
         evals = on_first_rank(lambda: open_folder(cfg, setup, first))
@@ -333,21 +343,22 @@ def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log
 def main() -> None:
     rank = int(os.environ.get("RANK", 0))
     cfg, preset = parse(sys.argv[1:], console_outputs=rank == 0)
-    try:
-        with ExitStack() as stack:
+    with ExitStack() as stack:
+        try:
             # While one rank writes a large model, all others wait.
             world = stack.enter_context(join(cfg.device, cfg.shard, timedelta(hours=1)))
             setup = prepare(cfg, world, preset)
-            if rank == 0 and not cfg.export:
-                print(announce(cfg, preset, setup, world))
+        except ValueError as error:  # a flag or a file, perhaps of one node only
+            print(f"\nerror: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        if rank == 0 and not cfg.export:
+            print(announce(cfg, preset, setup, world))
+        try:
             train(cfg, setup, world)
-    except ValueError as error:  # a flag or a file, perhaps of one node only
-        print(f"\nerror: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Stop as stop:
-        if rank == 0:
-            print(f"\n{stop.message}", file=sys.stderr)
-        raise SystemExit(stop.code) from None
+        except Stop as stop:
+            if rank == 0:
+                print(f"\n{stop.message}", file=sys.stderr)
+            raise SystemExit(stop.code) from None
 
 
 if __name__ == "__main__":

@@ -15,18 +15,17 @@ def judge() -> Scorer:
     """1 where an image shows what its prompt asks for, else 0; with the task of a prompt."""
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        check(prompts, images.shape[-1])
         return world.judge(images, [world.parse(p) for p in prompts]).float().to(images.device)
 
     return Scorer(score, task_of=lambda prompt: world.parse(prompt).task)
 
 
-def check(prompts: Sequence[str], size: int) -> None:
+def check(prompts: Sequence[str], size: int, source: str) -> None:
     """Raise ValueError for a prompt outside of the world, or images of another size than its own."""
     for prompt in prompts:
         try:
             world.parse(prompt)
         except ValueError as error:
-            raise ValueError(f"{error}; without judge any prompt will do") from None
+            raise ValueError(f"{source}: {error}; --watch without judge takes any") from None
     if size != world.SIZE:
-        raise ValueError(f"--size {size}: the judge reads {world.SIZE}x{world.SIZE} pixels")
+        raise ValueError(f"--size {size}: the judge reads {world.SIZE}x{world.SIZE} pixels; without it any size will do")

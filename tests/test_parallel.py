@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from config import Config
-from infra.distributed import disagreement, join, kept_gathered, swapped, whole_tensors
+from infra.distributed import Stop, World, check_agreement, join, keep_gathered, swapped, whole_tensors
 from infra.folders import load
+from infra.meter import Meter
 from leaps import rollout
 from sample import encode, grid, sample, velocity_of
 from start import prepare
@@ -41,7 +42,7 @@ def full(p: Tensor) -> Tensor:
 def gradient_of(cfg: Config) -> Tensor:
     with join("cpu", cfg.shard) as world:
         setup = prepare(cfg, world)
-        train.gradient(cfg, setup, world, train.draw(cfg, setup, step=0))
+        train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
         return torch.cat([full(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
 
 
@@ -50,8 +51,7 @@ def plain_gradient(cfg: Config) -> Tensor:
     pipe = load(cfg.model)
     with join("cpu") as world:
         setup = prepare(cfg, world)
-        batch = train.draw(cfg, setup, step=0)
-        train.update_gradient(pipe, setup.rewards, batch.prompts, batch.noise, setup.levels, batch.picks, cfg)
+        train.batch_gradient(cfg, replace(setup, pipe=pipe), world, 0, Meter(world.device))
     return torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
 
 
@@ -109,13 +109,12 @@ def gradients_in_double(cfg: Config, changes: list[dict]) -> list[Tensor]:
         now = replace(cfg, **change)
         with join("cpu") as world:
             setup = prepare(now, world)
-            batch = train.draw(now, setup, step=0)
         pipe = load(now.model)
         pipe.compute, pipe.flux.recompute = torch.float64, now.recompute
         for model in (pipe.flux, pipe.vae, pipe.clip, pipe.t5, setup.rewards[0].model):
             model.double()
-        noise, levels = batch.noise.double(), setup.levels.double()
-        train.update_gradient(pipe, setup.rewards, batch.prompts, noise, levels, batch.picks, now)
+        setup = replace(setup, pipe=pipe, levels=setup.levels.double())
+        train.batch_gradient(now, setup, world, 0, Meter(world.device))
         gradients.append(torch.cat([p.grad.flatten() for p in pipe.flux.parameters()]))
     return gradients
 
@@ -166,11 +165,12 @@ def gathers(cfg: Config) -> list[int]:
     with join("cpu") as world:
         setup = prepare(cfg, world)
         pipe = setup.pipe
-        batch = train.draw(cfg, setup, 0)
-        velocity = velocity_of(pipe.flux, encode(pipe, batch.prompts), *grid(pipe, 64, 64), None, pipe.compute)
+        text = encode(pipe, ["a photo of a circle"] * 8)
+        velocity, noise = velocity_of(pipe.flux, text, *grid(pipe, 64, 64), None, pipe.compute), torch.randn(8, 16, 32)
         for keep in (False, True, False):
-            with Gathers() as seen, kept_gathered(pipe.flux, keep):
-                rollout(velocity, batch.noise, setup.levels)
+            keep_gathered(pipe.flux, keep)
+            with Gathers() as seen:
+                rollout(velocity, noise, setup.levels)
             counts.append(seen.count)
     return counts
 
@@ -192,10 +192,10 @@ def precisions(cfg: Config) -> dict[str, set]:
             lambda m, x, y: seen["inside"].add((x[0].dtype, m.weight.dtype))
         )
         flux.register_forward_pre_hook(lambda m, x: seen["times"].add((x[1].dtype, x[4].dtype)))
-        measured = train.gradient(cfg, setup, world, train.draw(cfg, setup, 0))
+        measured, _ = train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
         seen["gradients"] = {p.grad.dtype for p in flux.parameters()}
         seen["weights"] = {p.dtype for p in flux.parameters()}
-        seen["finite"] = {measured[0]["loss"] == measured[0]["loss"]}
+        seen["finite"] = {measured["loss"].isfinite().all().item()}
         return seen
 
 
@@ -207,6 +207,14 @@ def test_bf16_is_inside_the_network_only(base):
 
 
 # ------------------------------------------------------------------------------------------- agreement
+
+
+def disagreement(world: World, everywhere: dict, params: list[Tensor]) -> str | None:
+    try:
+        return check_agreement(world, everywhere, params)
+    except Stop as stop:
+        assert stop.code == 1
+        return stop.message
 
 
 def disagreements(cfg: Config) -> list[str | None]:
@@ -252,7 +260,7 @@ def test_no_rank_holds_the_network_whole_and_together_they_hold_it_exactly(base)
 def cut_after_use(cfg: Config) -> bool:
     with join("cpu") as world:
         setup = prepare(replace(cfg, shard_frozen=True), world)
-        train.gradient(cfg, setup, world, train.draw(cfg, setup, 0))
+        train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
         layers = [setup.pipe.t5.encoder.block, setup.rewards[0].model.vision_model.encoder.layers]
         return all(isinstance(p, DTensor) for blocks in layers for p in blocks.parameters())
 

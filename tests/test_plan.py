@@ -6,21 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from config import Config
 from infra.distributed import join
+from infra.meter import Meter, network_flops
 from model import FLUX_DEV, Flux
 from shapes.models import TINY
 from start import prepare
 from tests.processes import spread
 from tools import plan
-from tools.plan import Plan, decode_bytes, flux_inputs, forward_flops, kept_bytes, leap_bytes, planned_flux, traffic
+from tools.plan import Plan, decode_bytes, kept_bytes, leap_bytes, planned_flux, traffic
 
-ROOT = Path(plan.__file__).parent
 CONFIG = replace(
     FLUX_DEV, hidden_size=128, num_heads=4, axes_dim=(8, 12, 12), depth=2, depth_single_blocks=3, context_in_dim=96
 )
@@ -28,19 +26,29 @@ CONFIG = replace(
 
 @pytest.mark.parametrize("size, published", [(512, 21.5), (720, 37.0)])
 def test_an_evaluation_of_flux_dev_costs_what_is_known(size, published):
-    assert forward_flops(FLUX_DEV, (size // 16) ** 2, 512) / 1e12 == pytest.approx(published, rel=0.01)
+    with torch.device("meta"):
+        flux = Flux(FLUX_DEV)
+    assert network_flops(flux, (size // 16) ** 2, 512).forward / 1e12 == pytest.approx(published, rel=0.01)
 
 
-def test_floating_point_operations_are_those_that_torch_counts():
+def test_floating_point_operations_are_those_of_the_closed_form():
+    """Multiplications of every linear layer and of attention, twice for the additions; a backward costs two forwards."""
+    c, m, image, text = CONFIG.hidden_size, CONFIG.mlp_dim, 64, 20
+    tokens, blocks = image + text, CONFIG.depth + CONFIG.depth_single_blocks
+    linear = blocks * (4 * c * c + 2 * c * m) * tokens
+    attention = blocks * 2 * tokens**2 * c
+    modulations = (12 * CONFIG.depth + 3 * CONFIG.depth_single_blocks + 2) * c * c
+    outside = 2 * CONFIG.in_channels * c * image + CONFIG.context_in_dim * c * text
+    embedders = (256 * c + c * c) * 2 + CONFIG.vec_in_dim * c + c * c  # of time, guidance and the prompt
+    once = 2 * (linear + attention + modulations + outside + embedders)
     flux = Flux(CONFIG)
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.no_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # no other is counted
-        flux(*flux_inputs(CONFIG, 1, 64, 20, torch.float32))
-    embedders = 2 * (256 * 128 + 128 * 128) * 2 + 2 * (768 * 128 + 128 * 128)  # of time, guidance and the prompt
-    assert forward_flops(CONFIG, 64, 20) == pytest.approx(counter.get_total_flops() - embedders, rel=1e-3)
+    cost = network_flops(flux, image, text)
+    assert cost.forward == pytest.approx(once, rel=1e-6)
+    assert cost.both == pytest.approx(3 * once, rel=0.01)  # but for gradients in inputs that have none
+    flux.recompute = True
+    assert network_flops(flux, image, text).both == pytest.approx(4 * once, rel=0.02)
+    with torch.device("meta"):
+        assert network_flops(Flux(CONFIG), image, text) == cost
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -88,7 +96,7 @@ def sent(cfg: Config) -> tuple[int, int, int]:
         run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
         train.update(cfg, setup, world, run, 0)
         with Sent() as seen:
-            train.gradient(cfg, setup, world, train.draw(cfg, setup, 1))
+            train.batch_gradient(cfg, setup, world, 1, Meter(world.device))
         held = sum(t.to_local().nbytes for p in run.params for t in (p, p.grad))
         held += sum(t.to_local().nbytes for t in run.averaged)
         moments = (v for s in run.optimizer.state.values() for k, v in s.items() if k != "step")
@@ -100,7 +108,7 @@ def test_bytes_held_and_sent_by_two_ranks_are_those_counted(keep):
     cfg = Config(out=Path("/nonexistent"), batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, keep_gathered=keep)
     flux = planned_flux(TINY, None, torch.float32)
     told = Plan(size=64, text_length=12, batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, keep_gathered=keep)
-    counted = traffic(told, 2, flux, torch.float32)
+    counted = traffic(told, 2, flux, torch.float32, network_flops(flux, 16, 12))
     held = 5 * plan.size_of(flux.parameters(), torch.float32) / 2  # weight, gradient, average, two moments
     for gathered, reduced, real in spread(2, sent, cfg):
         assert (gathered, reduced) == (counted["gathered"], counted["reduced"])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from infra.lora import add_lora
+from infra.meter import Flops, flux_inputs, network_flops
 from model import FLUX_DEV, Flux, FluxConfig
 
 ENCODERS = 4_762_310_656 + 123_060_480  # parameters of T5-XXL's encoder and CLIP-L's text model, in bf16
@@ -70,23 +71,6 @@ class Plan:
 # ------------------------------------------------------------------------------------------ counting
 
 
-def forward_flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> float:
-    """Floating-point operations of one evaluation of the transformer, for one image."""
-    c, m, tokens = config.hidden_size, config.mlp_dim, image_tokens + text_tokens
-    linear = 4 * c * c + 2 * c * m  # weights a token meets in a block: q, k, v, out, and the MLP's two
-    outside = config.in_channels * c * image_tokens + config.context_in_dim * c * text_tokens
-    outside += config.out_channels * c * image_tokens
-    attention = 2 * tokens * tokens * c  # queries with keys, weights with values
-    blocks = config.depth + config.depth_single_blocks
-    once = (12 * config.depth + 3 * config.depth_single_blocks + 2) * c * c  # modulations, of one vector
-    return 2.0 * (blocks * (linear * tokens + attention) + outside + once)
-
-
-def passes_of(rollout_steps: int, leaps: int, recompute: bool) -> int:
-    """Evaluations of the transformer that a sample costs; a backward costs two forwards, and a third to recompute."""
-    return rollout_steps + leaps * (3 + recompute)
-
-
 def kept_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps for the backward of `run`, parameters apart: each piece of memory once."""
     own = {p.untyped_storage()._cdata for p in parameters}
@@ -99,16 +83,6 @@ def kept_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         result = run()
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own) + 0 * result.numel()
-
-
-def flux_inputs(config: FluxConfig, b: int, image_tokens: int, text_tokens: int, dtype: torch.dtype) -> tuple:
-    """Inputs of a Flux that ask for a gradient as a leap does."""
-    img = torch.zeros(b, image_tokens, config.in_channels, dtype=dtype, requires_grad=True)
-    txt = torch.zeros(b, text_tokens, config.context_in_dim, dtype=dtype)
-    vec = torch.zeros(b, config.vec_in_dim, dtype=dtype)
-    ids = [torch.zeros(n, 3, dtype=torch.long) for n in (image_tokens, text_tokens)]
-    t = torch.zeros(b)
-    return img, ids[0], txt, ids[1], t, vec, t if config.guidance_embed else None
 
 
 def planned_flux(config: FluxConfig, lora: int | None, dtype: torch.dtype) -> Flux:
@@ -126,7 +100,8 @@ def planned_flux(config: FluxConfig, lora: int | None, dtype: torch.dtype) -> Fl
 
 def leap_bytes(flux: Flux, b: int, image_tokens: int, text_tokens: int, dtype: torch.dtype, recompute: bool) -> int:
     """What a leap keeps: all activations, or the inputs of blocks and, in turn, the inside of the largest one."""
-    inputs = flux_inputs(flux.config, b, image_tokens, text_tokens, dtype)
+    inputs = flux_inputs(flux.config, b, image_tokens, text_tokens, dtype, "cpu")
+    inputs[0].requires_grad_()  # as a leap's
     flux.recompute = recompute
     kept = kept_bytes(lambda: flux(*inputs), flux.parameters())
     flux.recompute = False
@@ -230,7 +205,7 @@ def host_memory(plan: Plan, gpus: int, flux: Flux) -> float:
     return disk(plan, flux) / group + trained * (swapped + averages) + ENCODERS * 2 * plan.offload_encoders
 
 
-def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, float]:
+def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype, cost: Flops) -> dict[str, float]:
     """What a GPU does in a step: gathers and bytes received in them, bytes reduced, and floating-point operations."""
     group, share = plan.shard or gpus, plan.batch // gpus
     rollouts, micros = -(-share // plan.rollout_batch), -(-share // plan.micro_batch)
@@ -242,13 +217,11 @@ def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, 
     missing = (group - 1) / group
     copies = gpus // group
     between = 2 * (copies - 1) / copies * gradient / group  # a ring all-reduce among copies
-    tokens = (plan.size // 16) ** 2
-    passes = passes_of(plan.rollout_steps, plan.leaps, plan.recompute)
     return {
         "gathers": gathers,
         "gathered": gathers * whole * missing,
         "reduced": reduces * (gradient * missing + between),
-        "flops": share * passes * forward_flops(flux.config, tokens, plan.text_length),
+        "flops": share * (plan.rollout_steps * cost.forward + plan.leaps * cost.both),
     }
 
 
@@ -267,8 +240,11 @@ def main() -> None:
         print(
             f"FLUX.1-dev, {sum(p.numel() for p in flux.parameters()) / 1e9:.2f} B parameters, {plan.size}x{plan.size}"
         )
+        flux.recompute = plan.recompute
+        cost = network_flops(flux, (plan.size // 16) ** 2, plan.text_length)
+        flux.recompute = False
         for gpus in plan.gpus:
-            parts, sent = memory(plan, gpus, flux, dtype), traffic(plan, gpus, flux, dtype)
+            parts, sent = memory(plan, gpus, flux, dtype), traffic(plan, gpus, flux, dtype, cost)
             for key, value in {**parts, "peak": peak(parts)}.items():
                 rows.setdefault(f"{key}, GB", []).append(value / 1e9)
             rows.setdefault("in the host's memory, GB", []).append(host_memory(plan, gpus, flux) / 1e9)
