@@ -172,12 +172,12 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
         before = json.loads((out / "config.json").read_text()).get("prompts_read")
         if before and before != [fingerprint(prompts), fingerprint(eval_prompts)]:
             say(f"warning: --prompts or --eval-prompts say something else than when {out} was started")
+    check_rewards([*cfg.reward, *cfg.watch], eval_prompts, cfg.size, f"--eval-prompts {cfg.eval_prompts}")
     levels = check_model(cfg)
     group = options.get("group", keywords(method).get("group", 1))
     check_groups(cfg, world, group)
     method = partial(method, **options)
     needs_gradient = try_method(method, levels, group)
-    check_rewards([*cfg.reward, *cfg.watch], eval_prompts, cfg.size, f"--eval-prompts {cfg.eval_prompts}")
     if needs_gradient and "judge" in map(name_of, cfg.reward):
         raise ValueError(f"--reward judge has no gradient, which {cfg.method} needs: flow_grpo does without")
 

@@ -76,7 +76,7 @@ def gradient(
         return velocity_of(pipe.flux, Text(*(t[part] for t in text)), *tokens, cfg.guidance, pipe.compute)
 
     def noise(i: int) -> Tensor:
-        return draw_noise(cfg, setup, step, i)[0][first : first + b].to(pipe.device)
+        return draw_noise(cfg, setup, step, i)[0][first : first + b].to(setup.levels)
 
     @torch.no_grad()
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:

@@ -28,4 +28,4 @@ def check(prompts: Sequence[str], size: int, source: str) -> None:
         except ValueError as error:
             raise ValueError(f"{source}: {error}; --watch without judge takes any") from None
     if size != world.SIZE:
-        raise ValueError(f"--size {size}: the judge reads {world.SIZE}x{world.SIZE} pixels; without it any size will do")
+        raise ValueError(f"--size {size}: the judge reads {world.SIZE}x{world.SIZE} pixels, no others")

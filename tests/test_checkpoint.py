@@ -23,11 +23,12 @@ from torch import Tensor
 import train
 from config import Config
 from infra.checkpoints import folders
+from infra.checks import check_flags
 from infra.distributed import join
 from infra.folders import load
 from infra.jsonl import append, read_log, truncate
 from infra.trackers import open_trackers
-from start import check_flags, prepare
+from start import prepare
 from tests.processes import CONTEXT, spread, start
 
 ROOT = Path(train.__file__).parent
@@ -49,7 +50,7 @@ def run(cfg: Config) -> str:
         with join("cpu", cfg.shard) as world:
             train.train(cfg, prepare(cfg, world), world)
     except (train.Stop, ValueError) as error:
-        return f"{getattr(error, 'code', 2)} {error}"
+        return f"{getattr(error, 'code', 2)} {getattr(error, 'message', error)}"
     return ""
 
 
@@ -339,32 +340,26 @@ def test_a_save_that_fails_at_the_very_end_is_told_and_training_goes_on_on_all_r
 
 def poisoned(cfg: Config, at: int, rank: int) -> str:
     """The reward of one rank is NaN at one step."""
-    real = train.update_gradient
+    real = train.gradient
 
-    def update_gradient(*args):
-        measured = real(*args)
-        now = poisoned.step == at and int(os.environ["RANK"]) == rank
-        return measured | {"loss": float("nan")} if now else measured
+    def gradient(c, setup, prompts, step, *others):
+        values = real(c, setup, prompts, step, *others)
+        now = step == at and int(os.environ["RANK"]) == rank
+        return values | {"loss": values["loss"] * float("nan")} if now else values
 
-    draw = train.draw
-
-    def noted(c, s, step):
-        poisoned.step = step
-        return draw(c, s, step)
-
-    train.update_gradient, train.draw = update_gradient, noted
+    train.gradient = gradient
     return run(cfg)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, undisturbed, tmp_path):
     cfg = replace(base, out=tmp_path / "run")
     for message in spread(2, poisoned, cfg, 5, 1):
-        assert message.startswith("3 step 5: a number is not finite on rank 1; leaps start at steps (0, 1)")
+        assert message.startswith("3 step 5: a number is not finite on rank 1; prompts such as")
     (entry,) = read_log(cfg.out / "nonfinite.jsonl")
     with join("cpu") as world:
-        batch = train.draw(cfg, prepare(replace(cfg, resume=True), world), 5)
-    assert entry["step"] == 5 and entry["seed"] == 0 and tuple(entry["picks"]) == batch.picks
-    assert entry["ranks"][0]["prompts"] + entry["ranks"][1]["prompts"] == batch.prompts
+        prompts = train.draw_prompts(cfg, prepare(replace(cfg, resume=True), world), 5)
+    assert entry["step"] == 5 and entry["seed"] == 0 and {rank["k"][0] for rank in entry["ranks"]} == {1.0}
+    assert entry["ranks"][0]["prompts"] + entry["ranks"][1]["prompts"] == prompts
     assert folders(cfg.out)[-1].name == "step_000005"  # the weights before the step, to replay it
     assert whole(1, replace(cfg, resume=True)) == ""
     assert [e["step"] for e in read_log(cfg.out / "metrics.jsonl")] == list(range(8))

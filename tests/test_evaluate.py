@@ -19,9 +19,9 @@ from scipy import stats
 
 import evaluate
 from infra.folders import load
-from infra.prompts import generate
 from rewards import open_reward, score_all
 from sample import sample
+from tools.prompts import generate
 
 ROOT = Path(evaluate.__file__).parent
 TINY = ROOT / "shapes" / "tiny-flux"
@@ -39,7 +39,7 @@ def few(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> Path:
     """A second model: the shipped one, disturbed."""
-    from infra.folders import save
+    from infra.saving import save
 
     pipe = load(TINY)
     torch.manual_seed(0)

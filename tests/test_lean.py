@@ -9,8 +9,10 @@ from torch import nn
 
 import train
 from config import Config
+from infra.checks import check_flags
 from infra.distributed import join
-from start import check_flags, prepare
+from infra.meter import Meter
+from start import prepare
 from tests.processes import spread
 from tests.test_checkpoint import folders, same_run, slow_save, whole
 
@@ -71,7 +73,7 @@ def moved(cfg: Config) -> tuple[torch.Tensor, dict[str, float]]:
         for step in range(cfg.steps):
             train.update(cfg, setup, world, run, step)
         changes = [whole_of(a) - whole_of(b) for a, b in zip(run.averaged, before)]
-        train.gradient(cfg, setup, world, train.draw(cfg, setup, 0))
+        train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
         states = [v for s in run.optimizer.state.values() for k, v in s.items() if k != "step"]
         packed = [t for v in states for t in ([v.codes, v.scale] if hasattr(v, "codes") else [v])]
         held = dict(weights=run.params, gradients=[p.grad for p in run.params], optimizer=packed)

@@ -32,7 +32,7 @@ def test_an_evaluation_of_flux_dev_costs_what_is_known(size, published):
 
 
 def test_floating_point_operations_are_those_of_the_closed_form():
-    """Multiplications of every linear layer and of attention, twice for the additions; a backward costs two forwards."""
+    """Multiplications of linear layers and attention, twice for the additions; a backward costs two forwards."""
     c, m, image, text = CONFIG.hidden_size, CONFIG.mlp_dim, 64, 20
     tokens, blocks = image + text, CONFIG.depth + CONFIG.depth_single_blocks
     linear = blocks * (4 * c * c + 2 * c * m) * tokens

@@ -14,25 +14,27 @@ from PIL import Image
 
 import sample
 import train
+from config import PRESETS, Config
 from infra.distributed import join
 from infra.folders import load
 from infra.jsonl import read_log
-from infra.prompts import read_prompts
-from infra.watch import evaluate, is_hacked
-from rewards import LAMBDA, WEIGHTS, open_reward
-from sample import draw_noise, sigmas
+from infra.meter import Meter
+from infra.watch import is_hacked, which_folder
+from leaps import leapalign
+from rewards import LAMBDA, WEIGHTS
 from shapes.models import make_tokenizers
 from shapes.world import TASKS
+from start import Setup, keywords, prepare
 from tests.tiny_rewards import write_hpsv2, write_hpsv3
 
 ROOT = Path(train.__file__).parent
 SHORT = ["--steps", "8", "--batch", "24", "--eval-every", "4", "--lr", "2e-4", "--no-decay", "--ema", "0.5"]
 
 
-def trained(cfg: train.Config) -> train.Setup:
+def trained(cfg: Config) -> Setup:
     """Train in this process, and return what was trained."""
     with join("cpu") as world:
-        setup = train.prepare(cfg, world)
+        setup = prepare(cfg, world)
         train.train(cfg, setup, world)
     return setup
 
@@ -90,15 +92,15 @@ def test_a_short_run_writes_all_its_files(short_run):
         (dict(out=Path(__file__) / "run"), "nothing can be written in"),
         (dict(size=63, watch=()), "image size 63x63"),
         (dict(low=0.99), "cannot pick 2 leaps from 1 steps"),
-        (dict(method="refl", leaps=3), "--leaps is a choice of leapalign"),
-        (dict(method="full", weight="none"), "--weight is a choice of leapalign"),
+        (dict(method="refl", leaps=3), "--leaps means nothing with --method refl"),
+        (dict(method="full", weight="none"), "--weight means nothing with --method full"),
         (dict(model="no/such/folder"), "no model folder"),
     ],
 )
 def test_what_cannot_be_is_told_before_any_weights_are_read(flags, words, monkeypatch):
     monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=words), join("cpu") as world:
-        train.prepare(train.Config(**{"out": Path("/nonexistent")} | flags), world)
+        prepare(Config(**{"out": Path("/nonexistent")} | flags), world)
 
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -166,13 +168,12 @@ def test_sample_draws_from_the_final_folder(short_run, tmp_path):
     assert str(out) in done.stdout and Image.open(out).size[0] > 3 * 128
 
 
-def gradient_of_a_step(cfg: train.Config) -> torch.Tensor:
-    pipe = load(cfg.model)
-    levels = sigmas(pipe.schedule, cfg.rollout_steps, 16)
-    picks = train.pick(cfg, levels, train.generator_of(cfg.seed, 2))  # two long leaps, steps 0 and 2 of 5
-    noise = draw_noise(pipe, range(4), 4, 4)
-    train.update_gradient(pipe, [open_reward("tiny")], ["a photo of a red circle"] * 4, noise, levels, picks, cfg)
-    return torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
+def gradient_of_a_step(cfg: Config) -> torch.Tensor:
+    cfg = replace(cfg, out=Path("/nonexistent"), batch=4)
+    with join("cpu") as world:
+        setup = prepare(cfg, world)
+        train.batch_gradient(cfg, setup, world, 4, Meter(world.device))  # two long leaps, from steps 0 and 2 of 5
+    return torch.cat([p.grad.flatten() for p in setup.pipe.flux.parameters()])
 
 
 def test_randomness_is_a_function_of_seed_and_step():
@@ -184,23 +185,16 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 
 def test_the_same_step_has_the_same_gradient():
-    torch.testing.assert_close(gradient_of_a_step(train.Config()), gradient_of_a_step(train.Config()), rtol=0, atol=0)
+    torch.testing.assert_close(gradient_of_a_step(Config()), gradient_of_a_step(Config()), rtol=0, atol=0)
 
 
 def test_one_gradient_differs_by_method_and_by_ablation():
     settings = [dict(), dict(method="refl"), dict(method="full"), dict(alpha=0.0), dict(weight="none"),
                 dict(reward_input="xhat_0"), dict(leaps=1), dict(nested_only=True)]  # fmt: skip
-    gradients = [gradient_of_a_step(replace(train.Config(), **s)) for s in settings]
+    gradients = [gradient_of_a_step(replace(Config(), **s)) for s in settings]
     for i, a in enumerate(gradients):
         assert a.norm() > 0
         assert all((a - b).norm() > 1e-4 * a.norm() for b in gradients[i + 1 :])
-
-
-def test_refl_stops_at_one_of_the_last_steps():
-    levels = sigmas(load(ROOT / "shapes" / "tiny-flux").schedule, 25, 16)
-    cfg = train.Config(method="refl")
-    picks = [train.pick(cfg, levels, train.generator_of(0, i)) for i in range(200)]
-    assert {len(p) for p in picks} == {1} and {p[0] for p in picks} == set(range(14, 25))
 
 
 # ------------------------------------------------------------------------------------------- rewards
@@ -224,7 +218,7 @@ QUICK = dict(steps=6, batch=8, rollout_steps=3, eval_every=6, lr=4e-4, decay=Fal
 
 @pytest.mark.parametrize("name", FILES)
 def test_each_reward_of_the_paper_is_raised_end_to_end(name, weights, few_prompts, tmp_path):
-    cfg = train.Config(out=tmp_path / "run", reward=(f"{name}={weights / FILES[name]}",), lam=(None,),
+    cfg = Config(out=tmp_path / "run", reward=(f"{name}={weights / FILES[name]}",), lam=(None,),
                        eval_prompts=few_prompts, **QUICK)  # fmt: skip
     trained(cfg)
     first, last = read_log(tmp_path / "run" / "eval.jsonl")
@@ -234,28 +228,22 @@ def test_each_reward_of_the_paper_is_raised_end_to_end(name, weights, few_prompt
 
 def test_several_rewards_are_weighed_and_logged_separately(weights, few_prompts, tmp_path):
     specs = tuple(f"{name}={weights / file}:{weight}" for (name, file), weight in zip(FILES.items(), (0.5, 2, 0.25)))
-    cfg = train.Config(out=tmp_path / "run", reward=specs, eval_prompts=few_prompts, **QUICK | dict(steps=2))
+    cfg = Config(out=tmp_path / "run", reward=specs, eval_prompts=few_prompts, **QUICK | dict(steps=2))
     assert [r.lam for r in trained(cfg).rewards] == [0.55, 0.4, 13.5]  # the paper's
     for entry in [*read_log(cfg.out / "metrics.jsonl"), *read_log(cfg.out / "eval.jsonl")]:
         assert entry["reward"] == pytest.approx(0.5 * entry["hpsv2"] + 2 * entry["pickscore"] + 0.25 * entry["hpsv3"])
 
 
 def test_the_gradient_of_several_rewards_is_the_weighted_sum_of_theirs():
-    def gradient(*rewards) -> torch.Tensor:
-        pipe = load(ROOT / "shapes" / "tiny-flux")
-        levels = sigmas(pipe.schedule, 3, 16)
-        noise = draw_noise(pipe, range(4), 4, 4)
-        train.update_gradient(pipe, list(rewards), ["a photo of a circle"] * 4, noise, levels, (0, 2), train.Config())
-        return torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
-
-    tiny, vivid = open_reward("tiny"), open_reward("shapes/vivid.py:vivid")
-    expected = 0.5 * gradient(tiny) + 2 * gradient(vivid)
-    together = gradient(replace(tiny, weight=0.5), replace(vivid, weight=2.0))
+    tiny, vivid = "tiny", f"{ROOT / 'shapes' / 'vivid.py'}:vivid"
+    alone = [gradient_of_a_step(Config(reward=(spec,), lam=(None,))) for spec in (tiny, vivid)]
+    expected = 0.5 * alone[0] + 2 * alone[1]
+    together = gradient_of_a_step(Config(reward=(f"{tiny}:0.5", f"{vivid}:2"), lam=(None, None)))
     torch.testing.assert_close(together, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_a_watched_reward_catches_a_hackable_one(tmp_path, few_prompts, capfd):
-    cfg = train.Config(out=tmp_path / "run", reward=("shapes/vivid.py:vivid",), watch=("judge", "tiny"), steps=60,
+    cfg = Config(out=tmp_path / "run", reward=("shapes/vivid.py:vivid",), watch=("judge", "tiny"), steps=60,
                        batch=16, eval_every=5, eval_prompts=few_prompts, lr=2e-4, decay=False, ema=0.5, patience=2,
                        stop_early=True)  # fmt: skip
     trained(cfg)
@@ -264,8 +252,10 @@ def test_a_watched_reward_catches_a_hackable_one(tmp_path, few_prompts, capfd):
     assert len(evals) < 13 and evals[-1]["vivid"] > evals[0]["vivid"]  # it stopped before 60
     best = max(evals, key=lambda e: e["judge"])
     assert best["judge"] > evals[-1]["judge"] and best["step"] < evals[-1]["step"]
+    assert "use best/, not final/" in said.out + said.err
+    again = replace(cfg, model=str(cfg.out / "best"), out=tmp_path / "again")
     with join("cpu") as world:
-        after = evaluate(load(cfg.out / "best"), [open_reward("tiny")], [], read_prompts(few_prompts), cfg, world)[0]
+        after, _ = train.evaluate(again, prepare(again, world), world)
     assert after["tiny"] == pytest.approx(best["tiny"], abs=1e-4)
 
 
@@ -293,13 +283,28 @@ def test_hacking_is_a_watched_reward_clearly_below_its_best_while_the_trained_on
     assert is_hacked(evals, "judge", patience=3) == hacked
 
 
+def test_the_last_lines_name_the_folder_to_use_and_why():
+    def entry(step: int, judge: float) -> dict:
+        return {"step": step, "judge": judge, "by_prompt": {"judge": [judge, judge + 0.1]}}
+
+    assert which_folder([entry(0, 0.4), entry(5, 0.6)], "judge").startswith("use final/: judge is 0.600")
+    fallen = which_folder([entry(0, 0.4), entry(5, 0.6), entry(9, 0.2)], "judge")
+    assert fallen == "use best/, not final/: judge was 0.600 after 5 updates and is 0.200 after 9"
+    noise = [
+        {"step": i, "judge": j, "by_prompt": {"judge": by}}
+        for i, (j, by) in enumerate([(0.5, [1, 0]), (0.49, [0, 0.98])])
+    ]
+    assert "no more than chance" in which_folder(noise, "judge")
+
+
 @pytest.mark.parametrize(
     "preset, alpha, lam, lr",
     [("flux-dev-hpsv2", 0.3, 0.55, 1e-5), ("flux-dev-pickscore", 0.1, 0.4, 1e-5), ("flux-dev-hpsv3", 0.1, 13.5, 8e-6)],
 )
 def test_the_flux_presets_are_the_papers_settings_and_name_what_they_need(preset, alpha, lam, lr):
-    description, cfg = train.PRESETS[preset]
-    assert (cfg.alpha, cfg.lr, cfg.tau, cfg.ema, cfg.decay) == (alpha, lr, 0.1, 0.995, False)
+    description, cfg = PRESETS[preset]
+    assert (cfg.alpha, cfg.lr, cfg.ema, cfg.decay) == (alpha, lr, 0.995, False)
+    assert keywords(leapalign)["tau"] == 0.1 and cfg.tau is None
     assert (cfg.rollout_steps, cfg.size, cfg.guidance, cfg.batch, cfg.steps) == (25, 720, 3.5, 64, 300)
     assert LAMBDA[cfg.reward[0]] == lam and cfg.lam == () and set(cfg.watch).isdisjoint(cfg.reward)
     for needed in (cfg.model, cfg.prompts, *(WEIGHTS[name] for name in (*cfg.reward, *cfg.watch))):
@@ -333,7 +338,7 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
         (["--reward", "tiny:heavy"], ["tiny:heavy"]),
         (["--reward", "tiny:1e"], ["weight", "tiny:1e"]),
         (["--reward"], ["--reward"]),
-        (["--reward", "judge:2"], ["gradient"]),
+        (["--reward", "judge:2", "--watch", "tiny"], ["judge has no gradient", "flow_grpo"]),
         (["--reward", "{nograd}:nograd"], ["nograd has no gradient"]),
         (["--batch", "0"], ["--batch", "0"]),
         (["--resume", "--export", "x", "--at", "3"], ["holds no run"]),
@@ -401,7 +406,7 @@ def test_sample_without_a_prompt_says_how_to_give_one(capsys, monkeypatch):
 
 
 def test_a_lambda_below_every_reward_is_pointed_out_once(few_prompts, tmp_path, capfd, monkeypatch):
-    cfg = train.Config(out=tmp_path / "run", eval_prompts=few_prompts, steps=3, batch=4, eval_every=3, lam=(-2.0,))
+    cfg = Config(out=tmp_path / "run", eval_prompts=few_prompts, steps=3, batch=4, eval_every=3, lam=(-2.0,))
     trained(cfg)
     text = capfd.readouterr()
     assert (text.out + text.err).count("warning: every reward is above --lam -2.0") == 1
