@@ -67,7 +67,9 @@ def gradient(
     not know is here: text, VAE, precision, and --micro-batch samples at a time where activations are kept.
     """
     pipe, b = setup.pipe, len(prompts)
-    text, tokens = encode(pipe, prompts), grid(pipe, cfg.size, cfg.size)
+    tokens = grid(pipe, cfg.size, cfg.size)
+    with meter("rollout"):
+        text = encode(pipe, prompts)
     micro = cfg.micro_batch or b
     parts = [slice(i, i + micro) for i in range(0, b, micro)]
     measured: dict[str, list[Tensor]] = {}
@@ -174,8 +176,9 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
     own, prompts = batch_gradient(cfg, setup, world, step, meter)
 
     # FSDP averages gradients over the ranks: a rank's own mean over its samples is all there is to do.
-    norm = nn.utils.clip_grad_norm_(run.params, cfg.clip)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    with meter("update"):
+        norm = nn.utils.clip_grad_norm_(run.params, cfg.clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     # Every rank sees every value, so that all come to the same decisions below.
     ranks = gather((own, meter.counts, prompts))

@@ -29,8 +29,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from infra.folders import save_flux
+from infra.files import replacing
 from infra.pictures import contact_sheet
+from infra.saving import save_flux
 from leaps import rollout
 from sample import Text, pack, sigmas, unpack, velocity_of
 from shapes.models import TINY, make_model, make_reward, make_tokenizers, make_vae, token_table
@@ -131,8 +132,8 @@ def fit(
             print(f"{name} {step + 1}/{steps}", *(f"{k} {v:.4f}" for k, v in mean.items()), pace, flush=True)
         if (step + 1) % save_every == 0 and step + 1 < steps:
             state = dict(modules=modules.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-            torch.save(state | dict(schedule=schedule.state_dict()), tmp := partial.with_suffix(".tmp"))
-            tmp.rename(partial)
+            with replacing(partial) as part:
+                torch.save(state | dict(schedule=schedule.state_dict()), part)
     torch.save(modules.state_dict(), done)
     partial.unlink(missing_ok=True)
     return True

@@ -11,17 +11,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import tyro
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from infra.folders import load
-from leaps import pick_leaps, rollout, similarity_weight
+from baselines import full, refl
+from config import Config as TrainConfig
+from infra.folders import Pipeline, load
+from infra.prompts import read_prompts
+from leaps import Samples, hinge, leapalign, pick_leaps, rollout, similarity_weight, vjp_of
 from rewards import Reward, open_reward
-from sample import Pipeline, decode, draw_noise, encode, grid, pack, read_prompts, sample, sigmas, velocity_of
+from sample import decode, draw_noise, encode, grid, pack, sample, sigmas, velocity_of
 from shapes.world import SIZE, TASKS, Prompt, accuracy, all_prompts, by_task, judge, scenes
-from train import Config as TrainConfig
-from train import generator_of, pick, update_gradient
 
 PRESET = TrainConfig()
+TAU = 0.1
 
 
 @dataclass
@@ -50,8 +53,8 @@ def line(name: str, scores: dict[str, float]) -> None:
 
 def auc(scores: Tensor, right: Tensor) -> float:
     """The chance that a right image scores above a wrong one; ties count half."""
-    good, bad = scores[right][:, None], scores[~right][None]
-    return ((good > bad).float() + 0.5 * (good == bad).float()).mean().item()
+    good, bad = scores[right], scores[~right]
+    return mannwhitneyu(good, bad).statistic / (len(good) * len(bad))
 
 
 @torch.no_grad()
@@ -78,16 +81,29 @@ def report_base(pipe: Pipeline, cfg: Config) -> tuple[list[Prompt], Tensor]:
     chosen = prompts[:: max(1, len(prompts) // 240)]
     velocity = velocity_of(pipe.flux, encode(pipe, [p.text for p in chosen]), rows, columns)
     ro = rollout(velocity, draw_noise(pipe, range(len(chosen)), rows, columns), levels)
-    draws = [pick_leaps(levels, generator_of(cfg.seed, i)) for i in range(50)]
-    d = torch.stack([similarity_weight(ro, picks, PRESET.tau)[1].mean(1) for picks in draws]).mean(0)
+    draws = [pick_leaps(levels, torch.Generator().manual_seed(i)) for i in range(50)]
+    d = torch.stack([similarity_weight(ro, picks, TAU)[1].mean(1) for picks in draws]).mean(0)
     print(f"mean distances over random picks: d_j {d[0]:.3f}, d_0 {d[1]:.3f}", flush=True)
     return prompts, images
 
 
+def samples_of(pipe: Pipeline, reward: Reward, prompts: list[str], noise: Tensor, levels: Tensor, seed: int) -> Samples:
+    """What a method is given, as in train.py, of one batch in one piece."""
+    velocity = velocity_of(pipe.flux, encode(pipe, prompts), *grid(pipe, SIZE, SIZE))
+
+    def gradient(x0: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+        x0 = x0.detach().requires_grad_()
+        loss = weight * hinge(reward.score(decode(pipe, x0, SIZE, SIZE), prompts), reward.lam)
+        return torch.autograd.grad(loss.mean(), x0)[0]
+
+    generator = torch.Generator().manual_seed(seed)
+    no_grad = torch.no_grad()(velocity)
+    return Samples(lambda i: noise, levels, generator, no_grad, vjp_of(velocity), gradient, None, len(prompts), 0)
+
+
 def report_update(pipe: Pipeline, reward: Reward, cfg: Config, samples: int = 288, size: float = 2e-4) -> None:
     """The reward of the evaluation prompts before and after one sign step along each method's gradient."""
-    rows, columns = grid(pipe, SIZE, SIZE)
-    levels = sigmas(pipe.schedule, PRESET.rollout_steps, rows * columns)
+    levels = sigmas(pipe.schedule, PRESET.rollout_steps, 16)
     train, evaluated = read_prompts(PRESET.prompts), read_prompts(PRESET.eval_prompts)
 
     @torch.no_grad()
@@ -96,18 +112,18 @@ def report_update(pipe: Pipeline, reward: Reward, cfg: Config, samples: int = 28
         return reward.scale * reward.score(images, evaluated).mean().item()
 
     before = mean_reward(pipe)
-    for method in ("leapalign", "refl", "full"):
+    for method in (leapalign, refl, full):
         moved = replace(pipe, flux=copy.deepcopy(pipe.flux))
         for i in range(samples // 48):
-            random = generator_of(cfg.seed, i)
-            chosen = [train[n] for n in torch.randperm(len(train), generator=random)[:48]]
-            noise = torch.randn(48, rows * columns, pipe.flux.config.in_channels, generator=random)
-            settings = replace(PRESET, method=method)
-            update_gradient(moved, [reward], chosen, noise, levels, pick(settings, levels, random), settings)
+            rng = np.random.default_rng((cfg.seed, i))
+            chosen = [train[n] for n in rng.permutation(len(train))[:48]]
+            noise = torch.from_numpy(rng.standard_normal((48, 16, pipe.flux.config.in_channels), dtype=np.float32))
+            method(samples_of(moved, reward, chosen, noise, levels, i))
         with torch.no_grad():
             for p in moved.flux.parameters():
                 p -= size * p.grad.sign()
-        print(f"one step along {method}: evaluation reward {before:.3f} to {mean_reward(moved):.3f}", flush=True)
+        gain = f"evaluation reward {before:.3f} to {mean_reward(moved):.3f}"
+        print(f"one step along {method.__name__}: {gain}", flush=True)
 
 
 def report_reward(pipe: Pipeline, reward: Reward, prompts: list[Prompt], images: Tensor) -> None:

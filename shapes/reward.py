@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from rewards import preprocess
 from scorers.clip import features
+from scorers.common import preprocess
 from shapes.models import SCORE_SCALE
 from shapes.world import COLORS, SHAPES, Object, Prompt, all_prompts, distort, is_right, scenes
 
