@@ -72,7 +72,7 @@ class Config:
     """Folder to write; give it again to go on where it stopped, or to add a model."""
     geneval: Path | None = None
     """Write the images to GENEVAL/MODEL as GenEval's evaluator reads them: INDEX/metadata.jsonl and
-    INDEX/samples/0000.png. Needs prompts with its tags, such as prompts.py writes."""
+    INDEX/samples/0000.png. Needs prompts with its tags, such as tools/prompts.py writes."""
     keep_images: bool = False
     """Keep every image at its size, in OUT/MODEL/images."""
     batch: int = 8

@@ -1,0 +1,170 @@
+"""Methods as a user meets them: a name or a file of one's own, flags that belong to it, and what is refused at once."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import baselines
+import leaps
+from config import PRESETS, Config, Experiment, Machine, Method, Run, parse
+from start import is_method, keywords, method_of, options_of, recorded, try_method
+from tests.test_baselines import METHODS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+LEVELS = torch.linspace(1, 0, 6)
+
+
+def blocks(language: str, word: str) -> str:
+    """The one code block of the README in a language that has a word in it."""
+    (block,) = [b for b in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if word in b]
+    return block
+
+
+def test_the_methods_are_those_that_the_help_names():
+    found = {
+        name
+        for m in (leaps, baselines)
+        for name, f in vars(m).items()
+        if inspect.isfunction(f) and is_method(inspect.signature(f))
+    }
+    assert found == set(METHODS)
+    assert all(name in inspect.getsource(Method) for name in METHODS)
+
+
+def test_every_keyword_of_a_method_is_a_flag_whose_help_tells_its_default():
+    flags = {f.name for f in fields(Method)}
+    text = " ".join(inspect.getsource(Method).split())
+    for name in METHODS:
+        for keyword, default in keywords(method_of(name)).items():
+            assert keyword in flags
+            told = text.split(f" {keyword}: ")[1].split('"""')[1]
+            assert name in told, (name, keyword)
+            if default not in (None, False):
+                assert f"{default:g}" in told if isinstance(default, float | int) else default in told, (name, keyword)
+
+
+def test_groups_hold_every_flag_once_and_defaults_are_the_methods_own():
+    names = [f.name for group in (Experiment, Method, Run, Machine) for f in fields(group)]
+    assert sorted(names) == sorted(f.name for f in fields(Config)) and len(set(names)) == len(names)
+    assert recorded(Config())["alpha"] == 0.3 and recorded(Config(method="flowbp_bridge"))["alpha"] == 0.1
+    assert recorded(Config(method="flowbp_bridge", alpha=0.7))["alpha"] == 0.7
+
+
+def test_help_shows_the_groups_as_boxes(capsys):
+    with pytest.raises(SystemExit):
+        parse(["shapes", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"{group} options" in shown for group in ("experiment", "method", "run", "machine"))
+
+
+def test_a_preset_may_hold_what_another_method_does_not_have():
+    cfg, preset = parse(["flux-dev-pickscore", "--method", "refl"])
+    assert preset is PRESETS["flux-dev-pickscore"][1] and cfg.alpha == 0.1 and options_of(cfg, preset) == {}
+    cfg, preset = parse(["flux-dev-pickscore", "--method", "refl", "--alpha", "0.2"])
+    with pytest.raises(ValueError, match="--alpha means nothing with --method refl"):
+        options_of(cfg, preset)
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_every_method_is_tried_on_zeros_in_a_moment(name):
+    group = 8 if "grpo" in name else 1
+    assert try_method(method_of(name), LEVELS, group) == ("grpo" not in name)
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("    return {}", "makes no gradient"),
+        ("    s.vjp(s.noise(0), s.sigmas[0], s.noise(0))\n    return 3", "must return a dict of tensors"),
+        (
+            "    s.vjp(s.noise(0), s.sigmas[0], s.noise(0))\n    return dict(a=s.noise(0))",
+            "must return a dict of tensors",
+        ),
+        ("    return s.nothing", "AttributeError.*line 2"),
+        ("    raise ValueError('an odd T')", "--method: an odd T"),
+    ],
+)
+def test_a_method_that_cannot_be_is_told_before_anything_is_read(code, words, tmp_path):
+    (tmp_path / "odd.py").write_text(f"def odd(s):\n{code}\n")
+    with pytest.raises(ValueError, match=words):
+        try_method(method_of(f"{tmp_path / 'odd.py'}:odd"), LEVELS, 1)
+
+
+@pytest.mark.parametrize("name", ["sweep", "rollout", "late_step", "policy_gradient", "nonsense", "torch"])
+def test_a_name_that_is_no_method_is_refused(name):
+    with pytest.raises(ValueError, match=f"--method {name}"):
+        method_of(name)
+
+
+def test_options_are_for_keywords_of_ones_own_and_typed_by_their_value(tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(s, *, count=3, name='a', on=False, alpha=0.5): ...\n")
+    cfg = Config(method=f"{tmp_path / 'mine.py'}:mine", option=("count=5", "name=b", "on=True"), alpha=0.25)
+    assert options_of(cfg, Config()) == dict(count=5, name="b", on=True, alpha=0.25)
+    for option, words in (("other=1", "count, name, on"), ("count=many", "'many'"), ("alpha=1", "--option alpha")):
+        with pytest.raises(ValueError, match=words):
+            options_of(replace(cfg, option=(option,)), Config())
+
+
+# ------------------------------------------------------------------------------------------------ the README
+
+
+def test_the_readmes_own_method_runs_from_its_file_and_resumes_only_as_it_was(tmp_path):
+    (tmp_path / "my_method.py").write_text(blocks("python", "def noisy_steps"))
+    (tmp_path / "few.txt").write_text("a photo of a circle\na photo of two squares\n")
+    short = [
+        "--steps",
+        "2",
+        "--batch",
+        "4",
+        "--eval-prompts",
+        str(tmp_path / "few.txt"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command = [sys.executable, str(ROOT / "train.py"), "--method", "my_method.py:noisy_steps", *short]
+
+    def train(*flags: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*command, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    done = train("--option", "count=2", "power=0.5")
+    assert done.returncode == 0, done.stderr
+    entry = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert entry["backwards"] == 4 * 2 and 0 < entry["k"] <= 1
+    assert "was started with ['count=2', 'power=0.5']" in train("--resume", "--option", "count=3").stderr
+
+
+def test_every_name_in_the_readmes_table_of_equations_is_where_it_says():
+    rows = re.findall(r"^\| Eq\. .*$", README, re.MULTILINE)
+    assert len(rows) >= 7
+    for row in rows:
+        where = row.split("|")[-2]
+        names = re.findall(r"`(\w+)`", where)
+        files = re.findall(r"\]\((\w+\.py)\)", where) or ["leaps.py"]
+        source = "".join((ROOT / file).read_text() for file in files)
+        assert names and all(f"def {name}(" in source for name in names), row
+        for equation in re.findall(r"\d+", re.match(r"\| Eq\. ([\d, -]+)", row)[1]):
+            assert re.search(rf"Eq\.[ \d,-]*\b{equation}\b|Eq. \d+-{equation}", source), (equation, row)
+
+
+def test_every_file_in_the_readmes_tree_is_there_and_none_of_the_root_is_left_out():
+    tree = README.split("## The files")[1].split("##")[0]
+    names = set(re.findall(r"\b[\w/]+\.py\b", tree))
+    root = {f.name for f in ROOT.glob("*.py")}
+    assert root <= names and len(root) <= 9
+    assert all((ROOT / n).exists() or list(ROOT.glob(f"*/{n}")) for n in names)
+
+
+def test_a_training_step_is_read_in_five_files():
+    """From the loop to the method, the text, the VAE and the network; the fifth is the reward's own."""
+    files = ["train.py", "leaps.py", "sample.py", "model.py"]
+    assert sum(len((ROOT / f).read_text().splitlines()) for f in files) <= 1250
