@@ -158,13 +158,13 @@ def batch_gradient(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Add the gradient of this rank's part of a batch, --rollout-batch samples at a time; its values and prompts."""
     prompts = draw_prompts(cfg, setup, step)
-    mine = shard(range(cfg.batch), world.rank, world.size)
-    together = cfg.rollout_batch or len(mine)
+    my_range = shard(range(cfg.batch), world.rank, world.size)
+    together = cfg.rollout_batch or len(my_range)
     logs = []
-    for first in range(mine.start, mine.stop, together):
-        part = prompts[first : min(first + together, mine.stop)]
-        logs.append(gradient(cfg, setup, part, step, first, len(mine), meter))
-    return {name: torch.cat([log[name] for log in logs]) for name in logs[0]}, prompts[mine.start : mine.stop]
+    for first in range(my_range.start, my_range.stop, together):
+        part = prompts[first : min(first + together, my_range.stop)]
+        logs.append(gradient(cfg, setup, part, step, first, len(my_range), meter))
+    return {name: torch.cat([log[name] for log in logs]) for name in logs[0]}, prompts[my_range.start : my_range.stop]
 
 
 def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict[str, Any]:
@@ -232,8 +232,8 @@ def evaluate(cfg: Config, setup: Setup, world: World) -> tuple[dict[str, Any], T
     """
     prompts, batch = setup.eval_prompts, cfg.rollout_batch or 64
     each = -(-len(prompts) // world.size)  # the same on every rank, padded: they gather weights together
-    mine = [min(i, len(prompts) - 1) for i in range(world.rank * each, (world.rank + 1) * each)]
-    texts, seeds = [prompts[i] for i in mine], [10**6 + i for i in mine]
+    my_prompts = [min(i, len(prompts) - 1) for i in range(world.rank * each, (world.rank + 1) * each)]
+    texts, seeds = [prompts[i] for i in my_prompts], [10**6 + i for i in my_prompts]
     images = sample(setup.pipe, texts, seeds, cfg.rollout_steps, cfg.size, cfg.size, cfg.guidance, batch)
     rewards = [*setup.rewards, *setup.watched]
     own = {r.name: score_all(r, images, texts, world.device, batch) for r in rewards}

@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -14,7 +16,9 @@ import torch
 import baselines
 import leaps
 from config import PRESETS, Config, Experiment, Machine, Method, Run, parse
-from start import is_method, keywords, method_of, options_of, recorded, try_method
+from infra.checks import check_folder
+from infra.distributed import stop_signals
+from start import fixed_names, is_method, keywords, method_of, options_of, recorded, try_method
 from tests.test_baselines import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +115,45 @@ def test_options_are_for_keywords_of_ones_own_and_typed_by_their_value(tmp_path)
     for option, words in (("other=1", "count, name, on"), ("count=many", "'many'"), ("alpha=1", "--option alpha")):
         with pytest.raises(ValueError, match=words):
             options_of(replace(cfg, option=(option,)), Config())
+
+
+# --------------------------------------------------------------------------------- older runs, and signals
+
+# config.json before flags were grouped and a method had keywords of its own; model and prompts are the preset's.
+OLDER = dict(
+    out=None, reward=["tiny"], watch=["judge"], size=64, guidance=None, text_length=None, device="cpu", seed=0,
+    method="leapalign", alpha=0.3, tau=0.1, lam=[], leaps=2, weight="both", reward_input="x_0", low=0.0, high=1.0,
+    distance=None, nested_only=False, steps=300, batch=64, rollout_steps=5, lr=7e-5, decay=True, weight_decay=1e-4,
+    clip=1.0, ema=0.98, eval_every=60, patience=3, stop_early=False, save_every=60, keep=2, log=[], bf16=False,
+    lean=False, lora=None, lora_alpha=None,
+)  # fmt: skip
+
+
+def test_a_run_from_before_flags_were_grouped_goes_on(tmp_path):
+    cfg = Config(out=tmp_path, resume=True)
+    paths = dict(model=cfg.model, prompts=str(cfg.prompts), eval_prompts=str(cfg.eval_prompts))
+    (tmp_path / "config.json").write_text(json.dumps(OLDER | paths))
+
+    def check(cfg: Config) -> None:
+        check_folder(cfg, tmp_path, recorded(cfg), recorded(Config(method=cfg.method)), fixed_names(cfg))
+
+    check(cfg)
+    check(replace(cfg, alpha=0.3, device="cuda", micro_batch=4))
+    with pytest.raises(ValueError, match=r"--resume with --alpha 0\.1, but .* was started with 0\.3"):
+        check(replace(cfg, alpha=0.1))
+    with pytest.raises(ValueError, match=r"--resume with --method refl, but .* was started with leapalign"):
+        check(replace(cfg, method="refl"))
+
+
+def test_signals_are_noted_within_and_handled_as_before_after():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with stop_signals() as numbers:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert sorted(numbers) == [signal.SIGINT, signal.SIGTERM]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 # ------------------------------------------------------------------------------------------------ the README
