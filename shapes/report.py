@@ -81,14 +81,21 @@ def report_base(pipe: Pipeline, cfg: Config) -> tuple[list[Prompt], Tensor]:
     chosen = prompts[:: max(1, len(prompts) // 240)]
     velocity = velocity_of(pipe.flux, encode(pipe, [p.text for p in chosen]), rows, columns)
     ro = rollout(velocity, draw_noise(pipe, range(len(chosen)), rows, columns), levels)
-    draws = [pick_leaps(levels, torch.Generator().manual_seed(i)) for i in range(50)]
+    draws = [pick_leaps(levels, generator_of(cfg.seed, i)) for i in range(50)]
     d = torch.stack([similarity_weight(ro, picks, TAU)[1].mean(1) for picks in draws]).mean(0)
     print(f"mean distances over random picks: d_j {d[0]:.3f}, d_0 {d[1]:.3f}", flush=True)
     return prompts, images
 
 
-def samples_of(pipe: Pipeline, reward: Reward, prompts: list[str], noise: Tensor, levels: Tensor, seed: int) -> Samples:
+def generator_of(*key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def samples_of(
+    pipe: Pipeline, reward: Reward, prompts: list[str], levels: Tensor, generator: torch.Generator
+) -> Samples:
     """What a method is given, as in train.py, of one batch in one piece."""
+    noise = torch.randn(len(prompts), 16, pipe.flux.config.in_channels, generator=generator)
     velocity = velocity_of(pipe.flux, encode(pipe, prompts), *grid(pipe, SIZE, SIZE))
 
     def gradient(x0: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -96,12 +103,11 @@ def samples_of(pipe: Pipeline, reward: Reward, prompts: list[str], noise: Tensor
         loss = weight * hinge(reward.score(decode(pipe, x0, SIZE, SIZE), prompts), reward.lam)
         return torch.autograd.grad(loss.mean(), x0)[0]
 
-    generator = torch.Generator().manual_seed(seed)
     no_grad = torch.no_grad()(velocity)
     return Samples(lambda i: noise, levels, generator, no_grad, vjp_of(velocity), gradient, None, len(prompts), 0)
 
 
-def report_update(pipe: Pipeline, reward: Reward, cfg: Config, samples: int = 288, size: float = 2e-4) -> None:
+def report_update(pipe: Pipeline, reward: Reward, seeds: int = 4, samples: int = 288, size: float = 2e-4) -> None:
     """The reward of the evaluation prompts before and after one sign step along each method's gradient."""
     levels = sigmas(pipe.schedule, PRESET.rollout_steps, 16)
     train, evaluated = read_prompts(PRESET.prompts), read_prompts(PRESET.eval_prompts)
@@ -111,19 +117,20 @@ def report_update(pipe: Pipeline, reward: Reward, cfg: Config, samples: int = 28
         images = sample(pipe, evaluated, range(len(evaluated)), PRESET.rollout_steps, SIZE, SIZE)
         return reward.scale * reward.score(images, evaluated).mean().item()
 
-    before = mean_reward(pipe)
+    print(f"evaluation reward of the base {mean_reward(pipe):.3f}")
     for method in (leapalign, refl, full):
-        moved = replace(pipe, flux=copy.deepcopy(pipe.flux))
-        for i in range(samples // 48):
-            rng = np.random.default_rng((cfg.seed, i))
-            chosen = [train[n] for n in rng.permutation(len(train))[:48]]
-            noise = torch.from_numpy(rng.standard_normal((48, 16, pipe.flux.config.in_channels), dtype=np.float32))
-            method(samples_of(moved, reward, chosen, noise, levels, i))
-        with torch.no_grad():
-            for p in moved.flux.parameters():
-                p -= size * p.grad.sign()
-        gain = f"evaluation reward {before:.3f} to {mean_reward(moved):.3f}"
-        print(f"one step along {method.__name__}: {gain}", flush=True)
+        rewards = []
+        for seed in range(seeds):
+            moved = replace(pipe, flux=copy.deepcopy(pipe.flux))
+            for i in range(samples // 48):
+                random = generator_of(seed, i)
+                chosen = [train[n] for n in torch.randperm(len(train), generator=random)[:48]]
+                method(samples_of(moved, reward, chosen, levels, random))
+            with torch.no_grad():
+                for p in moved.flux.parameters():
+                    p -= size * p.grad.sign()
+            rewards.append(mean_reward(moved))
+        print(f"after one step along {method.__name__}:", *(f"{r:.3f}" for r in rewards), flush=True)
 
 
 def report_reward(pipe: Pipeline, reward: Reward, prompts: list[Prompt], images: Tensor) -> None:
@@ -164,7 +171,7 @@ def main(cfg: Config) -> None:
     prompts, images = report_base(pipe, cfg)
     report_reward(pipe, reward, prompts, images)
     report_walk(pipe, reward, prompts)
-    report_update(pipe, reward, cfg)
+    report_update(pipe, reward)
 
 
 if __name__ == "__main__":
