@@ -15,7 +15,8 @@ from infra.trackers import check_trackers
 def check_flags(cfg: Config, world: World) -> None:
     """Raise ValueError naming the flag that cannot be, and why."""
     counts = ("steps", "batch", "rollout_steps", "eval_every", "text_length", "patience", "save_every", "keep", "lora")
-    for name in (*counts, "rollout_batch", "micro_batch", "check_every"):
+    of_methods = ("active", "nodes", "last", "group", "window", "every")
+    for name in (*counts, *of_methods, "rollout_batch", "micro_batch", "check_every"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("lr", "weight_decay", "seed", "clip"):
