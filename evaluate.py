@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from infra.distributed import World, gather, join
+from infra.distributed import World, gather, join, on_first_rank
 from infra.files import replacing
 from infra.folders import find, is_lora, load
 from infra.pictures import grid_of, save_png, to_pil
@@ -234,27 +235,26 @@ def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
     return entries, tags if all(tags) else None
 
 
-def claim(cfg: Config, entries: list[dict[str, Any]], sources: dict[str, Path]) -> str | None:
-    """Take the folder for these flags, on rank 0; what is wrong, if it holds results of other flags or weights."""
-    told = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in RUNTIME}, default=str))
-    told["prompts"] = [e["prompt"] for e in entries]
+def claim(cfg: Config, entries: list[dict[str, Any]], sources: dict[str, Path]) -> None:
+    """Take the folder for these flags. Raises ValueError if it holds results of other flags or weights."""
+    flags = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in RUNTIME}, default=str))
+    flags["prompts"] = [e["prompt"] for e in entries]
     file = cfg.out / "config.json"
     if file.exists():
         before = json.loads(file.read_text())
-        if other := [k for k in told if told[k] != before.get(k)]:
-            return f"--out {cfg.out} holds an evaluation with another --{other[0].replace('_', '-')}"
+        if other := [k for k in flags if flags[k] != before.get(k)]:
+            raise ValueError(f"--out {cfg.out} holds an evaluation with another --{other[0].replace('_', '-')}")
     elif cfg.out.exists() and any(cfg.out.iterdir()):
-        return f"--out {cfg.out} is occupied by something else"
+        raise ValueError(f"--out {cfg.out} is occupied by something else")
     cfg.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(told, indent=2) + "\n")
+    file.write_text(json.dumps(flags, indent=2) + "\n")
     for name, source in sources.items():
         files = sorted((source / "transformer").glob("*.safetensors")) or sorted(source.glob("*.safetensors"))
         weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         (cfg.out / name).mkdir(exist_ok=True)
         if (file := cfg.out / name / "weights").exists() and json.loads(file.read_text()) != weights:
-            return f"{source} was written again since {cfg.out / name} was evaluated: remove that folder"
+            raise ValueError(f"{source} was written again since {cfg.out / name} was evaluated: remove that folder")
         file.write_text(json.dumps(weights))
-    return None
 
 
 def run(cfg: Config, world: World) -> None:
@@ -270,8 +270,7 @@ def run(cfg: Config, world: World) -> None:
         check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
         if not rewards:
             rewards = open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer, False, size)
-            if wrong := gather(claim(cfg, entries, sources) if world.rank == 0 else None)[0]:
-                raise ValueError(wrong)
+            on_first_rank(partial(claim, cfg, entries, sources))
         if world.rank == 0 and (warning := too_long(pipe, [entry["prompt"] for entry in entries])):
             print(warning, file=sys.stderr)
         folder = cfg.out / name

@@ -169,8 +169,8 @@ def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.Pr
 def check_sums(folder: Path) -> None:
     """Raise ValueError if a file is missing or is not what was written; each rank looks at its share of them."""
     written = json.loads((folder / SUMS).read_text())
-    mine = sorted(written)[dist.get_rank() :: dist.get_world_size()]
-    for name, crc in sums(folder / name for name in mine).items():
+    my_files = sorted(written)[dist.get_rank() :: dist.get_world_size()]
+    for name, crc in sums(folder / name for name in my_files).items():
         if written[name] != crc:
             raise ValueError(f"{name} is not what was written")
 

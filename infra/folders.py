@@ -138,10 +138,10 @@ def load(
     t5 = read(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
     vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
     flux = load_flux(folder / "transformer", device, dtype, place, lora)
-    given = vae.config.latent_channels * PATCH**2, clip.config.hidden_size, t5.config.d_model
-    taken = flux.config.in_channels, flux.config.vec_in_dim, flux.config.context_in_dim
-    if given != taken:
-        raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {given} channels, Flux takes {taken}")
+    outputs = vae.config.latent_channels * PATCH**2, clip.config.hidden_size, t5.config.d_model
+    inputs = flux.config.in_channels, flux.config.vec_in_dim, flux.config.context_in_dim
+    if outputs != inputs:
+        raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {outputs} channels, Flux takes {inputs}")
     text_length = text_length or min(tokenizers[1].model_max_length, 512)  # of a T5 without limit, 1e30
     vae.to(device)
     if not offload:

@@ -169,10 +169,10 @@ def batch_of(items: Sequence[Item], step: int, size: int, seed: int) -> list[Ite
     """
     batch, orders = [], {}
     for i in range(step * size, (step + 1) * size):
-        epoch, place = divmod(i, len(items))
+        epoch, i_in_epoch = divmod(i, len(items))
         if epoch not in orders:
             orders[epoch] = np.random.default_rng((seed, epoch)).permutation(len(items))
-        batch.append(items[orders[epoch][place]])
+        batch.append(items[orders[epoch][i_in_epoch]])
     return batch
 
 

@@ -57,12 +57,12 @@ def imagereward(path: str | Path, device: Device = "cpu", recompute: bool = Fals
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
         pad = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
         tokens = tokenizer(list(prompts), **pad).to(images.device)
-        seen = vision(pixel_values=preprocess(images, size)).last_hidden_state  # (b, patches + 1, d)
+        features = vision(pixel_values=preprocess(images, size)).last_hidden_state  # (b, patches + 1, d)
         read = text(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+            encoder_hidden_states=features,
+            encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long, device=features.device),
         ).last_hidden_state
         return (head(read[:, 0])[:, 0] - MEAN) / STD
 

@@ -356,7 +356,7 @@ def moved(cfg: Config) -> dict[str, Tensor]:
         before = [p.detach().clone() for p in weights]
         for name in METHODS:
             options = dict(group=2) if "grpo" in name else {}
-            options |= dict(window=1) if name == "mix_grpo" else {}  # or it would be DanceGRPO in so few steps
+            options |= dict(window=2) if name == "mix_grpo" else {}  # or it would be DanceGRPO in so few steps
             setup = replace(setup, method=partial(method_of(name), **options), group=options.get("group", 1))
             run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
             for step in range(2):
@@ -370,7 +370,7 @@ def moved(cfg: Config) -> dict[str, Tensor]:
 @pytest.mark.parametrize("lora", [None, 4])
 def test_every_method_trains_alike_on_one_rank_and_on_two_with_micro_batches(lora):
     # Rates so small that Adam's first steps do not turn rounding into other signs of small gradients.
-    cfg = Config(out=Path("/nonexistent"), batch=4, rollout_steps=3, lora=lora, lr=1e-6, clip=1e9)
+    cfg = Config(out=Path("/nonexistent"), batch=4, rollout_steps=4, lora=lora, lr=1e-6, clip=1e9)
     (one,) = spread(1, moved, cfg)
     for two in spread(2, moved, replace(cfg, rollout_batch=2, micro_batch=1)):
         for name in METHODS:
