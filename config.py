@@ -22,7 +22,8 @@ class Experiment:
     """Model folder in the diffusers layout of FLUX, or a hub id."""
     reward: tuple[str, ...] = ("tiny",)
     """Rewards to raise, NAME[=PATH][:WEIGHT] or my_file.py:function[:WEIGHT]. Names: tiny, clip, pickscore, hpsv2,
-    hpsv3, imagereward; weights multiply what the loss sees (cosines for CLIP rewards, about 13 for hpsv3)."""
+    hpsv3, imagereward, and judge for methods that need no gradient; weights multiply what the loss sees (cosines for
+    CLIP rewards, about 13 for hpsv3)."""
     watch: tuple[str, ...] = ("judge",)
     """Rewards that are evaluated but never trained on: the run keeps its best checkpoint by the first, and warns when
     one has fallen while the trained reward rose. judge is the rules of the shapes world."""

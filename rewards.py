@@ -8,7 +8,7 @@ fp32, because a PIL image has no gradient.  On the command line a reward is NAME
     tiny         the CLIP of the shapes world, shipped                   pickscore    a folder, or its hub id
     clip         any CLIPModel: a folder or a hub id                     hpsv2        HPS_v2.1_compressed.pt
     hpsv3        a folder, see scorers/hpsv3.py                          imagereward  see scorers/imagereward.py
-    judge        the rules of the shapes world; no gradient, to watch or evaluate only
+    judge        the rules of the shapes world; no gradient: to watch, to evaluate, for policy gradients
 
 Without a path, weights are looked for in WEIGHTS.  A weight may follow: `pickscore:0.5 hpsv2:0.5`.
 """

@@ -139,6 +139,8 @@ def try_method(method: Callable, levels: Tensor, group: int) -> bool:
         raise ValueError(f"--method fails on zeros: {where(error)}") from error
     if "vjp" not in asked:
         raise ValueError(f"--method makes no gradient: it never calls vjp in a rollout of {len(levels) - 1} steps")
+    if asked.isdisjoint({"reward", "score"}):
+        raise ValueError("--method asks for no reward: it never calls reward or score")
     if not isinstance(log, dict) or not all(isinstance(v, Tensor) and v.shape in ((), (b,)) for v in log.values()):
         raise ValueError("--method must return a dict of tensors to log, a value a sample (b,) or one for all ()")
     return "reward" in asked

@@ -124,7 +124,7 @@ def gradient(
     # What all samples share is drawn after x_1, from the same generator, alike for all parts of a batch.
     shared = draw_noise(cfg, setup, step, 0)[1]
     log = setup.method(Samples(noise, setup.levels, shared, velocity, vjp, reward, score, total, step))
-    log |= {name: torch.cat(values) for name, values in measured.items()}
+    log = {**log, **{name: torch.cat(values) for name, values in measured.items()}}
     return {
         name: value.detach().float().cpu().expand(value.numel() if value.ndim else b) for name, value in log.items()
     }
@@ -264,6 +264,8 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
     if not cfg.export:
         evals = on_first_rank(lambda: open_folder(cfg, setup, first))
         log = Log(cfg, out, first, speaks=world.rank == 0)
+        if first:
+            log.say(f"goes on from step {first}")
         try:
             loop(cfg, setup, world, run, first, log, evals)
         finally:
@@ -326,7 +328,8 @@ def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log
                 log.say(f"warning: {stop.message}; left out")
             else:
                 log.update(entry)
-                if entry["satisfied"] > 1 - 1e-6 and not satisfied:
+                # Of a hinge only: a policy gradient has no loss, and goes on.
+                if "loss" in entry and entry["satisfied"] > 1 - 1e-6 and not satisfied:
                     satisfied, lam = True, " ".join(str(r.lam) for r in setup.rewards)
                     log.say(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
             log.bar.update()

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import re
 import signal
 import subprocess
@@ -87,9 +86,10 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
     "code, words",
     [
         ("    return {}", "makes no gradient"),
-        ("    s.vjp(s.noise(0), s.sigmas[0], s.noise(0))\n    return 3", "must return a dict of tensors"),
+        ("    s.vjp(s.noise(0), s.sigmas[0], s.noise(0))\n    return {}", "asks for no reward"),
+        ("    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return 3", "must return a dict of tensors"),
         (
-            "    s.vjp(s.noise(0), s.sigmas[0], s.noise(0))\n    return dict(a=s.noise(0))",
+            "    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return dict(a=s.noise(0))",
             "must return a dict of tensors",
         ),
         ("    return s.nothing", "AttributeError.*line 2"),
@@ -146,14 +146,18 @@ def test_a_run_from_before_flags_were_grouped_goes_on(tmp_path):
 
 
 def test_signals_are_noted_within_and_handled_as_before_after():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with stop_signals() as numbers:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert sorted(numbers) == [signal.SIGINT, signal.SIGTERM]
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with stop_signals() as numbers:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            assert sorted(numbers) == [signal.SIGINT, signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, outer)
 
 
 # ------------------------------------------------------------------------------------------------ the README
