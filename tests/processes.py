@@ -44,7 +44,7 @@ def spread(world: int, function: Callable, *args: Any) -> list[Any]:
     queue = CONTEXT.Queue()
     processes = start(world, function, *args, queue=queue)
     try:
-        results = [torch.load(io.BytesIO(queue.get(timeout=90)), weights_only=False) for _ in processes]
+        results = [torch.load(io.BytesIO(queue.get(timeout=600)), weights_only=False) for _ in processes]
     finally:
         for process in processes:
             process.join(5)
