@@ -69,8 +69,7 @@ def place_chart(axes: Axes, base: Base) -> None:
     for level in dict.fromkeys(k):
         at = k == level
         if at.sum() > 1:
-            half = [np.nan_to_num(interval(column)[1]) for column in found["cosine"][:, at].T]
-            lines[f"k {level:.2f}:"] = (j[at], found["cosine"][:, at].mean(0), np.array(half))
+            lines[f"k {level:.2f}:"] = (j[at], found["cosine"][:, at].mean(0))
     line_chart(axes, lines, f"cosine of two leaps, {title_of(base)}", "j")
     axes.invert_xaxis()  # from noise to image, as a rollout goes
 
