@@ -166,8 +166,7 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
         return json.loads((folder / "cell.json").read_text())
     work.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), *cell.arguments, "--out", str(folder), "--resume"]
-    with log.open("a") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD).returncode
+    code = launch(command, log)
     if code not in (0, NONFINITE):
         tail = "\n".join(log.read_text().splitlines()[-5:])
         raise RuntimeError(f"{shlex.join(command)} ended with {code}; the end of {log}:\n{tail}")
@@ -178,6 +177,12 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
     for name in ("checkpoints", "best"):  # final/ stays, 10 MB of the tiny model
         shutil.rmtree(folder / name, ignore_errors=True)
     return result
+
+
+def launch(command: list[str], log: Path) -> int:
+    """Run a command with one thread, what it prints added to a file: its exit code."""
+    with log.open("a") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD).returncode
 
 
 def summary(folder: Path) -> dict[str, Any]:

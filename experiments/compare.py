@@ -14,7 +14,7 @@ A learning rate is chosen for each method, from the same grid, on a seed that no
 a run at equal evaluations; the tables of ablations and ranges have the reference's rate throughout.
 
 Every run is a folder in --work, where finished ones are not run again (cells.py).  The results are in --out, and
-experiments/draw.py makes tables and pictures of them.  COST
+experiments/draw.py makes tables and pictures of them.  What a table costs is told by --plan, in evaluations.
 """
 
 import itertools

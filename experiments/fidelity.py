@@ -15,7 +15,7 @@ The mean is of finitely many draws, so its squared length is too large by the va
 number: that is taken off.  Where nothing is left, mean_cosine is NaN: more --draws are needed.  All is told by layer
 too, and for two leaps from every pair (k, j) of steps, beside the distances d_j and d_0 of Eq. 12.
 
-Numbers are kept a batch of noise, and intervals are over batches (draw.py, draw_fidelity.py).  COST
+Numbers are kept a batch of noise, and intervals are over batches (draw.py, draw_fidelity.py).
 """
 
 import itertools

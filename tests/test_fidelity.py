@@ -45,7 +45,9 @@ def test_few_draws_of_an_unbiased_gradient_have_no_bias_on_average():
     g = gaussian(2, 500)
     sets = g + gaussian(3, 400, 4, 500)
     assert np.mean([compare(draws, g)["mean_cosine"] for draws in sets]) == pytest.approx(1, abs=0.01)
-    assert np.mean([compare(draws, g)["spread"] for draws in sets]) == pytest.approx(500**0.5 / g.norm(), rel=0.02)
+    assert np.mean([compare(draws, g)["spread"] for draws in sets]) == pytest.approx(
+        500**0.5 / g.norm().item(), rel=0.02
+    )
 
 
 def test_a_mean_that_the_draws_do_not_show_is_not_a_number():
@@ -145,11 +147,11 @@ def test_a_measurement_is_by_layer_and_the_true_gradient_is_its_own():
 def test_a_true_gradient_of_zero_is_told():
     network = Linear()
     batch = linear_batch(network)._replace(slope=torch.zeros_like)
-    with pytest.raises(ValueError, match="batch 0 is zero.*--batch"):
+    with pytest.raises(ValueError, match=r"batch 0 is zero.*--batch"):
         measure(Config(), {"full": fidelity.full}, network, [batch])
 
 
-@pytest.mark.parametrize("steps, shift", itertools.product((2, 5, 8, 25), (1, 3)))
+@pytest.mark.parametrize("steps, shift", list(itertools.product((2, 5, 8, 25), (1, 3))))
 def test_a_range_and_a_distance_name_one_pair_of_steps(steps, shift):
     levels = sigmas(dict(use_dynamic_shifting=False, shift=shift), steps, 16)
     values = levels.tolist()
