@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -111,35 +112,42 @@ def fixed_names(cfg: Config) -> list[str]:
     return names + ["steps"] * cfg.decay  # the learning rate falls over all of them
 
 
-def try_method(method: Callable, levels: Tensor, group: int) -> bool:
-    """Run a method once on zeros: whether it asks for the rewards' gradient. Raises ValueError if it cannot run."""
-    b, asked = 2 * group, set()
-    zeros = torch.zeros(b, 1, 1)
+def on_zeros(
+    method: Callable, levels: Tensor, b: int, generator: torch.Generator, update: int = 0
+) -> tuple[Any, Counter[str]]:
+    """Run a method on b samples of zeros, without a network: what it returns, and how often it called what."""
+    calls, zeros = Counter(), torch.zeros(b, 1, 1)
 
     def note(name: str, value: Tensor) -> Tensor:
-        asked.add(name)
+        calls[name] += 1
         return value
 
     samples = Samples(
         noise=lambda i: zeros,
         sigmas=levels,
-        generator=torch.Generator(),
-        velocity=lambda x, sigma: torch.zeros_like(x),
+        generator=generator,
+        velocity=lambda x, sigma: note("velocity", torch.zeros_like(x)),
         vjp=lambda x, sigma, u, wrt_x=False: note("vjp", torch.zeros_like(x)),
         reward=lambda x0, weight=None: note("reward", torch.zeros_like(x0)),
         score=lambda x0: note("score", zeros[:, 0, 0]),
         total=b,
-        update=0,
+        update=update,
     )
+    return method(samples), calls
+
+
+def try_method(method: Callable, levels: Tensor, group: int) -> bool:
+    """Run a method once on zeros: whether it asks for the rewards' gradient. Raises ValueError if it cannot run."""
+    b = 2 * group
     try:
-        log = method(samples)
+        log, asked = on_zeros(method, levels, b, torch.Generator())
     except ValueError as error:
         raise ValueError(f"--method: {error}") from error
     except Exception as error:
         raise ValueError(f"--method fails on zeros: {where(error)}") from error
     if "vjp" not in asked:
         raise ValueError(f"--method makes no gradient: it never calls vjp in a rollout of {len(levels) - 1} steps")
-    if asked.isdisjoint({"reward", "score"}):
+    if not asked.keys() & {"reward", "score"}:
         raise ValueError("--method asks for no reward: it never calls reward or score")
     if not isinstance(log, dict) or not all(isinstance(v, Tensor) and v.shape in ((), (b,)) for v in log.values()):
         raise ValueError("--method must return a dict of tensors to log, a value a sample (b,) or one for all ()")

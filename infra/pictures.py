@@ -2,7 +2,8 @@
 
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,16 +85,21 @@ def line_chart(axes: Axes, lines: Lines, title: str, across: str = "step") -> No
             axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
         digits = 3 if abs(y[-1]) < 1 else 2
         ends.append((y[-1], f"{name} {y[-1]:.{digits}f}", color))
+    dress(axes, title, across)
+    name_ends(axes, ends)
+
+
+def dress(axes: Axes, title: str, across: str) -> None:
+    """Give axes the look of all charts; `across` is what their x axis shows."""
     axes.set_title(title, loc="left", fontsize=9, color=INK)
     axes.set_xlabel(across, fontsize=8, color=INK)
     axes.tick_params(labelsize=8, colors=INK, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=ROUND))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=across == "step", steps=ROUND))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     axes.set_facecolor(PAGE)
-    name_ends(axes, ends)
 
 
 def name_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
@@ -107,17 +113,23 @@ def name_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def save_charts(charts: Sequence[tuple[str, Lines]], path: Path, across: str = "step") -> None:
-    """Write a row of charts, (title, lines) each, as a PNG of few kilobytes.
+    """Write a row of charts, (title, lines) each."""
+    save_row([partial(line_chart, lines=lines, title=title, across=across) for title, lines in charts], path)
 
+
+def save_row(charts: Sequence[Callable[[Axes], None]], path: Path, height: float = 2.8, left: float = 0.5) -> None:
+    """Write a row of charts, each drawn by a function of its axes, as a PNG of few kilobytes.
+
+    `height` and `left`, the room for the first chart's names at its left, are in inches.
     The page is white, so that it is read on a dark one too.  No pyplot: what a notebook draws with stays as it is.
     """
-    width, height = 4.4 * len(charts), 2.8  # inches
+    width = 4.4 * len(charts) + left - 0.5
     figure = Figure(figsize=(width, height), dpi=110, facecolor=PAGE)
     grid = figure.subplots(1, len(charts), squeeze=False)[0]
-    margins = dict(left=0.5 / width, right=1 - 1.1 / width, wspace=1.6 / 2.8, bottom=0.5 / height, top=1 - 0.3 / height)
-    figure.subplots_adjust(**margins)
-    for axes, (title, lines) in zip(grid, charts):
-        line_chart(axes, lines, title, across)
+    right, top = 1 - 1.1 / width, 1 - 0.3 / height
+    figure.subplots_adjust(left=left / width, right=right, wspace=1.6 / 2.8, bottom=0.5 / height, top=top)
+    for axes, draw in zip(grid, charts):
+        draw(axes)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])

@@ -1,0 +1,199 @@
+"""A cell of a table is a training run: trained once, in a process of its own, and summed up in cell.json.
+
+A cell's folder is named by all that decides it: method, flags, seed, and the contents of the files that it reads.  So
+a finished cell is not run again, one that was stopped goes on from its checkpoint, and other weights are other cells.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import Config, parse
+from experiments.record import ROOT, revision
+from infra.files import replacing
+from infra.jsonl import read_log
+from infra.user_code import is_user_code
+from rewards import resolve
+from start import check_model, keywords, method_of, on_zeros, options_of, try_method
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable to the bit, and two fit on two cores
+NONFINITE = 3  # train.py's exit code for a run that came to a number that is not finite
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run: `spec` and `flags` are words of train.py's command line, as in "leapalign --alpha 0"."""
+
+    spec: str  # the method and its flags
+    flags: str  # flags of all cells
+    seed: int
+    lr: float
+    steps: int
+    eval_every: int
+
+    @property
+    def arguments(self) -> list[str]:
+        numbers = dict(seed=self.seed, lr=self.lr, steps=self.steps, eval_every=self.eval_every, save_every=50)
+        own = [word for name, value in numbers.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return ["shapes", *words(self.spec, self.flags), *own]
+
+    @property
+    def name(self) -> str:
+        """Its folder: readable, and another one if anything is other that decides the result."""
+        reads = [digest(str(path)) for path in inputs(config_of(self.spec, self.flags))]
+        key = hashlib.sha256(json.dumps([self.arguments, reads]).encode()).hexdigest()[:10]
+        return re.sub(r"[^\w.]+", "-", f"{Path(self.spec).name}-lr{self.lr:.2g}-seed{self.seed}-{key}")
+
+
+def words(spec: str, flags: str) -> list[str]:
+    return ["--method", *shlex.split(spec), *shlex.split(flags)]
+
+
+@cache
+def config_of(spec: str, flags: str) -> Config:
+    """The flags of a method's runs; train.py's own message and SystemExit for one that there is not."""
+    return parse(["shapes", *words(spec, flags)])[0]
+
+
+def inputs(cfg: Config) -> list[Path]:
+    """The files and folders that decide a run beside its flags; what is no path, as a hub id, is not among them."""
+    specs = [*(resolve(spec)[1] for spec in (*cfg.reward, *cfg.watch)), cfg.method * is_user_code(cfg.method)]
+    files = [spec.rpartition(":")[0] if is_user_code(spec) else spec for spec in specs]
+    return [Path(name) for name in (cfg.model, cfg.prompts, cfg.eval_prompts, *files) if name and Path(name).exists()]
+
+
+@cache
+def digest(path: str) -> str:
+    """A hash of a file, or of all files of a folder with their names."""
+    files = [Path(path)] if Path(path).is_file() else sorted(f for f in Path(path).rglob("*") if f.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.relative_to(path)}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
+# ------------------------------------------------------------------------------- evaluations of the network
+
+
+@cache
+def opened(spec: str, flags: str) -> tuple[Callable[..., Any], Tensor]:
+    """A method with its options, and the noise levels of its rollouts. Raises ValueError if it cannot be."""
+    cfg = config_of(spec, flags)
+    try:
+        method, levels = method_of(cfg.method), check_model(cfg)
+        options = options_of(cfg, Config())
+        try_method(partial(method, **options), levels, options.get("group", keywords(method).get("group", 1)))
+        on_zeros(partial(method, **options), levels, cfg.batch, torch.Generator())
+    except ValueError as error:
+        raise ValueError(f"{spec} {flags}: {error}") from error
+    return partial(method, **options), levels
+
+
+def cost(forwards: int, backwards: int) -> int:
+    """Evaluations of the network: 1 forward, 3 forward and backward; `forwards` has both kinds, as in metrics.jsonl."""
+    return forwards + 2 * backwards
+
+
+def costs(spec: str, flags: str) -> Iterator[int]:
+    """What a run has spent after 1, 2, 3, ... updates, in evaluations: the method's own calls are counted, on zeros.
+
+    Exact where every update costs the same.  ReFL and DRTune stop at a random step: theirs are other draws than a
+    run's, as many on average.
+    """
+    (method, levels), batch = opened(spec, flags), config_of(spec, flags).batch
+
+    def of_update(update: int) -> int:
+        calls = on_zeros(method, levels, batch, torch.Generator().manual_seed(update), update)[1]
+        return batch * cost(calls["velocity"] + calls["vjp"], calls["vjp"])
+
+    return itertools.accumulate(map(of_update, itertools.count()))
+
+
+def spent(spec: str, flags: str, updates: int) -> int:
+    """Evaluations that so many updates take."""
+    return next(itertools.islice(costs(spec, flags), updates - 1, None))
+
+
+def updates_within(spec: str, flags: str, budget: int) -> int:
+    """The most updates that take no more evaluations than the budget; at least one."""
+    return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= budget, costs(spec, flags))))
+
+
+# ------------------------------------------------------------------------------------------- running
+
+
+def run_all(cells: Sequence[Cell], work: Path, jobs: int) -> dict[Cell, dict[str, Any]]:
+    """What each cell came to, after those were run that are not finished yet, `jobs` at a time.
+
+    Raises RuntimeError if one fails; those that run are finished first.
+    """
+    done = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, cell, work): cell for cell in dict.fromkeys(cells)}
+        try:
+            for future in as_completed(futures):
+                done[futures[future]] = future.result()
+                print(f"{len(done)} of {len(futures)}: {futures[future].name}", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return done
+
+
+def is_finished(cell: Cell, work: Path) -> bool:
+    return (work / cell.name / "cell.json").exists()
+
+
+def run(cell: Cell, work: Path) -> dict[str, Any]:
+    """What a cell came to, from its cell.json, or from running it first."""
+    folder, log = work / cell.name, work / f"{cell.name}.log"
+    if is_finished(cell, work):
+        return json.loads((folder / "cell.json").read_text())
+    work.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train.py"), *cell.arguments, "--out", str(folder), "--resume"]
+    code = launch(command, log)
+    if code not in (0, NONFINITE):
+        tail = "\n".join(log.read_text().splitlines()[-5:])
+        raise RuntimeError(f"{shlex.join(command)} ended with {code}; the end of {log}:\n{tail}")
+    result = dict(spec=cell.spec, seed=cell.seed, lr=cell.lr, steps=cell.steps, diverged=code == NONFINITE)
+    result |= dict(command=shlex.join(["python", "train.py", *cell.arguments]), revision=revision()) | summary(folder)
+    with replacing(folder / "cell.json") as part:
+        part.write_text(json.dumps(result, indent=1) + "\n")
+    for name in ("checkpoints", "best"):  # final/ stays, 10 MB of the tiny model
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return result
+
+
+def launch(command: list[str], log: Path) -> int:
+    """Run a command with one thread, what it prints added to a file: its exit code."""
+    with log.open("a") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD).returncode
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What a run's logs say: all evaluations, each with the evaluations of the network until then; seconds and memory.
+
+    Seconds are those of updates alone; memory is the most that the process held, in GB.
+    """
+    updates, evals = read_log(folder / "metrics.jsonl"), read_log(folder / "eval.jsonl")
+    total = [0, *itertools.accumulate(cost(u["forwards"], u["backwards"]) for u in updates)]
+    curve = [{k: v for k, v in e.items() if isinstance(v, int | float) and k != "seconds"} for e in evals]
+    for entry in curve:
+        entry["evaluations"] = total[entry["step"]]
+    seconds, memory = sum(u["seconds"] for u in updates), max(u["memory"] for u in updates)
+    return dict(curve=curve, evaluations=total[-1], seconds=seconds, memory=memory)

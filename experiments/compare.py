@@ -1,0 +1,181 @@
+"""Methods side by side: every one from the same base, on the same prompts and noises, over several seeds.
+
+    python -m experiments.compare --seeds 5 --jobs 2                                 # all methods
+    python -m experiments.compare --methods leapalign refl "full --last 2" --seeds 3
+    python -m experiments.compare --also my_method.py:noisy_steps                    # yours, in the table
+    python -m experiments.compare --table ablations --seeds 3 --jobs 2               # the paper's Fig. 4
+    python -m experiments.compare --table ranges --jobs 2                            # where do early steps matter?
+
+A method is a name or FILE.py:FUNCTION, and then any flags of train.py.  The first one is the reference: it makes
+--steps updates, and is what the others are compared with, seed by seed.  The table of methods is made twice: at as many
+evaluations of the network as the reference takes (forward 1, forward and backward 3), and at as many updates.
+
+A learning rate is chosen for each method, from the same grid, on a seed that no table uses, by the judge at the end of
+a run at equal evaluations; the tables of ablations and ranges have the reference's rate throughout.
+
+Every run is a folder in --work, where finished ones are not run again (cells.py).  The results are in --out, and
+experiments/draw.py makes tables and pictures of them.  What a table costs is told by --plan, in evaluations.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from config import Config as TrainConfig
+from experiments.cells import Cell, config_of, is_finished, opened, run_all, spent, updates_within
+from experiments.draw import draw
+from experiments.record import RESULTS, record
+
+GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds are 0, 1, 2, ...
+POINTS = 6  # evaluations of a run after its base
+METHODS = (
+    "leapalign", "refl", "draft_lv", "drtune", "full", "flowbp_sparse", "flowbp_bridge", "flowbp_lagrange", "flow_grpo",
+    "dance_grpo", "mix_grpo",
+)  # fmt: skip
+ABLATIONS = (  # the paper's Fig. 4; the first has alpha 0.3, two leaps from random steps, and x_0 rewarded
+    "leapalign",
+    "leapalign --alpha 0", "leapalign --alpha 0.1", "leapalign --alpha 1",
+    "leapalign --leaps 1", "leapalign --leaps 3",
+    "leapalign --reward-input xhat_0",
+    "leapalign --weight d_j", "leapalign --weight d_0", "leapalign --weight none",
+    "leapalign --low 0.5", "leapalign --high 0.5",
+    "leapalign --distance 0.5",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train methods side by side over several seeds, and write a table with intervals."""
+
+    table: Literal["methods", "ablations", "ranges"] = "methods"
+    """methods, at equal evaluations and at equal updates; the paper's ablations; leaps from ranges of steps only."""
+    methods: tuple[str, ...] = ()
+    """Rows in place of the table's own, each a method and its flags, "leapalign --alpha 0"; first the reference."""
+    also: tuple[str, ...] = ()
+    """Rows to add to the table."""
+    seeds: int = 5
+    """Runs of each row, with seeds 0, 1, 2, ..."""
+    steps: int = TrainConfig.steps
+    """Updates of the reference."""
+    grid: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Learning rates to choose from, as multiples of train.py's; a single one is not chosen but taken."""
+    select: str = "judge"
+    """The reward or task by which a learning rate is chosen, as eval.jsonl names it."""
+    watch: tuple[str, ...] = ("judge", "shapes/vivid.py:vivid")
+    """Rewards that are evaluated but never trained on."""
+    flags: str = ""
+    """Further flags of train.py for all runs, in one string: --flags="--rollout-steps 16 --batch 32"."""
+    jobs: int = 1
+    """Runs at a time, each a process with one thread."""
+    work: Path = Path("runs/compare")
+    """Folder of the runs."""
+    out: Path | None = None
+    """File of the results; the default is experiments/results/TABLE.json. Tables and pictures are written beside it."""
+    plan: bool = False
+    """Say which runs there would be and how many evaluations they take, and stop."""
+
+
+def rows_of(cfg: Config, flags: str) -> list[str]:
+    """The rows of a table, the reference first."""
+    if cfg.methods:
+        rows = cfg.methods
+    elif cfg.table == "ranges":
+        rows = ("leapalign", *windows(opened("leapalign", flags)[1].tolist()[:-1]))
+    else:
+        rows = METHODS if cfg.table == "methods" else ABLATIONS
+    return list(dict.fromkeys([*rows, *cfg.also]))
+
+
+def windows(levels: list[float], most: int = 4) -> list[str]:
+    """LeapAlign with leaps from a part of the steps only: up to four parts, of two steps at least, the noisiest first.
+
+    levels: noise levels that steps start from, T of them.  The parts meet halfway between two levels.
+    """
+    parts = max(1, min(most, len(levels) // 2))
+    firsts = [round(i * len(levels) / parts) for i in range(1, parts)]
+    edges = [1.0, *((levels[i - 1] + levels[i]) / 2 for i in firsts), 0.0]
+    return [f"leapalign --low {low:.3f} --high {high:.3f}" for high, low in itertools.pairwise(edges)]
+
+
+def check(cfg: Config) -> None:
+    """Raise ValueError naming the flag if the table cannot be made."""
+    if min(cfg.seeds, cfg.steps, cfg.jobs) < 1 or cfg.seeds > GRID_SEED:
+        raise ValueError(f"--seeds {cfg.seeds}, --steps {cfg.steps} and --jobs {cfg.jobs} must be at least 1")
+    if not cfg.grid or min(cfg.grid) <= 0:
+        raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: give one multiple or more, above 0")
+
+
+# -------------------------------------------------------------------------------------- which runs
+
+
+def cell(spec: str, flags: str, seed: int, lr: float, steps: int) -> Cell:
+    return Cell(spec, flags, seed, lr, steps, eval_every=-(-steps // POINTS))
+
+
+def steps_at(equal: str, rows: list[str], flags: str, steps: int) -> dict[str, int]:
+    """Updates of each row where all take as many evaluations, or updates, as the first."""
+    budget = spent(rows[0], flags, steps)
+    within = {spec: updates_within(spec, flags, budget) for spec in rows[1:]} if equal == "evaluations" else {}
+    return {spec: within.get(spec, steps) for spec in rows}
+
+
+def best(tried: list[dict[str, Any]], select: str) -> float:
+    """The learning rate whose run ended highest; the lower of two that ended alike; not that of one that diverged."""
+    sound = [t for t in tried if not t["diverged"]] or tried
+    return max(sound, key=lambda t: (t["curve"][-1][select], -t["lr"]))["lr"]
+
+
+def run(cfg: Config) -> None:
+    """Run what is not there yet, write the results, the tables and the pictures."""
+    check(cfg)
+    flags = f"{cfg.flags} --watch {' '.join(cfg.watch)}"
+    rows = rows_of(cfg, flags)
+    for spec in rows:
+        opened(spec, flags)  # all are tried before any is run
+    equals = ("evaluations", "updates") if cfg.table == "methods" else ("updates",)
+    steps = {equal: steps_at(equal, rows, flags, cfg.steps) for equal in equals}
+
+    rates = [multiple * config_of(rows[0], flags).lr for multiple in cfg.grid]
+    chosen_rows = (rows if cfg.table == "methods" else rows[:1]) if len(rates) > 1 else []
+    trials = {(s, lr): cell(s, flags, GRID_SEED, lr, steps[equals[0]][s]) for s in chosen_rows for lr in rates}
+    if cfg.plan:
+        planned = [cell(s, flags, n, rates[0], steps[e][s]) for n in range(cfg.seeds) for e in equals for s in rows]
+        return say_plan(cfg, flags, steps, list(dict.fromkeys([*trials.values(), *planned])))
+    done = run_all(list(trials.values()), cfg.work, cfg.jobs)
+    tried = {spec: [done[trials[spec, lr]] for lr in rates] for spec in chosen_rows}
+    lr = {spec: best(tried.get(spec) or tried[rows[0]], cfg.select) if tried else rates[0] for spec in rows}
+
+    # Seed by seed, so that what is there when it is stopped is a whole table of fewer seeds.
+    cells = {(e, s, n): cell(s, flags, n, lr[s], steps[e][s]) for n in range(cfg.seeds) for e in equals for s in rows}
+    done = run_all(list(cells.values()), cfg.work, cfg.jobs)
+    tables = {e: {s: [done[cells[e, s, n]] for n in range(cfg.seeds)] for s in rows} for e in equals}
+    out = cfg.out or RESULTS / f"{cfg.table}.json"
+    grid = {s: [dict(lr=t["lr"], steps=t["steps"], score=t["curve"][-1][cfg.select]) for t in tried[s]] for s in tried}
+    record(out, kind=cfg.table, rewards=config_of(rows[0], flags).reward, select=cfg.select, grid=grid, tables=tables)
+    draw(out)
+
+
+def say_plan(cfg: Config, flags: str, steps: dict[str, dict[str, int]], cells: list[Cell]) -> None:
+    """Print updates and evaluations of every row, and of all runs that are not finished."""
+    for equal, of_row in steps.items():
+        for spec, updates in of_row.items():
+            print(f"equal {equal:12s} {spec:44s} {updates:6d} updates {spent(spec, flags, updates):10,d} evaluations")
+    todo = [c for c in cells if not is_finished(c, cfg.work)]
+    total = sum(spent(c.spec, flags, c.steps) for c in todo)
+    print(f"{len(todo)} runs of {len(cells)} are to do, {total:,} evaluations, if --grid changes no learning rate")
+
+
+def main() -> None:
+    try:
+        run(tyro.cli(Config))
+    except (ValueError, RuntimeError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+
+
+if __name__ == "__main__":
+    main()

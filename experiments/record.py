@@ -1,0 +1,54 @@
+"""Results as files: what was measured, and by which command, on what, when, of which revision."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra.files import replacing
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+
+
+def record(path: Path, **content: Any) -> None:
+    """Write a result, whole or not at all, with the command that made it, hardware, date and revision."""
+    origin = dict(command=command(), hardware=hardware(), date=datetime.now().strftime("%Y-%m-%d"), revision=revision())
+    with replacing(path) as part:
+        part.write_text(json.dumps(origin | content, indent=1) + "\n")
+
+
+def command() -> str:
+    """What was typed: python -m experiments.NAME and its flags."""
+    return shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
+def hardware() -> str:
+    """The processor and how many of its cores may be used, the GPU if there is one, and torch's version."""
+    info = Path("/proc/cpuinfo")  # of Linux; elsewhere platform tells the name
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [(names or [platform.processor() or platform.machine()])[0], f"{cores} cores"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join([*parts, f"torch {torch.__version__}"])
+
+
+def revision() -> str:
+    """The commit of this repository, with a + if files differ from it; unknown where there is no git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,269 @@
+"""experiments.compare: intervals and pairs against scipy, budgets against the meter; no cell twice; a real table."""
+
+import itertools
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import train
+from config import Config as TrainConfig
+from experiments import cells, compare
+from experiments.cells import Cell, cost, opened, spent, updates_within
+from experiments.compare import ABLATIONS, GRID_SEED, METHODS, Config, windows
+from experiments.draw import draw
+from experiments.draw_compare import change_of, gain, last, mean_of
+from infra.distributed import join
+from infra.meter import Meter
+from sample import sigmas
+from start import prepare
+from tests.test_methods import ROOT, blocks
+
+SMALL = "--rollout-steps 5 --batch 8"
+NUMBERS = {"judge": 0.4, "position": 0.1, "count": 0.3, "color": 0.5, "reward": 2.0, "tiny": 2.0, "vivid": 0.2}
+
+
+def run_of(seed: int, spec: str = "leapalign", diverged: bool = False, **final: float) -> dict:
+    """A finished run that went from NUMBERS to `final`."""
+    curve = [dict(step=0, evaluations=0, **NUMBERS), dict(step=9, evaluations=900, **NUMBERS | final)]
+    took = dict(evaluations=900, seconds=12.0, memory=1.5, steps=9, lr=1e-4, diverged=diverged)
+    return dict(spec=spec, seed=seed, curve=curve, **took)
+
+
+# --------------------------------------------------------------------------------------- arithmetic
+
+
+def test_intervals_and_paired_differences_are_scipys():
+    ours, theirs = np.random.default_rng(0).normal(size=(2, 6))
+    rows = [[run_of(seed, judge=x) for seed, x in enumerate(values)] for values in (ours, theirs)]
+    mean, half = mean_of(rows[0], last("judge"))
+    low, high = stats.ttest_1samp(ours, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    mean, half = change_of(rows[0], rows[1], last("judge"))
+    low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def test_runs_of_other_seeds_are_no_pairs():
+    with pytest.raises(ValueError, match="other seeds"):
+        change_of([run_of(0), run_of(1)], [run_of(1), run_of(0)], last("judge"))
+
+
+def test_a_gain_is_the_mean_over_tasks_less_the_bases():
+    assert gain("position", "count")(run_of(0, position=0.3, count=0.4)) == pytest.approx((0.2 + 0.1) / 2)
+
+
+@pytest.mark.parametrize("steps, shift", list(itertools.product(range(2, 17), (1, 3))))
+def test_ranges_hold_each_step_once_and_two_at_least(steps, shift):
+    levels = sigmas(dict(use_dynamic_shifting=False, shift=shift), steps, 16).tolist()[:-1]
+    numbers = [[float(w) for w in spec.split()[2::2]] for spec in windows(levels)]
+    inside = [[i for i, level in enumerate(levels) if low <= level <= high] for low, high in numbers]
+    assert list(itertools.chain(*inside)) == list(range(steps))
+    assert min(map(len, inside)) >= 2 or steps < 4
+    assert len(inside) == max(1, min(4, steps // 2))
+
+
+# ---------------------------------------------------------------------------------------- budgets
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """What the training loop's meter counts in one update: method -> evaluations."""
+    cfg = cells.config_of("leapalign", SMALL)
+    with join("cpu") as world:
+        setup = prepare(replace(cfg, out=Path("/nonexistent")), world)
+
+        def count(spec: str, step: int = 0) -> int:
+            meter = Meter(world.device)
+            one = replace(setup, method=opened(spec, SMALL)[0], group=8 if "grpo" in spec else 1)
+            train.batch_gradient(cfg, one, world, step, meter)
+            return cost(meter.counts["forwards"], meter.counts["backwards"])
+
+        yield count
+
+
+@pytest.mark.parametrize("spec", [m for m in METHODS if m not in ("refl", "drtune", "flowbp_lagrange")])
+def test_an_update_costs_what_the_meter_counts(spec, counted):
+    assert spent(spec, SMALL, 1) == counted(spec)
+    assert spent(spec, SMALL, 7) == 7 * counted(spec)
+
+
+@pytest.mark.parametrize("spec", ["refl", "drtune", "flowbp_lagrange"])
+def test_where_a_step_is_drawn_the_meter_counts_one_of_the_possible_costs(spec, counted):
+    each = {spent(spec, SMALL, n + 1) - (spent(spec, SMALL, n) if n else 0) for n in range(40)}
+    assert {counted(spec, step) for step in range(3)} <= each
+
+
+def test_a_budget_is_spent_but_for_less_than_one_update():
+    budget = spent("leapalign", SMALL, 50)
+    assert updates_within("leapalign", SMALL, budget) == 50
+    for spec in METHODS:
+        n = updates_within(spec, SMALL, budget)
+        assert spent(spec, SMALL, n) <= budget < spent(spec, SMALL, n + 1)
+    assert updates_within("full", SMALL, 3) == 1
+
+
+@pytest.mark.parametrize("spec", [*METHODS, *ABLATIONS])
+def test_every_row_of_the_tables_can_be_run(spec):
+    opened(spec, "--rollout-steps 8")
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [("refll", "--method refll"), ("refl --alpha 1", "--alpha means nothing"), ("flow_grpo --group 7", "groups of 7")],
+)
+def test_a_row_that_cannot_be_is_refused_by_name(spec, words):
+    with pytest.raises(ValueError, match=words) as error:
+        opened(spec, SMALL)
+    assert str(error.value).startswith(spec)
+
+
+# ------------------------------------------------------------------------------------------ cells
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[list[str]]:
+    """The runs that were started. None trains: the judge is 1 - |lr - 1e-4|, whatever the method."""
+    commands: list[list[str]] = []
+
+    def fake(command: list[str], log: Path) -> int:
+        commands.append(command)
+        flags = dict(itertools.pairwise(command))
+        out, steps = Path(flags["--out"]), int(flags["--steps"])
+        out.mkdir(parents=True, exist_ok=True)
+        updates = [dict(step=i, forwards=20, backwards=5, seconds=0.5, memory=1.0 + i / 10) for i in range(steps)]
+        judge = 1 - abs(float(flags["--lr"]) - 1e-4)
+        evals = [dict(step=i, **NUMBERS | dict(judge=judge), by_prompt={}, seconds=1.0) for i in (0, steps)]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(u) + "\n" for u in updates))
+        (out / "eval.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
+        return 0
+
+    monkeypatch.setattr(cells, "launch", fake)
+    return commands
+
+
+CELL = Cell("refl", SMALL, seed=0, lr=1e-4, steps=4, eval_every=2)
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path, started):
+    once = cells.run_all([CELL, CELL], tmp_path, jobs=2)
+    again = cells.run_all([CELL, replace(CELL, seed=1)], tmp_path, jobs=2)
+    assert [dict(itertools.pairwise(c))["--seed"] for c in started] == ["0", "1"]
+    assert once[CELL] == again[CELL]
+    assert once[CELL]["evaluations"] == 4 * (20 + 2 * 5) and once[CELL]["memory"] == 1.3
+    assert [e["evaluations"] for e in once[CELL]["curve"]] == [0, 120]
+
+
+def test_a_cell_is_another_one_where_a_flag_or_what_it_reads_is_other(tmp_path):
+    (tmp_path / "p.txt").write_text("a photo of a red circle\n")
+    (tmp_path / "m.py").write_text("from baselines import full\n")
+    changed = [CELL, replace(CELL, seed=1), replace(CELL, lr=2e-4), replace(CELL, steps=5), replace(CELL, spec="full")]
+    changed += [replace(CELL, flags=f"{SMALL} --prompts {tmp_path / 'p.txt'}")]
+    changed += [replace(CELL, spec=f"{tmp_path / 'm.py'}:full")]
+    names = [cell.name for cell in changed]
+    assert len(set(names)) == len(names)
+    (tmp_path / "p.txt").write_text("a photo of a blue circle\n")
+    (tmp_path / "m.py").write_text("from baselines import full  # now better\n")
+    cells.digest.cache_clear()
+    after = [cell.name for cell in changed]
+    assert after[:-2] == names[:-2] and after[-2] != names[-2] and after[-1] != names[-1]
+
+
+@pytest.mark.parametrize("code, diverged", [(3, True), (2, None)])
+def test_a_run_that_ends_early_is_a_result_only_if_its_numbers_were_not_finite(
+    tmp_path, started, monkeypatch, code, diverged
+):
+    inner = cells.launch
+
+    def failing(command: list[str], log: Path) -> int:
+        log.write_text("error: --lr is wrong\n")
+        inner(command, log)
+        return code
+
+    monkeypatch.setattr(cells, "launch", failing)
+    if diverged:
+        assert cells.run(CELL, tmp_path)["diverged"]
+    else:
+        with pytest.raises(RuntimeError, match=r"(?s)ended with 2.*--lr is wrong"):
+            cells.run(CELL, tmp_path)
+        assert not cells.is_finished(CELL, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def seeds_and_rates(started: list[list[str]]) -> set[tuple[int, float]]:
+    return {(int(f["--seed"]), float(f["--lr"])) for f in (dict(itertools.pairwise(c)) for c in started)}
+
+
+def test_rates_are_chosen_on_a_seed_of_their_own_and_used_at_all_others(tmp_path, started, capsys):
+    lr = TrainConfig.lr
+    grid = (0.5e-4 / lr, 1e-4 / lr, 2e-4 / lr)
+    table = Config(methods=("leapalign", "refl"), seeds=2, steps=6, grid=grid, flags=SMALL, work=tmp_path / "work")
+    compare.run(replace(table, out=tmp_path / "methods.json"))
+    tried = {(seed, round(rate, 9)) for seed, rate in seeds_and_rates(started)}
+    assert tried == {(GRID_SEED, 0.5e-4), (GRID_SEED, 1e-4), (GRID_SEED, 2e-4), (0, 1e-4), (1, 1e-4)}
+    result = json.loads((tmp_path / "methods.json").read_text())
+    assert list(result["tables"]) == ["evaluations", "updates"] and set(result["grid"]) == {"leapalign", "refl"}
+    assert [r["steps"] for r in result["tables"]["updates"]["refl"]] == [6, 6]
+    assert {"command", "hardware", "date", "revision"} <= set(result)
+
+    count = len(started)  # a row more: only its own runs are made
+    compare.run(replace(table, also=("full",), out=tmp_path / "methods.json"))
+    assert {dict(itertools.pairwise(c))["--method"] for c in started[count:]} == {"full"}
+    assert "| full |" in capsys.readouterr().out
+
+
+def test_ablations_and_ranges_have_the_references_rate(tmp_path, started):
+    for name in ("ablations", "ranges"):
+        table = Config(table=name, seeds=1, steps=2, flags="--rollout-steps 8 --batch 8", work=tmp_path)
+        compare.run(replace(table, out=tmp_path / f"{name}.json"))
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        assert len({r["lr"] for row in result["tables"]["updates"].values() for r in row}) == 1
+        assert list(result["grid"]) == ["leapalign"] and (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_plan_runs_nothing(tmp_path, started, capsys):
+    compare.run(Config(methods=("leapalign", "refl"), seeds=2, steps=6, flags=SMALL, work=tmp_path, plan=True))
+    told = capsys.readouterr().out
+    assert not started and not list(tmp_path.iterdir())
+    assert "14 runs of 14 are to do" not in told and "12 runs of 12 are to do" in told  # 6 of the grid, 2 of leapalign
+
+
+def test_a_table_shows_what_ended_early_and_a_rate_at_the_edge(tmp_path):
+    rows = {"leapalign": [run_of(0), run_of(1)], "full": [run_of(0, "full", True), run_of(1, "full", judge=0.6)]}
+    grid = {"full": [dict(lr=lr, steps=9, score=0.5) for lr in (1e-4, 2e-4)]}
+    origin = dict(command="c", hardware="h", date="d", revision="r", kind="methods", rewards=["tiny"], select="judge")
+    (tmp_path / "m.json").write_text(json.dumps(origin | dict(grid=grid, tables=dict(updates=rows))))
+    draw(tmp_path / "m.json")
+    text = (tmp_path / "m.md").read_text()
+    assert "| full (1 of 2 diverged) | 0.500 ±1.271 |" in text and "0.0001* |" in text and "| base | 0.400 |" in text
+    assert "| full (1 of 2 diverged) | +0.100 ±1.271 |" in text
+
+
+def test_what_is_no_result_is_refused_by_name(tmp_path):
+    (tmp_path / "x.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"x\.json is no result"):
+        draw(tmp_path / "x.json")
+
+
+def test_a_method_of_a_file_enters_a_real_table(tmp_path, monkeypatch):
+    """With train.py itself: a table of LeapAlign and of the README's method, and what it says of them."""
+    (tmp_path / "my_method.py").write_text(blocks("python", "def noisy_steps"))
+    lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
+    (tmp_path / "few.txt").write_text("\n".join(lines[::30]) + "\n")
+
+    monkeypatch.chdir(tmp_path)
+    mine = "my_method.py:noisy_steps --option count=2"
+    flags = f"--rollout-steps 3 --batch 8 --eval-prompts {shlex.quote(str(tmp_path / 'few.txt'))}"
+    table = Config(methods=("leapalign", mine), seeds=1, steps=1, grid=(1,), flags=flags, watch=("judge",))
+    compare.run(replace(table, table="ablations", out=tmp_path / "table.json"))  # at equal updates alone
+    rows = json.loads((tmp_path / "table.json").read_text())["tables"]["updates"]
+    (ours,), (theirs,) = rows["leapalign"], rows[mine]
+    assert (ours["evaluations"], theirs["evaluations"]) == (8 * (3 + 6), 8 * (3 + 6)) == (spent(mine, flags, 1),) * 2
+    assert ours["curve"][0] == theirs["curve"][0] and ours["curve"][1] != theirs["curve"][1]
+    assert f"| {mine} | {theirs['curve'][1]['judge']:.3f} |" in (tmp_path / "table.md").read_text()
