@@ -4,7 +4,6 @@ import inspect
 import json
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 import baselines
 import leaps
+import train
 from config import PRESETS, Config, Experiment, Machine, Method, Run, parse
 from infra.checks import check_folder
 from infra.distributed import stop_signals
@@ -163,31 +163,22 @@ def test_signals_are_noted_within_and_handled_as_before_after():
 # ------------------------------------------------------------------------------------------------ the README
 
 
-def test_the_readmes_own_method_runs_from_its_file_and_resumes_only_as_it_was(tmp_path):
+def test_the_readmes_own_method_runs_from_its_file_and_resumes_only_as_it_was(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_method.py").write_text(blocks("python", "def noisy_steps"))
     (tmp_path / "few.txt").write_text("a photo of a circle\na photo of two squares\n")
-    short = [
-        "--steps",
-        "2",
-        "--batch",
-        "4",
-        "--eval-prompts",
-        str(tmp_path / "few.txt"),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    command = [sys.executable, str(ROOT / "train.py"), "--method", "my_method.py:noisy_steps", *short]
+    monkeypatch.chdir(tmp_path)
+    flags = ["--steps", "2", "--batch", "4", "--eval-prompts", "few.txt", "--out", "run"]
 
-    def train(*flags: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-        )
+    def command(*more: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--method", "my_method.py:noisy_steps", *flags, *more])
+        train.main()
 
-    done = train("--option", "count=2", "power=0.5")
-    assert done.returncode == 0, done.stderr
+    command("--option", "count=2", "power=0.5")
     entry = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert entry["backwards"] == 4 * 2 and 0 < entry["k"] <= 1
-    assert "was started with ['count=2', 'power=0.5']" in train("--resume", "--option", "count=3").stderr
+    with pytest.raises(SystemExit, match="2"):
+        command("--resume", "--option", "count=3")
+    assert "was started with ['count=2', 'power=0.5']" in capsys.readouterr().err
 
 
 def test_every_name_in_the_readmes_table_of_equations_is_where_it_says():
