@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from infra.distributed import device_of
 from infra.folders import PATCH, Pipeline, load
 from infra.pictures import contact_sheet
 from infra.prompts import read_prompts
@@ -206,7 +207,7 @@ class Config:
     batch: int = 8
     """Images at a time: fewer need less memory, the pictures stay the same."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute."""
+    """Where to compute: cpu, cuda, or one of several GPUs, cuda:1."""
     bf16: bool = False
     """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published."""
     seed: int = 0
@@ -221,7 +222,8 @@ def main() -> None:
             raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
         if min(cfg.num, cfg.steps, cfg.batch) < 1:
             raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
-        pipe = load(cfg.model, cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
+        device = device_of(cfg.device)
+        pipe = load(cfg.model, device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
         size = cfg.size or pipe.vae.config.sample_size
         grid(pipe, size, size)
         if warning := too_long(pipe, prompts):

@@ -45,6 +45,15 @@ class World(NamedTuple):
 # --------------------------------------------------------------------------------------- coming and going
 
 
+def device_of(name: str) -> torch.device:
+    """The device of a --device flag, such as cpu or cuda:1. Raises ValueError if it cannot compute here."""
+    try:
+        torch.ones(1, device=name).sum().item()
+    except Exception as error:  # each kind of device fails in a way of its own
+        raise ValueError(f"--device {name}: torch has no such device here; cpu works everywhere") from error
+    return torch.device(name)
+
+
 @contextmanager
 def join(device: str, shard: int | None = None, patience: timedelta | None = None) -> Iterator[World]:
     """The processes that torchrun started, or this one alone, until the end of the `with`.

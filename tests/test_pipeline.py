@@ -25,7 +25,7 @@ from infra.folders import INDEX, PARTS, WEIGHTS, Pipeline, find, load, load_flux
 from infra.names import from_diffusers
 from infra.saving import save
 from model import Flux, FluxConfig
-from sample import decode, draw_noise, encode, grid, pack, sample, sigmas, unpack, velocity_of
+from sample import decode, draw_noise, encode, grid, main, pack, sample, sigmas, unpack, velocity_of
 from shapes.models import make_tokenizers
 
 TINY_FLUX = Path(__file__).parent.parent / "shapes" / "tiny-flux"
@@ -580,3 +580,13 @@ def test_a_transformer_config_that_is_not_fluxs_is_named(broken):
     edit_json(broken / "transformer" / "config.json", patch_size=2)
     with pytest.raises(ValueError, match=r"transformer/config\.json.*patch_size=2"):
         load(broken)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])
+def test_a_device_that_is_not_there_is_one_line_before_anything_is_read(device, monkeypatch, capsys):
+    flags = ["sample.py", "--device", device, "--model", "/nowhere", "--prompt", "a circle"]
+    monkeypatch.setattr("sys.argv", flags)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: --device {device}: torch has no such device here; cpu works everywhere\n"
