@@ -19,7 +19,9 @@ class Experiment:
     """What decides the result: --resume must find it unchanged."""
 
     model: str = str(HERE / "shapes" / "tiny-flux")
-    """Model folder in the diffusers layout of FLUX, or a hub id."""
+    """Model folder in the diffusers layout of FLUX, or a hub id; or a LoRA, a folder or .safetensors file."""
+    base: str | None = None
+    """Model folder or hub id that --model, a LoRA, lies over; ours name their own."""
     reward: tuple[str, ...] = ("tiny",)
     """Rewards to raise, NAME[=PATH][:WEIGHT] or my_file.py:function[:WEIGHT]. Names: tiny, clip, pickscore, hpsv2,
     hpsv3, imagereward, and judge for methods that need no gradient; weights multiply what the loss sees (cosines for

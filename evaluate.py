@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from infra.distributed import World, gather, join, on_first_rank
 from infra.files import replacing
-from infra.folders import find, is_lora, load
+from infra.folders import find, load
+from infra.lora_files import lora_file
 from infra.pictures import grid_of, save_png, to_pil
 from infra.prompts import read_entries, shard
 from rewards import Reward, check_rewards, name_of, open_reward, open_rewards, score_all
@@ -51,7 +52,11 @@ class Config:
     """Score models on the same prompts and noise."""
 
     model: tuple[str, ...] = (str(HERE / "shapes" / "tiny-flux"),)
-    """Model folders or hub ids; the others are compared with the first."""
+    """Model folders or hub ids, or LoRAs; the others are compared with the first."""
+    base: str | None = None
+    """Model folder or hub id that LoRAs and tuned weights were trained from; our LoRAs name their own."""
+    strength: float = 1.0
+    """How much of the tuning to apply: 1 is all of it, 0 the base. Of a LoRA, or with --base of tuned weights."""
     prompts: Path = HERE / "shapes" / "eval-prompts.txt"
     """Prompts, one per line; or JSON lines, a JSON array, a .csv or .tsv table with a "prompt" in each."""
     rewards: tuple[str, ...] = ("judge", "tiny")
@@ -241,15 +246,16 @@ def claim(cfg: Config, entries: list[dict[str, Any]], sources: dict[str, Path]) 
     flags["prompts"] = [e["prompt"] for e in entries]
     file = cfg.out / "config.json"
     if file.exists():
-        before = json.loads(file.read_text())
-        if other := [k for k in flags if flags[k] != before.get(k)]:
+        before = asdict(Config()) | json.loads(file.read_text())  # flags that it did not know yet
+        if other := [k for k in flags if flags[k] != before[k]]:
             raise ValueError(f"--out {cfg.out} holds an evaluation with another --{other[0].replace('_', '-')}")
     elif cfg.out.exists() and any(cfg.out.iterdir()):
         raise ValueError(f"--out {cfg.out} is occupied by something else")
     cfg.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(flags, indent=2) + "\n")
     for name, source in sources.items():
-        files = sorted((source / "transformer").glob("*.safetensors")) or sorted(source.glob("*.safetensors"))
+        inner = sorted((source / "transformer").glob("*.safetensors"))
+        files = [source] if source.is_file() else inner or sorted(source.glob("*.safetensors"))
         weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         (cfg.out / name).mkdir(exist_ok=True)
         if (file := cfg.out / name / "weights").exists() and json.loads(file.read_text()) != weights:
@@ -261,10 +267,13 @@ def run(cfg: Config, world: World) -> None:
     entries, tags = prepare(cfg)
     rewards: list[Reward] = []
     check_rewards(cfg.rewards)
-    found = {m: find(m) for m in cfg.model}  # of a LoRA, its base
-    sources = {label(m): Path(m) if is_lora(m) else folder for m, folder in found.items()}
+    found = {m: find(m, cfg.base) for m in cfg.model}  # of a LoRA, its base
+    if cfg.strength != 1 and not cfg.base and (whole := [m for m in cfg.model if not lora_file(m)]):
+        raise ValueError(f"--strength {cfg.strength} needs --base FOLDER: {whole[0]} is no LoRA")
+    sources = {label(m): Path(m) if lora_file(m) else folder for m, folder in found.items()}
     for name, source in sources.items():
-        pipe = load(source, world.device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
+        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+        pipe = load(source, world.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
         size = cfg.size or pipe.vae.config.sample_size
         grid(pipe, size, size)
         check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)

@@ -187,7 +187,11 @@ class Config:
     """Write a captioned grid of images."""
 
     model: str = str(HERE / "shapes" / "tiny-flux")
-    """Model folder in the diffusers layout of FLUX, or a hub id."""
+    """Model folder in the diffusers layout of FLUX, or a hub id; or a LoRA, a folder or .safetensors file."""
+    base: str | None = None
+    """Model folder or hub id that --model, a LoRA or tuned weights, was trained from; our LoRAs name their own."""
+    strength: float = 1.0
+    """How much of the tuning to apply: 1 is all of it, 0 the base. Of a LoRA, or with --base of tuned weights."""
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompts: Path | None = None
@@ -222,8 +226,8 @@ def main() -> None:
             raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
         if min(cfg.num, cfg.steps, cfg.batch) < 1:
             raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
-        device = device_of(cfg.device)
-        pipe = load(cfg.model, device, torch.bfloat16 if cfg.bf16 else torch.float32, cfg.text_length)
+        device, dtype = device_of(cfg.device), torch.bfloat16 if cfg.bf16 else torch.float32
+        pipe = load(cfg.model, device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
         size = cfg.size or pipe.vae.config.sample_size
         grid(pipe, size, size)
         if warning := too_long(pipe, prompts):

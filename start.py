@@ -22,9 +22,10 @@ from infra.checkpoints import folders
 from infra.checks import check_flags, check_folder, check_groups
 from infra.distributed import World, fill, shard_flux, shard_frozen
 from infra.files import recover, replacing
-from infra.folders import Pipeline, describe, is_lora, load
+from infra.folders import Pipeline, describe, load
 from infra.jsonl import truncate
 from infra.lora import add_lora, first_values, wrapped_name
+from infra.lora_files import lora_file
 from infra.meter import Flops, network_flops
 from infra.prompts import fingerprint, read_prompts, say
 from infra.user_code import is_user_code, load_function, where
@@ -159,10 +160,12 @@ def try_method(method: Callable, levels: Tensor, group: int) -> bool:
 
 def check_model(cfg: Config) -> Tensor:
     """The noise levels of a rollout; raises ValueError if the model cannot do what the flags ask of it."""
-    description = describe(cfg.model)
+    if cfg.base and not lora_file(cfg.model):
+        raise ValueError(f"--base {cfg.base} is for a LoRA, but --model {cfg.model} is none")
+    description = describe(cfg.model, cfg.base)
     if description.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
-    if cfg.lora and is_lora(cfg.model):
+    if cfg.lora and lora_file(cfg.model):
         raise ValueError(f"--lora on --model {cfg.model}, itself a LoRA: train its base, or go on with all weights")
     rows, columns = grid(description, cfg.size, cfg.size)
     return sigmas(description.schedule, cfg.rollout_steps, rows * columns)
@@ -233,7 +236,7 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
             shard_flux(flux, world, dtype)
         fill(flux, tensors, world.device)
 
-    pipe = load(cfg.model, world.device, dtype, cfg.text_length, cfg.offload_encoders, place)
+    pipe = load(cfg.model, world.device, dtype, cfg.text_length, cfg.offload_encoders, place, cfg.base)
     if cfg.recompute:
         pipe.vae.enable_gradient_checkpointing()
     return pipe

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, 
 from transformers.utils import logging
 
 from infra.files import recover
-from infra.lora import FILE, NOTE, merge_lora
+from infra.lora import FILE, NOTE
+from infra.lora_files import Change, lora_file, merge_lora, read_lora
 from infra.names import check_state, config_from_diffusers, from_diffusers, load_weights
 from model import FLUX_DEV, Flux, FluxConfig
 
@@ -79,9 +80,9 @@ class Description(NamedTuple):
     cell: int  # pixels a token spans each way
 
 
-def describe(name: str | Path) -> Description:
+def describe(name: str | Path, base: str | None = None) -> Description:
     """Read the small files of a model folder or hub id, so that flags can be checked before weights are read."""
-    folder = find(name)
+    folder = find(name, base)
     blocks = read(folder / "vae" / "config.json", lambda file: json.loads(file.read_text())["block_out_channels"])
     return Description(
         read(folder / "transformer" / "config.json", parse_config),
@@ -90,19 +91,24 @@ def describe(name: str | Path) -> Description:
     )
 
 
-def is_lora(name: str | Path) -> bool:
-    return (Path(name) / NOTE).exists()
+def find(name: str | Path, base: str | None = None) -> Path:
+    """The model folder at path `name`, of that hub id, or under that LoRA. Raises ValueError naming what is missing.
 
-
-def find(name: str | Path) -> Path:
-    """The model folder at path `name`, of that hub id, or under that LoRA. Raises ValueError naming what is missing."""
+    A LoRA lies over `base`, --base, or over the one that its NOTE names.
+    """
     folder, files = Path(name), ["model_index.json", *(f"{part}/*" for part in PARTS)]
     recover(folder)
-    if is_lora(name):
-        base = folder / read(folder / NOTE, lambda file: json.loads(file.read_text())["base"])  # perhaps absolute
-        if not base.exists() or not (folder / FILE).exists():
-            raise ValueError(f"LoRA {folder}: it needs its {FILE}, and its base at {base}, as {folder / NOTE} says")
-        folder = base
+    if file := lora_file(name):
+        if base:
+            if lora_file(base):
+                raise ValueError(f"--base {base} is a LoRA too: give the whole model that {name} was trained on")
+            return find(base)
+        if not (folder / NOTE).exists():
+            raise ValueError(f"{name} is a LoRA that does not say what it changes: give --base FOLDER")
+        noted = folder / read(folder / NOTE, lambda note: json.loads(note.read_text())["base"])  # perhaps absolute
+        if not noted.exists() or not file.exists():
+            raise ValueError(f"LoRA {folder}: it needs its {FILE}, and its base at {noted}, as {folder / NOTE} says")
+        folder = noted
     if not folder.exists():
         # Where the parent exists, this is a path misspelt: only what can be nothing else goes to the network.
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or folder.parent.is_dir():
@@ -121,15 +127,25 @@ def load(
     text_length: int | None = None,
     offload: bool = False,
     place: Callable[[Flux, Tensors], None] | None = None,
+    base: str | None = None,
+    strength: float = 1.0,
 ) -> Pipeline:
     """Load a model folder. `dtype` is that of the transformer and the text encoders; the VAE stays fp32.
 
     `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev. `offload` keeps
     the text encoders on the CPU, and `place` says where the transformer goes: see `load_flux`.
+    `base` is the folder that a LoRA lies over, and `strength` multiplies what it changes; of a whole folder,
+    its difference to the base.
     Raises ValueError for a folder, file or tensor that is missing or does not fit.
     """
     logging.disable_progress_bar()  # transformers shows one for each tiny part
-    folder, lora = find(name), read(Path(name) / FILE, load_file) if is_lora(name) else None
+    folder, file = find(name, base), lora_file(name)
+    lora = read_lora_of(file, folder) if file else None
+    if strength != 1 and not file and not base:
+        raise ValueError(
+            f"--strength {strength} needs --base FOLDER: {name} is no LoRA, and what it changed is unknown"
+        )
+    origin = find(base) / "transformer" if base and not file and strength != 1 else None
     schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule)
     tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
     tokenizers = read(folder / "tokenizer", tokenize), read(folder / "tokenizer_2", tokenize)
@@ -137,7 +153,7 @@ def load(
     clip = read(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
     t5 = read(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
     vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
-    flux = load_flux(folder / "transformer", device, dtype, place, lora)
+    flux = load_flux(folder / "transformer", device, dtype, place, lora, strength, origin)
     outputs = vae.config.latent_channels * PATCH**2, clip.config.hidden_size, t5.config.d_model
     inputs = flux.config.in_channels, flux.config.vec_in_dim, flux.config.context_in_dim
     if outputs != inputs:
@@ -149,19 +165,57 @@ def load(
     return Pipeline(folder, flux, vae, clip, t5, *tokenizers, schedule, text_length, dtype, offload)
 
 
+def read_lora_of(file: Path, folder: Path) -> dict[str, list[Change]]:
+    """What a LoRA file changes in the transformer of a model folder."""
+    config = read(folder / "transformer" / "config.json", parse_config)
+    return read(file, partial(read_lora, config=config))
+
+
 def load_flux(
     path: Path,
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     place: Callable[[Flux, Tensors], None] | None = None,
-    lora: dict[str, Tensor] | None = None,
+    lora: dict[str, list[Change]] | None = None,
+    strength: float = 1.0,
+    origin: Path | None = None,
 ) -> Flux:
     """The transformer from a diffusers `transformer/` folder, sharded or not, or from flux1-dev.safetensors.
 
     `place(flux, tensors)` is for models that no rank holds whole: it gets a Flux without memory and an iterator over
-    names and tensors, which are read from disk as they are asked for.  `lora` holds what to add to them.
+    names and tensors, which are read from disk as they are asked for.
+    `strength` times `lora` is added to them; with `origin`, the transformer that this one was tuned from, they are
+    origin + strength (tuned - origin).
     Raises ValueError naming the folder or file and what is missing or does not fit.
     """
+    config, state, tensors = open_flux(path)
+    if lora:
+        tensors = merge_lora(tensors, lora, strength)
+    if origin:
+        before, _, tensors_before = open_flux(origin)
+        if before != config:
+            raise ValueError(f"--strength between different networks: {path} was not tuned from {origin}")
+        tensors = between(tensors_before, tensors, strength)
+    with torch.device("meta"):
+        flux = Flux(config)
+    if place is None:
+        load_weights(flux, {name: tensor.to(dtype) for name, tensor in tensors}, source=str(path))
+        return flux.to(device)  # names were converted on the CPU: a GPU holds the weights once
+    if path.is_file():
+        check_state(state, flux.state_dict(), source=str(path))
+    place(flux, tensors)
+    return flux
+
+
+def between(first: Tensors, second: Tensors, strength: float) -> Tensors:
+    """first + strength (second - first), in fp32, of two networks' tensors by our names, in the same order."""
+    for (name, a), (other, b) in zip(first, second, strict=True):
+        assert name == other
+        yield name, torch.lerp(a.float(), b.float(), strength)
+
+
+def open_flux(path: Path) -> tuple[FluxConfig, dict[str, Tensor], Tensors]:
+    """A transformer's configuration, its tensors as its files name them, mapped, and an iterator by our names."""
     if path.is_file():
         state = read(path, load_file)
         config = replace(FLUX_DEV, guidance_embed="guidance_in.in_layer.weight" in state)
@@ -175,17 +229,7 @@ def load_flux(
             raise ValueError(f"{path} is incomplete: copy or download {', '.join(missing)}")
         state = {k: v for name in shards for k, v in read(path / name, load_file).items()}  # mapped, not read
         tensors = from_diffusers(state, config, source=str(path))
-    if lora:
-        tensors = merge_lora(tensors, lora, config)
-    with torch.device("meta"):
-        flux = Flux(config)
-    if place is None:
-        load_weights(flux, {name: tensor.to(dtype) for name, tensor in tensors}, source=str(path))
-        return flux.to(device)  # names were converted on the CPU: a GPU holds the weights once
-    if path.is_file():
-        check_state(state, flux.state_dict(), source=str(path))
-    place(flux, tensors)
-    return flux
+    return config, state, tensors
 
 
 def read(what: Name, parse: Callable[[Name], Result]) -> Result:

@@ -3,7 +3,8 @@
     y = W x + (alpha / rank) B A x        A (rank, in) random, B (out, rank) zero at the start
 
 Flux fuses q, k, v, and the MLP of a single block, into one layer; published LoRAs have an A and a B for each.  So do
-these: each part of a fused layer's rows has its own.  The file written is what diffusers' load_lora_weights reads.
+these: each part of a fused layer's rows has its own.  The file written is what diffusers' load_lora_weights reads;
+lora_files.py reads it, and those of others.
 """
 
 import json
@@ -73,7 +74,7 @@ def wrapped_name(name: str, known: set[str]) -> str:
 
 
 def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], base: str) -> None:
-    """Write FILE, with the scale in B, and NOTE, which names the base for `files.load`.
+    """Write FILE, with the scale in B, and NOTE, which names the base for `folders.load`.
 
     `tensors` are names and whole tensors of all trained parameters, which come from `flux`, cut or not.
     """
@@ -86,20 +87,3 @@ def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], b
             state[f"transformer.{name}.lora_B.weight"] = (scale * trained[f"{ours}.b.{i}"]).contiguous()
     save_file(state, folder / FILE, metadata={"format": "pt"})
     (folder / NOTE).write_text(json.dumps({"base": base}) + "\n")
-
-
-def merge_lora(
-    tensors: Iterator[tuple[str, Tensor]], lora: dict[str, Tensor], config: FluxConfig
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a Flux with those of a FILE added, in fp32. Raises ValueError if it is of another Flux."""
-    state, layers = dict(lora), {f"{ours}.weight": theirs for ours, theirs in lora_layers(config)}
-    for name, tensor in tensors:
-        if theirs := layers.get(name):
-            try:
-                pairs = [[state.pop(f"transformer.{n}.lora_{x}.weight").float() for x in "BA"] for n in theirs]
-                tensor = tensor.float() + torch.cat([b @ a for b, a in pairs])
-            except (KeyError, RuntimeError) as error:
-                raise ValueError(f"this is no LoRA of this Flux: {error}") from error
-        yield name, tensor
-    if state:
-        raise ValueError(f"this LoRA changes layers that this code does not: {next(iter(state))}")

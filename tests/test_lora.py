@@ -14,7 +14,8 @@ import train
 from config import Config
 from infra.distributed import join, whole_tensors
 from infra.folders import load
-from infra.lora import FILE, add_lora, lora_layers, merge_lora
+from infra.lora import FILE, add_lora, lora_layers
+from infra.lora_files import changes_of, merge_lora
 from sample import draw_noise, sample
 from start import prepare
 from tests.processes import spread
@@ -162,7 +163,7 @@ def test_a_lora_folder_can_be_moved_with_its_base_and_broken_files_are_named(tra
 
 def merge(file: Path) -> None:
     flux = load(TINY).flux
-    dict(merge_lora(iter(flux.state_dict().items()), load_file(file), flux.config))
+    dict(merge_lora(iter(flux.state_dict().items()), changes_of(load_file(file), flux.config)))
 
 
 def test_a_lora_of_another_flux_is_refused(trained, tmp_path):
