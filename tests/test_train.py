@@ -232,6 +232,19 @@ def test_several_rewards_are_weighed_and_logged_separately(weights, few_prompts,
     assert [r.lam for r in trained(cfg).rewards] == [0.55, 0.4, 13.5]  # the paper's
     for entry in [*read_log(cfg.out / "metrics.jsonl"), *read_log(cfg.out / "eval.jsonl")]:
         assert entry["reward"] == pytest.approx(0.5 * entry["hpsv2"] + 2 * entry["pickscore"] + 0.25 * entry["hpsv3"])
+    assert all(entry[f"grad_{name}"] > 0 for name in FILES for entry in read_log(cfg.out / "metrics.jsonl"))
+
+
+def test_the_pull_of_each_reward_is_its_own_gradient_in_the_image_and_grows_with_its_weight(tmp_path, few_prompts):
+    """vivid's is 1 / pixels in the highest channel of each pixel and minus that in the lowest."""
+    vivid = f"{ROOT / 'shapes' / 'vivid.py'}:vivid"
+    for weight in (1, 3):
+        cfg = Config(out=tmp_path / f"{weight}", reward=("tiny", f"{vivid}:{weight}"), lam=(None, None), alpha=0.3,
+                     weight="none", eval_prompts=few_prompts, **QUICK | dict(steps=1))  # fmt: skip
+        trained(cfg)
+        (entry,) = read_log(cfg.out / "metrics.jsonl")
+        assert entry["grad_vivid"] == pytest.approx(weight * (2 * 64 * 64) ** 0.5 / 64**2, rel=1e-3)
+        assert entry["grad_tiny"] > 0
 
 
 def test_the_gradient_of_several_rewards_is_the_weighted_sum_of_theirs():
