@@ -195,7 +195,8 @@ def means_of(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[str
     """The mean of reported scores (n,), by name; where prompts have tasks, each task's, and the mean over the tasks."""
     if reward.task_of is None:
         return {reward.name: scores.mean().item()}
-    tasks, scores = [reward.task_of(prompt) for prompt in prompts], scores.cpu().double()
+    tasks = [reward.task_of(prompt) for prompt in prompts]
+    scores = scores.cpu().double()  # not all devices have float64
     by_task = {t: scores[torch.tensor([u == t for u in tasks])].mean().item() for t in dict.fromkeys(tasks)}
     overall = sum(by_task.values()) / len(by_task)
     return by_task | {reward.name: round(overall, 9)}  # equal where the same number of images is right

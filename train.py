@@ -110,11 +110,11 @@ def gradient(
                 images = decode(pipe, x, cfg.size, cfg.size)
                 hinges = [r.weight * hinge(s, r.lam) for r, s in zip(setup.rewards, scores_of(images, part))]  # Eq. 11
                 losses = [weight[part] * h for h in hinges]  # Eq. 13
-                pulls = [torch.autograd.grad(loss.sum(), images)[0] for loss in losses]  # a reward's, freed at once
-                images.backward(sum(pulls) / total)  # not yet into the weights: the VAE is frozen
+                pulls = [torch.autograd.grad(loss.sum(), images)[0] for loss in losses]  # of each reward apart
+                images.backward(sum(pulls) / total)  # not yet into the weights: VAE and rewards are frozen
                 measured.setdefault("loss", []).append(sum(losses).detach())
                 for r, pull in zip(setup.rewards, pulls if len(pulls) > 1 else []):  # which one dominates?
-                    measured.setdefault(f"grad_{r.name}", []).append(pull.float().flatten(1).norm(dim=1))
+                    measured.setdefault(f"{r.name}_grad", []).append(pull.float().flatten(1).norm(dim=1))
                 grads.append(x.grad)
         return torch.cat(grads)
 

@@ -66,20 +66,20 @@ def join(device: str, shard: int | None = None, patience: timedelta | None = Non
     group = size if shard is None else shard
     if group < 1 or size % group:
         raise ValueError(f"--shard {shard} does not divide the {size} ranks")
-    where = device_of(device)
-    if where.type not in ("cpu", "cuda"):
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}: processes are joined on cpu or cuda; sample.py takes any device")
-    if where.type == "cuda":
-        if size > 1 and where.index is not None:
-            raise ValueError(f"--device {device}: with {size} ranks each takes its own, write --device cuda")
-        where = torch.device("cuda", local if where.index is None else where.index)
+    if kind == "cuda" and number and size > 1:
+        raise ValueError(f"--device {device}: with {size} ranks each takes its own, write --device cuda")
+    where = device_of(f"cuda:{number or local}" if kind == "cuda" else device)  # of GPUs this rank's own is touched
+    if kind == "cuda":
         torch.cuda.set_device(where)
-    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     alone = {} if size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend, timeout=patience, **alone)
     try:
         shape, names = ((size,), ("shard",)) if group == size else ((size // group, group), ("replicate", "shard"))
-        yield World(dist.get_rank(), size, where, init_device_mesh(where.type, shape, mesh_dim_names=names))
+        yield World(dist.get_rank(), size, where, init_device_mesh(kind, shape, mesh_dim_names=names))
     finally:
         dist.destroy_process_group()
         gc.collect()  # gloo threads still holding work would abort the interpreter at exit
