@@ -47,7 +47,7 @@ class Experiment:
     the hinge off. Default: the paper's (hpsv2 0.55, pickscore 0.4, hpsv3 13.5; tiny 0.4), none for the others."""
     batch: int = 64
     """Rollouts per update."""
-    rollout_steps: int = 5
+    rollout_steps: int = 12
     """Euler steps of a rollout (T), in training and in evaluation."""
     lr: float = 7e-5
     """Learning rate of AdamW, betas 0.9 and 0.999."""

@@ -107,10 +107,13 @@ def grid(pipe: Any, height: int, width: int) -> tuple[int, int]:
 
 
 def draw_noise(pipe: Pipeline, seeds: Sequence[int], rows: int, columns: int) -> Tensor:
-    """x_1, a CPU generator an image: a seed means the same picture in any batch, on any device."""
-    channels = pipe.flux.config.in_channels
-    noise = [torch.randn(rows * columns, channels, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(noise).to(pipe.device)
+    """x_1, a CPU generator an image: a seed means the same picture in any batch, on any device.
+
+    It is what FluxPipeline in fp32 draws from a CPU generator of that seed, so that pictures can be compared.
+    """
+    shape = (pipe.flux.config.in_channels // PATCH**2, rows * PATCH, columns * PATCH)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return pack(torch.stack(noise)).to(pipe.device)
 
 
 def sigmas(schedule: dict, steps: int, tokens: int) -> Tensor:

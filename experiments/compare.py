@@ -3,10 +3,8 @@
     python -m experiments.compare --seeds 5 --jobs 2                                 # all methods
     python -m experiments.compare --methods leapalign refl "full --last 2" --seeds 3
     python -m experiments.compare --also my_method.py:noisy_steps                    # yours, in the table
-    python -m experiments.compare --table ablations --flags="--rollout-steps 8"      # the paper's Fig. 4
+    python -m experiments.compare --table ablations                                  # the paper's Fig. 4
     python -m experiments.compare --table ranges --jobs 2                            # where do early steps matter?
-
-The ablation --high 0.5 needs two steps from there on, of which a rollout of 8 has enough and the preset's 5 has not.
 
 A method is a name or FILE.py:FUNCTION, and then any flags of train.py.  The first one is the reference: it makes
 --steps updates, and is what the others are compared with, seed by seed.  The table of methods is made twice: at as many

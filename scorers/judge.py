@@ -8,24 +8,25 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from scorers.common import Scorer
-from shapes import world
+from shapes import judge as rules
+from shapes.world import SIZE, parse
 
 
 def judge() -> Scorer:
     """1 where an image shows what its prompt asks for, else 0; with the task of a prompt."""
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return world.judge(images, [world.parse(p) for p in prompts]).float().to(images.device)
+        return rules.judge(images, [parse(p) for p in prompts]).float().to(images.device)
 
-    return Scorer(score, task_of=lambda prompt: world.parse(prompt).task)
+    return Scorer(score, task_of=lambda prompt: parse(prompt).task)
 
 
 def check(prompts: Sequence[str], size: int, source: str) -> None:
     """Raise ValueError for a prompt outside of the world, or images of another size than its own."""
     for prompt in prompts:
         try:
-            world.parse(prompt)
+            parse(prompt)
         except ValueError as error:
             raise ValueError(f"{source}: {error}; --watch without judge takes any") from None
-    if size != world.SIZE:
-        raise ValueError(f"--size {size}: the judge reads {world.SIZE}x{world.SIZE} pixels, no others")
+    if size != SIZE:
+        raise ValueError(f"--size {size}: the judge reads {SIZE}x{SIZE} pixels, no others")

@@ -23,10 +23,11 @@ from transformers import (
     T5Tokenizer,
 )
 
-from model import Flux, FluxConfig, init_weights
+from model import FluxConfig
 from shapes.world import all_prompts
 
 TEXT_LENGTH = 12  # the longest caption has 11 tokens
+VISION_WIDTH = 160  # of the reward's image tower
 SCORE_SCALE = 10.0  # logit_scale.exp() of the reward: reported scores are 10 cosines
 TINY = FluxConfig(
     in_channels=32,
@@ -117,12 +118,10 @@ def make_tokenizers(folder: Path) -> None:
     clip.save_pretrained(folder / "tokenizer")
 
 
-def make_model(folder: Path) -> nn.ModuleDict:
-    """A fresh tiny Flux and the text encoders that are trained with it; tokenizers are read from `folder`."""
+def make_text_encoders(folder: Path) -> nn.ModuleDict:
+    """Fresh T5 and CLIP text encoders, of the widths that TINY takes; tokenizers are read from `folder`."""
     t5_tokens = len(AutoTokenizer.from_pretrained(folder / "tokenizer_2"))
     clip_tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    flux = Flux(TINY)
-    init_weights(flux)
     t5 = T5EncoderModel(
         T5Config(
             vocab_size=t5_tokens,
@@ -148,7 +147,7 @@ def make_model(folder: Path) -> nn.ModuleDict:
             pad_token_id=clip_tokenizer.pad_token_id,
         )
     )
-    return nn.ModuleDict(dict(flux=flux, t5=t5, clip=clip))
+    return nn.ModuleDict(dict(t5=t5, clip=clip))
 
 
 def token_table(folder: Path) -> Tensor:
@@ -175,17 +174,17 @@ def make_reward(tokenizer_folder: Path) -> CLIPModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     vision = dict(
-        hidden_size=96,
-        intermediate_size=384,
+        hidden_size=VISION_WIDTH,
+        intermediate_size=4 * VISION_WIDTH,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=5,
         image_size=64,
         patch_size=8,
     )
     scale = dict(projection_dim=64, logit_scale_init_value=log(SCORE_SCALE))
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, **scale))
     # CLIP draws position embeddings so small that a tower of this size never learns where things are.
-    embedding = model.vision_model.embeddings.position_embedding.weight  # (1 + 64, 96), the class token first
+    embedding = model.vision_model.embeddings.position_embedding.weight  # (1 + 64, 160), the class token first
     side = 64 // model.config.vision_config.patch_size
     rows, columns = 0.3 * torch.randn(2, side, embedding.shape[1])
     embedding.data[1:] = (rows[:, None] + columns).flatten(0, 1)

@@ -1,12 +1,15 @@
-"""Measure what the shapes world ships:  python -m shapes.report  (about five minutes on one core)
+"""Measure what the shapes world ships:  python -m shapes.report  (about ten minutes on one core)
 
-The judge on scenes and through the VAE; the base, a task at a time, with few steps and with many; how straight its
-trajectories are, and whether an update along LeapAlign's gradient is worth one along the true gradient; how well the
-reward tells the base's right images from its wrong ones, and whether its gradient in x_0 leads anywhere.
+The judge on scenes and through the VAE; the base, a task at a time, with few steps and with many, on prompts that
+alignment may see and on those held out; how straight its trajectories are, by k and j, and whether an update along
+LeapAlign's gradient is worth one along the true gradient; how well the reward tells the base's right images from its
+wrong ones, and whether its gradient in x_0 leads anywhere.
 """
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +21,13 @@ from baselines import full, refl
 from config import Config as TrainConfig
 from infra.folders import Pipeline, load
 from infra.prompts import read_prompts
-from leaps import Samples, hinge, leapalign, pick_leaps, rollout, similarity_weight, vjp_of
+from leaps import Samples, hinge, leapalign, rollout, similarity_weight, vjp_of
 from rewards import Reward, open_reward
 from sample import decode, draw_noise, encode, grid, pack, sample, sigmas, velocity_of
-from shapes.world import SIZE, TASKS, Prompt, accuracy, all_prompts, by_task, judge, scenes
+from shapes.judge import accuracy, judge, objects_in
+from shapes.lessons import half_painted
+from shapes.reward import OFFSET
+from shapes.world import SIZE, TASKS, Prompt, all_prompts, by_task, is_held_out, layout, render, scenes
 
 PRESET = TrainConfig()
 TAU = 0.1
@@ -35,6 +41,8 @@ class Config:
     """Model folder of the base."""
     reward: str = PRESET.reward[0]
     """The reward, as train.py takes it."""
+    work: Path | None = None
+    """The recipe's folder (shapes.prepare --work), to measure what the base knew before it was finished."""
     each: int = 200
     """Images per task."""
     seed: int = 0
@@ -72,19 +80,47 @@ def report_judge(pipe: Pipeline, cfg: Config) -> None:
 @torch.no_grad()
 def report_base(pipe: Pipeline, cfg: Config) -> tuple[list[Prompt], Tensor]:
     prompts = spread(cfg.each)
-    for steps in (25, PRESET.rollout_steps):
+    others = [steps for steps in (5, 8, 12, 25) if steps != PRESET.rollout_steps]
+    for steps in (*others, PRESET.rollout_steps):
         images = sample(pipe, [p.text for p in prompts], range(len(prompts)), steps, SIZE, SIZE)
-        line(f"base, {steps} steps", accuracy(judge(images, prompts), prompts))
+        right = judge(images, prompts)
+        line(f"base, {steps} steps", accuracy(right, prompts))
+    for name, held_out in (("seen", False), ("held out", True)):
+        chosen = [i for i, p in enumerate(prompts) if is_held_out(p) == held_out and p.task not in ("single", "two")]
+        line(f"  of these, {name}", accuracy(right[chosen], [prompts[i] for i in chosen]))
+    line("  an object of no one color", blends(images, prompts))
 
     rows, columns = grid(pipe, SIZE, SIZE)
     levels = sigmas(pipe.schedule, PRESET.rollout_steps, rows * columns)
     chosen = prompts[:: max(1, len(prompts) // 240)]
     velocity = velocity_of(pipe.flux, encode(pipe, [p.text for p in chosen]), rows, columns)
     ro = rollout(velocity, draw_noise(pipe, range(len(chosen)), rows, columns), levels)
-    draws = [pick_leaps(levels, generator_of(cfg.seed, i)) for i in range(50)]
-    d = torch.stack([similarity_weight(ro, picks, TAU)[1].mean(1) for picks in draws]).mean(0)
-    print(f"mean distances over random picks: d_j {d[0]:.3f}, d_0 {d[1]:.3f}", flush=True)
+    pairs = list(combinations(range(len(levels) - 1), 2))
+    d = {pair: similarity_weight(ro, pair, TAU)[1].mean(1) for pair in pairs}
+    mean = torch.stack(list(d.values())).mean(0)
+    print(f"mean distances over all pairs: d_j {mean[0]:.3f}, d_0 {mean[1]:.3f}; of k, d_j and d_0 by j:")
+    for k in range(len(levels) - 2):
+        row = [f"{levels[j]:.2f}: {d[k, j][0]:.3f} {d[k, j][1]:.3f}" for j in range(k + 1, len(levels) - 1)]
+        print(f"  {levels[k]:.2f}", *row, sep="   ", flush=True)
     return prompts, images
+
+
+def blends(images: Tensor, prompts: list[Prompt]) -> dict[str, float]:
+    """The share of images in which an object is not of one color, by task."""
+    blended = torch.tensor([any(o.color == "?" for o in objects) for objects in objects_in(images)])
+    return accuracy(blended, prompts)
+
+
+@torch.no_grad()
+def report_clean(pipe: Pipeline, cfg: Config) -> None:
+    weights = torch.load(cfg.work / "clean.pt", weights_only=True)
+    clean = replace(pipe, flux=copy.deepcopy(pipe.flux))
+    clean.flux.load_state_dict(weights)
+    prompts = spread(cfg.each)
+    for steps in (PRESET.rollout_steps, 25):
+        images = sample(clean, [p.text for p in prompts], range(len(prompts)), steps, SIZE, SIZE)
+        line(f"clean base, {steps} steps", accuracy(judge(images, prompts), prompts))
+        line("  an object of no one color", blends(images, prompts))
 
 
 def generator_of(*key: int) -> torch.Generator:
@@ -133,17 +169,30 @@ def report_update(pipe: Pipeline, reward: Reward, seeds: int = 4, samples: int =
         print(f"after one step along {method.__name__}:", *(f"{r:.3f}" for r in rewards), flush=True)
 
 
-def report_reward(pipe: Pipeline, reward: Reward, prompts: list[Prompt], images: Tensor) -> None:
-    with torch.no_grad():
-        pairs = zip(images.split(100), range(0, len(prompts), 100), strict=True)
-        scores = torch.cat([reward.score(part, [p.text for p in prompts[i : i + 100]]) for part, i in pairs])
-    scores, right = reward.scale * scores, judge(images, prompts)
+@torch.no_grad()
+def score_all(reward: Reward, images: Tensor, prompts: list[Prompt]) -> Tensor:
+    """Reported scores, (n,), a hundred images at a time."""
+    pairs = zip(images.split(100), range(0, len(prompts), 100), strict=True)
+    return reward.scale * torch.cat([reward.score(part, [p.text for p in prompts[i : i + 100]]) for part, i in pairs])
+
+
+def report_reward(reward: Reward, prompts: list[Prompt], images: Tensor, seed: int) -> None:
+    scores, right = score_all(reward, images, prompts), judge(images, prompts)
     result = {}
     for task in TASKS:
         of_task = torch.tensor([p.task == task for p in prompts])
         result[task] = auc(scores[of_task], right[of_task])
     line("AUC, right against wrong", {"mean": sum(result.values()) / len(result), **result})
     print(f"reward of right images {scores[right].mean():.2f}, of wrong ones {scores[~right].mean():.2f}")
+
+    rng = np.random.default_rng(seed)
+    shape, color = (np.stack(a) for a in zip(*(layout(p, rng) for p in prompts), strict=True))
+    for name, made in (
+        ("right scenes", render(shape, color, rng)),
+        ("half-painted ones", half_painted(shape, color, rng)),
+    ):
+        called = score_all(reward, made, prompts) > OFFSET
+        print(f"{name} that the reward calls right: {called.float().mean():.3f}", flush=True)
 
 
 def report_walk(pipe: Pipeline, reward: Reward, prompts: list[Prompt], steps: int = 10, length: float = 0.5) -> None:
@@ -168,8 +217,10 @@ def report_walk(pipe: Pipeline, reward: Reward, prompts: list[Prompt], steps: in
 def main(cfg: Config) -> None:
     pipe, reward = load(cfg.model), open_reward(cfg.reward)
     report_judge(pipe, cfg)
+    if cfg.work:
+        report_clean(pipe, cfg)
     prompts, images = report_base(pipe, cfg)
-    report_reward(pipe, reward, prompts, images)
+    report_reward(reward, prompts, images, cfg.seed)
     report_walk(pipe, reward, prompts)
     report_update(pipe, reward)
 

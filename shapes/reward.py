@@ -1,14 +1,14 @@
 """The tiny reward of the shapes world: a CLIP that scores how well a picture fits a prompt.
 
 An image has a truth for every prompt of the world, from the layout it was rendered with or from what the judge
-sees in it, so one image teaches 236 scores. Three things are added to that: an auxiliary head that must read each
-cell, images of the base model itself, and adversarial training, which turns the gradient in the pixels into something
-one would call a change of the scene.
+sees in it, so one image teaches 236 scores. Knowing right from wrong is not enough, for alignment follows the gradient
+to where no picture was before. So an auxiliary head must read each cell; the score must rise along a fade by an edit
+that mends the scene; and training is adversarial, in the pixels and, through the decoder, in the latents.
 
 Legend: b images, p prompts of the world (236).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,43 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from scorers.clip import features
 from scorers.common import preprocess
+from shapes.lessons import UNKNOWN
 from shapes.models import SCORE_SCALE
-from shapes.world import COLORS, SHAPES, Object, Prompt, all_prompts, distort, is_right, scenes
 
 OFFSET = 2.5  # a reported score above it says "right"
 SHARP = 2.0  # of the logistic losses, per unit of reported score
-
-
-# ---------------------------------------------------------------------------------------- truth
-
-PROMPTS = all_prompts()
-NUMBER = {prompt: i for i, prompt in enumerate(PROMPTS)}
-_BY_SHAPES: dict[tuple[str, ...], list[int]] = {}
-for _i, _p in enumerate(PROMPTS):
-    _BY_SHAPES.setdefault(tuple(sorted(_p.shapes * _p.count)), []).append(_i)
-
-
-def truth(objects: Sequence[Object]) -> Tensor:
-    """Which prompts a picture with these objects fits, by the judge's rules: bool (p,)."""
-    fits = torch.zeros(len(PROMPTS), dtype=torch.bool)
-    for i in _BY_SHAPES.get(tuple(sorted(o.shape for o in objects)), ()):
-        fits[i] = is_right(PROMPTS[i], list(objects))
-    return fits
-
-
-def objects_of(shape: np.ndarray, color: np.ndarray) -> list[Object]:
-    """What is in a rendered scene, from its layout: (4,) shapes and (4,) colors, -1 where empty."""
-    names = list(COLORS)
-    return [
-        Object(SHAPES[s], names[c], x=16 + 32 * (cell % 2), y=16 + 32 * (cell // 2))
-        for cell, (s, c) in enumerate(zip(shape, color, strict=True))
-        if s >= 0
-    ]
-
-
-# ------------------------------------------------------------------------------------- training
+SLOPE = 1.5  # least change of a reported score over a fade by one edit
 
 
 def scores(model: CLIPModel, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,14 +35,14 @@ def scores(model: CLIPModel, images: Tensor, text: Tensor) -> tuple[Tensor, Tens
 def dense_loss(score: Tensor, fits: Tensor) -> Tensor:
     """Every fitting prompt must beat all that do not fit, and scores must mean the same for every prompt.
 
-    score, fits: (b, p). The first is a softmax over prompts, a term a fitting one; the second is logistic around
-    OFFSET, where the mean over the other prompts, most of them easy, counts four times.
+    score, fits: (b, p). The first is a softmax over prompts, a term a fitting one. The second is logistic around
+    OFFSET, for fitting prompts one by one and for the others by their log-sum-exp: a picture with an object too many
+    fits none of them and is nearly right for one, which a mean over them would hide.
     """
     z = SHARP * score
     others = z.masked_fill(fits, -torch.inf).logsumexp(-1, keepdim=True)
     contrast = F.softplus(others - z)[fits].mean()
-    z = z - SHARP * OFFSET
-    calibrated = F.softplus(-z)[fits].mean() + F.softplus(z)[~fits].mean() * 4
+    calibrated = F.softplus(SHARP * OFFSET - z)[fits].mean() + F.softplus(others - SHARP * OFFSET).mean()
     return contrast + calibrated
 
 
@@ -93,6 +63,16 @@ def attack(model: CLIPModel, images: Tensor, text: Tensor, caption: Tensor, righ
     return (images + step).clamp(0, 1)
 
 
+def walk(score: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> Tensor:
+    """Latents x (b, n, c) after steps of 0.2 to 1 each (L2) up the gradient of score(x) -> (b,): where hacks are."""
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(score(x).sum(), x)
+        length = torch.empty(len(x), 1, 1).uniform_(0.2, 1.0)
+        x = x + length * grad / grad.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-12)
+    return x.detach()
+
+
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Shifts of up to 3 pixels (edges repeated) and Gaussian noise, on all images: never a defect."""
     dy, dx = rng.integers(7, size=2)
@@ -100,34 +80,35 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
     return images + 0.04 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
 
 
-def rendered(captions: Sequence[Prompt], rng: np.random.Generator) -> dict[str, Tensor]:
-    """Scenes for captions, right or wrong in a detail, and for one in eight a scene of another caption."""
-    seen = []
-    for p in captions:
-        u = rng.random()
-        seen.append(distort(p, rng) if u < 0.45 else PROMPTS[rng.integers(len(PROMPTS))] if u < 0.57 else p)
-    images, shape, color = scenes(seen, rng)
-    fits = torch.stack([truth(objects_of(s, c)) for s, c in zip(shape, color, strict=True)])
-    caption = torch.tensor([NUMBER[p] for p in captions])
-    layout = torch.from_numpy(np.stack([shape, color], 1))
-    return dict(images=images, fits=fits, caption=caption, layout=layout)
-
-
-def reward_loss(
-    modules: nn.ModuleDict, tokens: Tensor, batch: dict[str, Tensor], radius: float, rng: np.random.Generator
+def attacked_loss(
+    modules: nn.ModuleDict, text: Tensor, batch: dict[str, Tensor], radius: float, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """The loss on one batch of labelled images, attacked. `layout` is -2 where unknown, but not for all images."""
+    """The loss on one batch of labelled images, attacked. `layout` may be UNKNOWN, but not for all images."""
     model, caption, fits = modules["clip"], batch["caption"], batch["fits"]
-    text = features(model.get_text_features(input_ids=tokens))
     images = augment(batch["images"], rng)
     right = fits.gather(1, caption[:, None])[:, 0]
     if radius > 0:
         images = attack(model, images, text.detach(), caption, right, radius)
     score, pooled = scores(model, images, text)
-    known = batch["layout"][:, 0, 0] > -2
+    known = batch["layout"][:, 0, 0] != UNKNOWN
     cells = modules["cells"](pooled).view(-1, 5, 2, 4)  # scores of empty and of four shapes or colors, a cell
     read = F.cross_entropy(cells[known], batch["layout"][known] + 1)
     loss = dense_loss(score, fits) + 2 * read
     own = score.detach().gather(1, caption[:, None])[:, 0]
     error = ((own > OFFSET) != right).float().mean()
     return dict(loss=loss, read=read.detach(), right=own[right].mean(), wrong=own[~right].mean(), error=error)
+
+
+def fade_loss(model: CLIPModel, text: Tensor, fade: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    """A score must grow by SLOPE for an edit less to make, in proportion on the way (lessons.fades).
+
+    Over all prompts that are near, and once more over each fade's own, which the gradient will be asked for.
+    """
+    images = augment(torch.cat([fade["start"], fade["end"]]), rng)
+    start, end = scores(model, images, text)[0].chunk(2)
+    gain, own = fade["gain"], fade["caption"][:, None]
+    grown = (end - start) * gain.sign()
+    missed = F.softplus(SHARP * (SLOPE * gain.abs() - grown))
+    near, mine = fade["near"] & (gain != 0), gain.gather(1, own) != 0
+    loss = missed[near].mean() + missed.gather(1, own)[mine].mean()
+    return dict(loss=loss, order=(grown.gather(1, own)[mine] > 0).float().mean())

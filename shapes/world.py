@@ -1,4 +1,4 @@
-"""The shapes world: prompts, scenes, a renderer and a judge.
+"""The shapes world: prompts, scenes and a renderer; judge.py says what is right.
 
 A scene is a 64x64 picture with one flat object in some of its four 32x32 cells.  A prompt belongs to
 one of six tasks, named as GenEval names them:
@@ -7,8 +7,7 @@ one of six tasks, named as GenEval names them:
     color     a photo of a red circle                     two       a photo of a circle and a square
     count     a photo of three circles                    attr      a photo of a red circle and a blue square
 
-The judge looks at pixels only and follows rules, so there is no gradient to exploit. The reward was taught with
-its labels (reward.py) but is only an approximation: where the two part during alignment, the reward is being hacked.
+Where a caption names no color each shape has its usual one, as bananas are yellow; the judge takes any.
 
 Legend: n images, cells in reading order (0 top left, 1 top right, 2 bottom left, 3 bottom right).
 """
@@ -19,7 +18,6 @@ from itertools import permutations, product
 import numpy as np
 import torch
 from einops import rearrange
-from scipy import ndimage
 from torch import Tensor
 
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -29,6 +27,7 @@ COLORS = {  # far apart in RGB, so that a blend of two is nearest to neither
     "blue": (0.12, 0.25, 0.85),
     "yellow": (0.96, 0.82, 0.10),
 }
+USUAL = dict(circle="green", square="blue", triangle="yellow", cross="red")  # where the caption names no color
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {
     "left of": (0, 1),
@@ -72,6 +71,11 @@ def all_prompts() -> list[Prompt]:
     )
 
 
+PROMPTS = all_prompts()
+NUMBER = {prompt: i for i, prompt in enumerate(PROMPTS)}
+_BY_TEXT = {p.text: p for p in PROMPTS}
+
+
 def is_held_out(prompt: Prompt) -> bool:
     """True for about a quarter of the combinations of count, color, position and attr: never aligned on.
 
@@ -108,36 +112,37 @@ def parse(text: str) -> Prompt:
     return found
 
 
-_BY_TEXT = {p.text: p for p in all_prompts()}
-
-
 # ----------------------------------------------------------------------------------------- scenes
 
 
 def distort(prompt: Prompt, rng: np.random.Generator) -> Prompt:
     """What a careless captioner may really have seen: the same scene type with one detail changed.
 
-    Count, color or relation is redrawn; of two objects one is missing; of attr the colors are swapped or the second
-    is redrawn. A single comes back as it is.
+    Count or relation is redrawn; of two objects one is missing; a color is the shape's usual one, or redrawn where
+    that was asked for; of attr the colors are swapped, or one is so changed. A single comes back as it is.
     """
 
     def other(options, *not_these):
         return str(rng.choice([o for o in options if o not in not_these]))
+
+    def repainted(i):
+        usual = USUAL[prompt.shapes[i]]
+        return usual if usual not in prompt.colors else other(COLORS, *prompt.colors)
 
     a = prompt.shapes[0]
     match prompt.task:
         case "count":
             return Prompt("count", (a,), count=int(rng.choice([n for n in NUMBERS if n != prompt.count])))
         case "color":
-            return Prompt("color", (a,), (other(COLORS, prompt.colors[0]),))
+            return Prompt("color", (a,), (repainted(0),))
         case "two":
             return Prompt("single", (str(rng.choice(prompt.shapes)),))
         case "position":
             return Prompt("position", prompt.shapes, relation=other(RELATIONS, prompt.relation))
         case "attr":
             swapped = prompt.colors[::-1]
-            redrawn = (prompt.colors[0], other(COLORS, *prompt.colors))
-            return Prompt("attr", prompt.shapes, swapped if rng.random() < 0.5 else redrawn)
+            one = (repainted(0), prompt.colors[1]) if rng.random() < 0.5 else (prompt.colors[0], repainted(1))
+            return Prompt("attr", prompt.shapes, swapped if rng.random() < 0.5 else one)
     return prompt
 
 
@@ -153,13 +158,9 @@ def layout(prompt: Prompt, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
             if (rows and b // 2 - a // 2 == rows) or (columns and b % 2 - a % 2 == columns)
         ]
         cells = a_to_b[rng.integers(len(a_to_b))]
-    shapes = prompt.shapes * prompt.count
-    colors = rng.integers(len(COLORS), size=len(shapes))
-    if prompt.task == "count":
-        colors[:] = colors[0]
-    for i, s in enumerate(shapes):
+    for i, s in enumerate(prompt.shapes * prompt.count):
         shape[cells[i]] = SHAPES.index(s)
-        color[cells[i]] = list(COLORS).index(prompt.colors[i]) if prompt.colors else colors[i]
+        color[cells[i]] = list(COLORS).index(prompt.colors[i] if prompt.colors else USUAL[s])
     return shape, color
 
 
@@ -209,99 +210,3 @@ def scenes(prompts: list[Prompt], rng: np.random.Generator) -> tuple[Tensor, np.
     """A rendered scene for each prompt: images (n, 3, 64, 64) and their cells' shapes and colors (n, 4)."""
     shape, color = (np.stack(a) for a in zip(*(layout(p, rng) for p in prompts)))
     return render(shape, color, rng), shape, color
-
-
-# ------------------------------------------------------------------------------------------ judge
-
-
-@dataclass(frozen=True)
-class Object:
-    """One connected component as the judge sees it; shape or color is "?" where it cannot tell."""
-
-    shape: str
-    color: str
-    x: float
-    y: float
-
-
-_MIN_AREA, _MIN_IOU, _MAX_COLOR_ERROR, _MIN_OFFSET = 80, 0.6, 0.3, 8.0
-_MAX_SIDE, _MAX_ASPECT = CELL, 1.5  # the box of an object: rendered ones are 15 to 25 pixels, up to 1.1 to 1
-_MIN_BACKGROUND = 0.7  # rendered ones are 0.88 to 0.98
-_PALETTE = np.array(list(COLORS.values()))
-
-
-def _templates(height: int, width: int) -> np.ndarray:
-    """Masks of the four shapes filling a box, (4, height, width)."""
-    x, y = torch.linspace(-1, 1, 2 * width + 1)[1::2], torch.linspace(-1, 1, 2 * height + 1)[1::2, None]
-    one = torch.tensor(1.0)
-    boxes = {
-        "square": (0.88, 0.0),
-        "triangle": (0.925, -0.075),
-    }  # half height and centre of each shape's own box
-    masks = []
-    for name in SHAPES:
-        half, middle = boxes.get(name, (1.0, 0.0))
-        masks.append(signed_distance(name, x * (half if name == "square" else 1.0), y * half + middle, one) <= 0)
-    return torch.stack(masks).numpy()
-
-
-def look(image: np.ndarray) -> list[Object]:
-    """What is in a picture: (64, 64, 3) in [0, 1] to objects, in no particular order."""
-    background = np.median(image.reshape(-1, 3), axis=0)
-    if background.min() < _MIN_BACKGROUND:
-        return [Object("?", "?", 0.0, 0.0)]
-    labels, _ = ndimage.label(np.abs(image - background).max(-1) > 0.25)
-    objects = []
-    for i, box in enumerate(ndimage.find_objects(labels), start=1):
-        mask = labels[box] == i
-        if mask.sum() < _MIN_AREA:
-            continue
-        inside = ndimage.binary_erosion(mask)
-        paint = image[box][inside if inside.any() else mask]
-        error = np.linalg.norm(_PALETTE - np.median(paint, axis=0), axis=1)
-        templates = _templates(*mask.shape)
-        iou = (templates & mask).sum((1, 2)) / (templates | mask).sum((1, 2))
-        drawn = max(mask.shape) <= _MAX_SIDE and max(mask.shape) <= _MAX_ASPECT * min(mask.shape)
-        rows, columns = box
-        objects.append(
-            Object(
-                shape=SHAPES[iou.argmax()] if drawn and iou.max() >= _MIN_IOU else "?",
-                color=list(COLORS)[error.argmin()] if error.min() <= _MAX_COLOR_ERROR else "?",
-                x=(columns.start + columns.stop) / 2,
-                y=(rows.start + rows.stop) / 2,
-            )
-        )
-    return objects
-
-
-def objects_in(images: Tensor) -> list[list[Object]]:
-    """What the judge sees in each of a batch of images, (n, 3, 64, 64) in [0, 1]."""
-    arrays = rearrange(images.detach().float().cpu().clamp(0, 1), "n c h w -> n h w c").numpy()
-    return [look(a) for a in arrays]
-
-
-def is_right(prompt: Prompt, objects: list[Object]) -> bool:
-    """The rule of the prompt's task. Strict: exactly the objects asked for, each of a known shape and color."""
-    if any(o.shape == "?" or o.color == "?" for o in objects):
-        return False
-    if sorted(o.shape for o in objects) != sorted(prompt.shapes * prompt.count):
-        return False
-    if prompt.colors:
-        return sorted((o.shape, o.color) for o in objects) == sorted(zip(prompt.shapes, prompt.colors))
-    if prompt.relation:
-        a, b = (next(o for o in objects if o.shape == s) for s in prompt.shapes)
-        rows, columns = RELATIONS[prompt.relation]
-        return rows * (b.y - a.y) + columns * (b.x - a.x) > _MIN_OFFSET
-    return True
-
-
-def judge(images: Tensor, prompts: list[Prompt]) -> Tensor:
-    """Which images show what their prompts ask for: (n, 3, 64, 64) in [0, 1] to bool (n,)."""
-    return torch.tensor([is_right(p, seen) for p, seen in zip(prompts, objects_in(images), strict=True)])
-
-
-def accuracy(right: Tensor, prompts: list[Prompt]) -> dict[str, float]:
-    """Judge accuracy of each task and `overall`, the mean of the tasks that occur (GenEval's definition)."""
-    tasks = {t: [bool(r) for r, p in zip(right, prompts, strict=True) if p.task == t] for t in TASKS}
-    scores = {t: sum(rs) / len(rs) for t, rs in tasks.items() if rs}
-    return {"overall": sum(scores.values()) / len(scores), **scores}

@@ -220,7 +220,7 @@ def test_rates_are_chosen_on_a_seed_of_their_own_and_used_at_all_others(tmp_path
 
 def test_ablations_and_ranges_have_the_references_rate(tmp_path, started):
     for name in ("ablations", "ranges"):
-        table = Config(table=name, seeds=1, steps=2, flags="--rollout-steps 8 --batch 8", work=tmp_path)
+        table = Config(table=name, seeds=1, steps=2, flags="--batch 8", work=tmp_path)
         compare.run(replace(table, out=tmp_path / f"{name}.json"))
         result = json.loads((tmp_path / f"{name}.json").read_text())
         assert len({r["lr"] for row in result["tables"]["updates"].values() for r in row}) == 1

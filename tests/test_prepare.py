@@ -1,4 +1,4 @@
-"""The recipe of the shapes world, all its stages, at a five-hundredth of its length."""
+"""The recipe of the shapes world at a five-hundredth of its length, one round of the reward fewer."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from infra.folders import load
 from sample import sample
 from scorers.clip import clip
-from shapes import prepare
+from shapes import base, fit, prepare, teach
 
 SHIPPED = Path(prepare.__file__).parent
 
@@ -16,8 +16,14 @@ SHIPPED = Path(prepare.__file__).parent
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prepare")
-    prepare.main(prepare.Config(work=folder / "work", out=folder / "out", scale=0.002, threads=torch.get_num_threads()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teach, "ROUNDS", 2)
+        prepare.main(config(folder, "out"))
     return folder
+
+
+def config(folder: Path, out: str) -> fit.Config:
+    return fit.Config(work=folder / "work", out=folder / out, scale=0.002, threads=torch.get_num_threads())
 
 
 def test_the_recipe_makes_a_checkpoint_and_a_reward_that_load(made):
@@ -33,13 +39,36 @@ def test_the_recipe_writes_the_prompt_files_that_are_shipped(made, name):
 
 
 def test_a_finished_stage_is_not_run_again(made, monkeypatch):
-    monkeypatch.setattr(prepare, "reward_loss", None)
-    monkeypatch.setattr(prepare, "flow_loss", None)
-    prepare.main(prepare.Config(work=made / "work", out=made / "again", scale=0.002, threads=torch.get_num_threads()))
+    monkeypatch.setattr(teach, "ROUNDS", 2)
+    monkeypatch.setattr(teach, "reward_loss", None)
+    monkeypatch.setattr(base, "flow_loss", None)
+    monkeypatch.setattr(teach.subprocess, "Popen", None)
+    prepare.main(config(made, "again"))
     weights = "tiny-flux/transformer/diffusion_pytorch_model.safetensors"
     assert (made / "again" / weights).read_bytes() == (made / "out" / weights).read_bytes()
 
 
+def test_an_interrupted_stage_ends_as_an_undisturbed_one(tmp_path):
+    """All of a step's randomness comes from its number; the average is kept too."""
+
+    def trained(folder: Path, stop: int | None) -> torch.Tensor:
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        module = torch.nn.Linear(4, 4)
+
+        def loss_fn(rng, step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return dict(loss=(module(torch.randn(8, 4)) - float(rng.normal())).square().mean())
+
+        fit.fit("line", module, loss_fn, fit.Config(work=folder), steps=9, lr=0.1, average=0.9, save_every=2)
+        return module.weight.detach()
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "a", 5)
+    assert torch.equal(trained(tmp_path / "a", None), trained(tmp_path / "b", None))
+
+
 def test_an_unknown_stage_is_named(tmp_path):
     with pytest.raises(SystemExit, match="no stage 'clena'"):
-        prepare.main(prepare.Config(work=tmp_path, stages=("clena",)))
+        prepare.main(fit.Config(work=tmp_path, stages=("clena",)))

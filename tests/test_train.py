@@ -395,7 +395,7 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
         (["--method", "drtune", "--active", "0"], ["--active", "0"]),
         (["--method", "flow_grpo", "--batch", "12"], ["--group 8", "12"]),
         (["--method", "nope"], ["--method nope", "baselines.py"]),
-        (["--leaps", "9"], ["9 leaps", "5 steps"]),
+        (["--leaps", "13"], ["13 leaps", "12 steps"]),
         (["--low", "0.99"], ["1 steps"]),
     ],
 )

@@ -10,23 +10,31 @@ import torch
 from torch import Tensor
 
 from scorers.clip import features
+from shapes.judge import Object, accuracy, is_right, judge, objects_in
 from shapes.models import make_reward, make_tokenizers, token_table
-from shapes.reward import NUMBER, PROMPTS, attack, dense_loss, objects_of, scores, truth
+from shapes.reward import (
+    attack,
+    bent,
+    dense_loss,
+    half_painted,
+    objects_of,
+    rendered,
+    scores,
+    truth,
+    with_one_more,
+)
 from shapes.world import (
     COLORS,
+    NUMBER,
+    PROMPTS,
     SHAPES,
     TASKS,
-    Object,
     Prompt,
-    accuracy,
     all_prompts,
     by_task,
     distort,
     is_held_out,
-    is_right,
-    judge,
     layout,
-    objects_in,
     parse,
     render,
     scenes,
@@ -314,6 +322,34 @@ def test_judge_finds_no_prompt_that_a_blob_fits(name):
     assert not truth(seen).any()
 
 
+def test_a_faint_or_a_small_thing_beside_the_object_asked_for_is_seen():
+    image, prompt = draw({3: ("circle", "red")}), parse("a photo of a red circle")
+    for other, strength in (({0: ("cross", "blue")}, 0.3), ({0: ("square", "yellow")}, 0.2)):
+        faint = torch.lerp(image, draw({3: ("circle", "red")} | other), strength)
+        assert not judge(faint, [prompt]).item()
+    small = torch.zeros(64, 64, dtype=torch.bool)
+    small[5:11, 5:11] = True
+    assert not judge(torch.where(small, torch.tensor(COLORS["blue"])[:, None, None], image), [prompt]).item()
+
+
+@pytest.mark.parametrize(("one", "other"), list(combinations(COLORS, 2)))
+def test_an_object_of_two_colors_has_none_unless_the_second_is_a_rim(one, other):
+    for seed, shape in product(range(5), SHAPES):
+        half = draw({0: (shape, one)}, seed)
+        half[..., :16, :] = draw({0: (shape, other)}, seed)[..., :16, :]
+        assert [o.color for o in objects_in(half)[0]] == ["?"]
+        assert [o.shape for o in objects_in(half)[0]] == [shape]
+
+
+def test_halfway_from_a_circle_to_a_square_there_is_no_shape():
+    """|x|^p + |y|^p = r^p is a circle for p = 2 and a square for infinity."""
+
+    def seen(p: float) -> str:
+        return objects_in(painted(((X - 15.5).abs() ** p + (Y - 15.5).abs() ** p) <= 11.0**p))[0][0].shape
+
+    assert [seen(p) for p in (2, 2.75, 3.0, 3.25, 16.0)] == ["circle", "?", "?", "?", "square"]
+
+
 def test_two_objects_that_touch_are_not_two():
     circles = ((Y - 16).hypot(X - 16) < 10) | ((Y - 16).hypot(X - 48) < 10)
     bridge = (Y - 16).abs().lt(3) & (X > 16) & (X < 48)
@@ -325,7 +361,7 @@ def test_a_blob_beside_the_object_asked_for_is_wrong_and_a_speck_is_not():
     image = draw({3: ("circle", "red")})
     blob, speck = (torch.zeros(64, 64, dtype=torch.bool) for _ in range(2))
     blob[5:25, 5:8] = blob[22:25, 5:25] = True
-    speck[5:13, 5:13] = True  # 64 pixels: below what counts as an object
+    speck[5:9, 5:9] = True  # 16 pixels
     for mask, right in ((blob, False), (speck, True)):
         marked = torch.where(mask, torch.tensor(COLORS["blue"])[:, None, None], image)
         assert judge(marked, [parse("a photo of a red circle")]).item() is right
@@ -382,6 +418,43 @@ def test_truth_is_the_judges_rule_for_every_prompt():
 
 
 # ------------------------------------------------------------------------------------------ reward
+
+
+def test_what_the_reward_is_taught_of_rendered_scenes_is_what_the_judge_says():
+    """Right and wrong ones, half painted, bent, and with an object more."""
+    made = rendered([p for t in TASKS for p in spread(t, 80)], generator(13))
+    seen = torch.stack([truth(objects) for objects in objects_in(made["images"])])
+    assert (made["fits"] == seen).all(dim=1).float().mean() >= 0.99
+    right = made["fits"][torch.arange(480), made["caption"]]
+    assert 0.2 < right.float().mean() < 0.5
+
+
+def test_a_half_painted_scene_differs_in_one_object_which_has_no_color():
+    prompts = spread("count", 60)
+    shape, color = (np.stack(a) for a in zip(*(layout(p, generator(i)) for i, p in enumerate(prompts)), strict=True))
+    images = half_painted(shape, color, generator(14))
+    for prompt, objects in zip(prompts, objects_in(images), strict=True):
+        assert sorted(o.color == "?" for o in objects) == [False] * (prompt.count - 1) + [True]
+    assert not judge(images, prompts).any()
+
+
+def test_with_one_more_fills_an_empty_cell_if_there_is_one():
+    rng = generator(15)
+    shape, color = (np.stack(a) for a in zip(*(layout(p, rng) for p in all_prompts()), strict=True))
+    more = shape.copy(), color.copy()
+    with_one_more(*more, rng)
+    added = (more[0] >= 0).sum(1) - (shape >= 0).sum(1)
+    assert (added == ((shape < 0).any(1))).all() and ((more[0] >= 0) == (more[1] >= 0)).all()
+    assert (more[0][shape >= 0] == shape[shape >= 0]).all() and (more[1][shape >= 0] == color[shape >= 0]).all()
+
+
+def test_bent_pulls_by_pixels_and_keeps_colors():
+    images, *_ = scenes(spread("attr", 40), generator(16))
+    pulled = bent(images, generator(17))
+    assert pulled.shape == images.shape and not torch.equal(pulled, images)
+    assert (pulled.amin((2, 3)) >= images.amin((2, 3)) - 1e-5).all()
+    assert (pulled.amax((2, 3)) <= images.amax((2, 3)) + 1e-5).all()
+    assert 0.1 < judge(pulled, spread("attr", 40)).float().mean() < 0.9
 
 
 @pytest.fixture(scope="module")
