@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from infra.distributed import World, gather, join, on_first_rank
 from infra.files import replacing
-from infra.folders import find, load
+from infra.folders import load
+from infra.locations import find
 from infra.lora_files import lora_file
 from infra.pictures import grid_of, save_png, to_pil
 from infra.prompts import read_entries, shard
@@ -267,10 +268,10 @@ def run(cfg: Config, world: World) -> None:
     entries, tags = prepare(cfg)
     rewards: list[Reward] = []
     check_rewards(cfg.rewards)
-    found = {m: find(m, cfg.base) for m in cfg.model}  # of a LoRA, its base
+    found = {m: find(m, cfg.base) for m in cfg.model}
     if cfg.strength != 1 and not cfg.base and (whole := [m for m in cfg.model if not lora_file(m)]):
         raise ValueError(f"--strength {cfg.strength} needs --base FOLDER: {whole[0]} is no LoRA")
-    sources = {label(m): Path(m) if lora_file(m) else folder for m, folder in found.items()}
+    sources = {label(m): Path(m) if Path(m).exists() else place.folder for m, place in found.items()}  # a hub id's
     for name, source in sources.items():
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         pipe = load(source, world.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)

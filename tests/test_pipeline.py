@@ -9,90 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
-from infra import folders
-from infra.folders import INDEX, PARTS, WEIGHTS, Pipeline, find, load, load_flux
+from infra import locations, weights
+from infra.folders import Pipeline, load
+from infra.locations import PARTS, find
 from infra.names import from_diffusers
 from infra.saving import save
+from infra.weights import INDEX, WEIGHTS, load_flux, open_flux
 from model import Flux, FluxConfig
 from sample import decode, draw_noise, encode, grid, main, pack, sample, sigmas, unpack, velocity_of
-from shapes.models import make_tokenizers
+from tests.tiny_folders import DEV_LIKE, FLUX_DEV_SCHEDULE, SCHNELL_LIKE, write_checkpoint
 
 TINY_FLUX = Path(__file__).parent.parent / "shapes" / "tiny-flux"
 PROMPTS = ["a photo of a red circle and a blue square", "two words"]
 CELL = 8  # pixels a token: the VAE is f4
-FLUX_DEV_SCHEDULE = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "_diffusers_version": "0.30.0.dev0",
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-}  # the published file
-DEV_LIKE = dict(guidance_embeds=True, schedule=FLUX_DEV_SCHEDULE)
-SCHNELL_LIKE = dict(guidance_embeds=False, schedule=dict(use_dynamic_shifting=False, shift=3.0))
-
-
-def write_checkpoint(folder: Path, guidance_embeds: bool, schedule: dict) -> Path:
-    """A FLUX folder as FluxPipeline saves it: every class is real, every size small, every weight random."""
-    torch.manual_seed(0)
-    make_tokenizers(folder / "made")
-    clip_tokenizer, t5_tokenizer = (AutoTokenizer.from_pretrained(folder / "made" / t) for t in PARTS[4::2])
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    )
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=20,
-        guidance_embeds=guidance_embeds,
-        axes_dims_rope=(4, 6, 6),
-    )
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip_tokenizer),
-            hidden_size=20,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=clip_tokenizer.model_max_length,
-            bos_token_id=clip_tokenizer.bos_token_id,
-            eos_token_id=clip_tokenizer.eos_token_id,
-        )
-    )
-    sizes = dict(d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
-    t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), **sizes))
-    schedule = {k: v for k, v in schedule.items() if not k.startswith("_")}
-    scheduler = FlowMatchEulerDiscreteScheduler(**schedule)
-    FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer).save_pretrained(folder)
-    shutil.rmtree(folder / "made")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +296,7 @@ def test_a_saved_folder_loads_bit_for_bit_here_and_in_diffusers(dev, tmp_path, d
 
 def test_training_on_the_loaded_weights_leaves_their_file_alone(broken):
     before = (broken / "transformer" / WEIGHTS).read_bytes()
-    flux = load_flux(broken / "transformer")
+    flux = load_flux(open_flux(broken / "transformer"))
     with torch.no_grad():
         for p in flux.parameters():
             p.zero_()
@@ -374,7 +309,7 @@ def test_a_folder_can_be_saved_onto_itself(broken):
     wanted = {k: v + 1 for k, v in pipe.flux.state_dict().items()}
     for _ in range(2):  # over shards, then over the file that the weights are mapped from
         save(broken, broken, pipe.flux.config, wanted)
-        flux = load_flux(broken / "transformer")
+        flux = load_flux(open_flux(broken / "transformer"))
         assert all(torch.equal(v, wanted[k]) for k, v in flux.state_dict().items())
         wanted = flux.state_dict()
     assert diffusers_pipeline(broken).transformer.x_embedder.bias.equal(wanted["img_in.bias"])
@@ -382,10 +317,10 @@ def test_a_folder_can_be_saved_onto_itself(broken):
 
 def test_a_model_in_use_survives_a_save_over_its_folder(broken, pipe):
     """Loaded weights are mapped from their file."""
-    flux = load_flux(broken / "transformer")
+    flux = load_flux(open_flux(broken / "transformer"))
     save(broken, broken, flux.config, {k: torch.zeros_like(v) for k, v in flux.state_dict().items()})
     assert_same_weights(flux, pipe.flux)
-    assert not load_flux(broken / "transformer").img_in.bias.any()
+    assert not load_flux(open_flux(broken / "transformer")).img_in.bias.any()
 
 
 def test_a_sharded_transformer_is_the_same_transformer(broken, pipe):
@@ -396,15 +331,15 @@ def test_a_sharded_transformer_is_the_same_transformer(broken, pipe):
 def test_a_single_file_with_published_names_is_the_same_transformer(dev, schnell, tmp_path, monkeypatch):
     """As flux1-dev.safetensors; whether guidance is embedded shows in the file."""
     for folder in (dev, schnell):
-        flux = load_flux(folder / "transformer")
-        monkeypatch.setattr(folders, "FLUX_DEV", replace(flux.config, guidance_embed=True))
+        flux = load_flux(open_flux(folder / "transformer"))
+        monkeypatch.setattr(weights, "FLUX_DEV", replace(flux.config, guidance_embed=True))
         save_file(flux.state_dict(), tmp_path / "flux1.safetensors")
-        single = load_flux(tmp_path / "flux1.safetensors", dtype=torch.bfloat16)
+        single = load_flux(open_flux(tmp_path / "flux1.safetensors"), dtype=torch.bfloat16)
         assert single.config == flux.config
         assert_same_weights(single, flux.bfloat16())
     save_file(load_file(dev / "transformer" / WEIGHTS), tmp_path / "flux1.safetensors")
-    with pytest.raises(ValueError, match=r"flux1\.safetensors does not fit this Flux.*missing"):
-        load_flux(tmp_path / "flux1.safetensors")
+    with pytest.raises(ValueError, match=r"flux1\.safetensors is a FLUX\.1 transformer under diffusers' names"):
+        load_flux(open_flux(tmp_path / "flux1.safetensors"))
 
 
 def test_flux_dev_fits_in_memory_once_without_initial_values(dev, monkeypatch):
@@ -415,8 +350,8 @@ def test_flux_dev_fits_in_memory_once_without_initial_values(dev, monkeypatch):
         assert all(p.is_meta for p in flux.parameters())
         return flux
 
-    monkeypatch.setattr(folders, "Flux", build)
-    assert not any(p.is_meta for p in load_flux(dev / "transformer").parameters())
+    monkeypatch.setattr(weights, "Flux", build)
+    assert not any(p.is_meta for p in load_flux(open_flux(dev / "transformer")).parameters())
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -431,7 +366,7 @@ def no_network(monkeypatch) -> list[str]:
         asked.append(name)
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(folders, "snapshot_download", download)
+    monkeypatch.setattr(locations, "snapshot_download", download)
     return asked
 
 
@@ -452,13 +387,16 @@ def test_a_hub_id_that_fails_is_named(no_network):
 
 
 def test_a_hub_id_loads_what_was_downloaded(dev, monkeypatch, pipe):
-    monkeypatch.setattr(folders, "snapshot_download", lambda name, allow_patterns: str(dev))
+    monkeypatch.setattr(locations, "snapshot_download", lambda name, allow_patterns: str(dev))
     assert_same_weights(load("someone/some-flux").flux, pipe.flux)
 
 
 def test_a_file_in_place_of_a_folder_is_named(dev):
     file = dev / "transformer" / WEIGHTS
-    with pytest.raises(ValueError, match=f"{file} is no whole FLUX folder: .*holds nothing"):
+    with pytest.raises(
+        ValueError,
+        match=f"{file} is a FLUX.1 transformer under diffusers' names, a part of a folder: give a FLUX.1 model",
+    ):
         load(file)
 
 
