@@ -168,8 +168,8 @@ def lagrange_weights(nodes: Tensor, start: Tensor, end: Tensor) -> Tensor:
 
     They are exact for 1, sigma, ..., sigma^(m - 1), which is what is solved for.
     """
-    at, to = (nodes - start).double(), (end - start).double()
-    powers = torch.arange(len(nodes), dtype=torch.float64, device=nodes.device)
+    at, to = (nodes - start).cpu().double(), (end - start).cpu().double()  # a few numbers; not all devices have float64
+    powers = torch.arange(len(nodes), dtype=torch.float64)
     moments = to ** (powers + 1) / (powers + 1)
     return torch.linalg.solve(at[None] ** powers[:, None], moments).to(nodes)
 

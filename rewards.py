@@ -196,7 +196,8 @@ def means_of(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[str
     if reward.task_of is None:
         return {reward.name: scores.mean().item()}
     tasks = [reward.task_of(prompt) for prompt in prompts]
-    by_task = {t: scores[torch.tensor([u == t for u in tasks])].double().mean().item() for t in dict.fromkeys(tasks)}
+    scores = scores.cpu().double()  # not all devices have float64
+    by_task = {t: scores[torch.tensor([u == t for u in tasks])].mean().item() for t in dict.fromkeys(tasks)}
     overall = sum(by_task.values()) / len(by_task)
     return by_task | {reward.name: round(overall, 9)}  # equal where the same number of images is right
 

@@ -94,8 +94,7 @@ def gradient(
             into_x = [vjp_of(network(part))(x[part], sigma, u[part], wrt_x) for part in parts]
         return torch.cat(into_x) if wrt_x else None
 
-    def scores_of(x0: Tensor, part: slice) -> list[Tensor]:
-        images = decode(pipe, x0, cfg.size, cfg.size)
+    def scores_of(images: Tensor, part: slice) -> list[Tensor]:
         scores = [r.score(images, prompts[part]) for r in setup.rewards]
         for r, score in zip(setup.rewards, scores):
             measured.setdefault(r.name, []).append(r.scale * score.detach())
@@ -108,18 +107,22 @@ def gradient(
         with meter("reward"):
             for part in parts:
                 x = x0[part].detach().requires_grad_()
-                hinges = sum(r.weight * hinge(s, r.lam) for r, s in zip(setup.rewards, scores_of(x, part)))  # Eq. 11
-                loss = weight[part] * hinges  # Eq. 13
-                (loss.sum() / total).backward()  # not yet into the weights: VAE and rewards are frozen
-                measured.setdefault("loss", []).append(loss.detach())
+                images = decode(pipe, x, cfg.size, cfg.size)
+                hinges = [r.weight * hinge(s, r.lam) for r, s in zip(setup.rewards, scores_of(images, part))]  # Eq. 11
+                losses = [weight[part] * h for h in hinges]  # Eq. 13
+                pulls = [torch.autograd.grad(loss.sum(), images)[0] for loss in losses]  # of each reward apart
+                images.backward(sum(pulls) / total)  # not yet into the weights: VAE and rewards are frozen
+                measured.setdefault("loss", []).append(sum(losses).detach())
+                for r, pull in zip(setup.rewards, pulls if len(pulls) > 1 else []):  # which one dominates?
+                    measured.setdefault(f"{r.name}_grad", []).append(pull.float().flatten(1).norm(dim=1))
                 grads.append(x.grad)
         return torch.cat(grads)
 
     @torch.no_grad()
     def score(x0: Tensor) -> Tensor:
         with meter("reward"):
-            parted = [sum(r.weight * s for r, s in zip(setup.rewards, scores_of(x0[part], part))) for part in parts]
-        return torch.cat(parted)
+            scores = [scores_of(decode(pipe, x0[part], cfg.size, cfg.size), part) for part in parts]
+        return torch.cat([sum(r.weight * s for r, s in zip(setup.rewards, each)) for each in scores])
 
     # What all samples share is drawn after x_1, from the same generator, alike for all parts of a batch.
     shared = draw_noise(cfg, setup, step, 0)[1]

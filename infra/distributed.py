@@ -59,23 +59,27 @@ def join(device: str, shard: int | None = None, patience: timedelta | None = Non
     """The processes that torchrun started, or this one alone, until the end of the `with`.
 
     `shard` is the number of ranks that share a copy of the weights; None: all.  `patience` is how long ranks wait
-    for each other.  Raises ValueError if `shard` does not divide the number of ranks, or there is no such device.
+    for each other.  Raises ValueError if `shard` does not divide the number of ranks, if there is no such device, or if
+    it is neither cpu nor cuda; a rank's own is cuda:LOCAL_RANK, or for one process cuda:N as given.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     group = size if shard is None else shard
     if group < 1 or size % group:
         raise ValueError(f"--shard {shard} does not divide the {size} ranks")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device {device}: it is cpu, or cuda where there is one and torch was built for it")
-    where = torch.device(device, local) if device == "cuda" else torch.device(device)
-    if device == "cuda":
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: processes are joined on cpu or cuda; sample.py takes any device")
+    if kind == "cuda" and number and size > 1:
+        raise ValueError(f"--device {device}: with {size} ranks each takes its own, write --device cuda")
+    where = device_of(f"cuda:{number or local}" if kind == "cuda" else device)  # of GPUs this rank's own is touched
+    if kind == "cuda":
         torch.cuda.set_device(where)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     alone = {} if size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend, timeout=patience, **alone)
     try:
         shape, names = ((size,), ("shard",)) if group == size else ((size // group, group), ("replicate", "shard"))
-        yield World(dist.get_rank(), size, where, init_device_mesh(device, shape, mesh_dim_names=names))
+        yield World(dist.get_rank(), size, where, init_device_mesh(kind, shape, mesh_dim_names=names))
     finally:
         dist.destroy_process_group()
         gc.collect()  # gloo threads still holding work would abort the interpreter at exit
@@ -202,7 +206,8 @@ def whole_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tuple[s
 def fingerprint(parameters: Iterable[Tensor]) -> int:
     """A number that differs if any weight does; of cut ones, of the pieces that this rank holds."""
     pieces = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-    sums = [torch.stack([x.double().sum(), (x.double() * x.double()).sum()]).cpu() for x in pieces if x.numel()]
+    wide = (x if x.device.type == "mps" else x.double() for x in pieces if x.numel())  # Apple's GPUs have no float64
+    sums = [torch.stack([x.sum(), (x * x).sum()]).cpu() for x in wide]
     return hash(tuple(torch.stack(sums).flatten().tolist())) if sums else 0
 
 

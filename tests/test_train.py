@@ -114,6 +114,27 @@ def test_a_device_or_a_group_that_cannot_be_is_an_error(flags):
         pass
 
 
+@pytest.mark.parametrize(
+    ("rank", "ranks", "device", "asked"),
+    [(0, 1, "cuda", "cuda:0"), (0, 1, "cuda:2", "cuda:2"), (3, 8, "cuda", "cuda:3"), (3, 8, "cuda:2", None),
+     (0, 1, "mps", None)],
+)  # fmt: skip
+def test_a_rank_touches_no_gpu_but_its_own(rank, ranks, device, asked, monkeypatch):
+    """Asking a GPU whether it is there takes some of its memory for the life of the process."""
+    touched = []
+
+    def device_of(name):
+        touched.append(name)
+        raise ValueError("--device: seen")
+
+    monkeypatch.setattr("infra.distributed.device_of", device_of)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(ValueError, match="--device"), join(device):
+        pass
+    assert touched == ([asked] if asked else [])
+
+
 def test_an_error_of_ones_own_code_in_a_run_shows_where_it_was(few_prompts, tmp_path):
     (tmp_path / "helper.py").write_text("calls = []\n")
     (tmp_path / "mine.py").write_text(
@@ -232,6 +253,19 @@ def test_several_rewards_are_weighed_and_logged_separately(weights, few_prompts,
     assert [r.lam for r in trained(cfg).rewards] == [0.55, 0.4, 13.5]  # the paper's
     for entry in [*read_log(cfg.out / "metrics.jsonl"), *read_log(cfg.out / "eval.jsonl")]:
         assert entry["reward"] == pytest.approx(0.5 * entry["hpsv2"] + 2 * entry["pickscore"] + 0.25 * entry["hpsv3"])
+    assert all(entry[f"{name}_grad"] > 0 for name in FILES for entry in read_log(cfg.out / "metrics.jsonl"))
+
+
+def test_the_pull_of_each_reward_is_its_own_gradient_in_the_image_and_grows_with_its_weight(tmp_path, few_prompts):
+    """vivid's is 1 / pixels in the highest channel of each pixel and minus that in the lowest."""
+    vivid = f"{ROOT / 'shapes' / 'vivid.py'}:vivid"
+    for weight in (1, 3):
+        cfg = Config(out=tmp_path / f"{weight}", reward=("tiny", f"{vivid}:{weight}"), lam=(None, None), alpha=0.3,
+                     weight="none", eval_prompts=few_prompts, **QUICK | dict(steps=1))  # fmt: skip
+        trained(cfg)
+        (entry,) = read_log(cfg.out / "metrics.jsonl")
+        assert entry["vivid_grad"] == pytest.approx(weight * (2 * 64 * 64) ** 0.5 / 64**2, rel=1e-3)
+        assert entry["tiny_grad"] > 0
 
 
 def test_the_gradient_of_several_rewards_is_the_weighted_sum_of_theirs():
