@@ -164,7 +164,7 @@ def check_model(cfg: Config) -> Tensor:
     if cfg.base and not lora_file(cfg.model) and not flux_file(cfg.model):
         raise ValueError(f"--base {cfg.base} is for a LoRA or a transformer's file, and --model {cfg.model} is neither")
     description = describe(cfg.model, cfg.base)
-    if description.config.guidance_embed and cfg.guidance is None:
+    if description.weights.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
     if cfg.lora and lora_file(cfg.model):
         raise ValueError(f"--lora on --model {cfg.model}, itself a LoRA: train its base, or go on with all weights")

@@ -70,20 +70,28 @@ def cell_of(blocks: Sequence[int]) -> int:
 
 
 class Description(NamedTuple):
-    """What a model folder says of itself in its small files."""
+    """What a model says of itself in its small files, and in the headers of its transformer's."""
 
-    config: FluxConfig
+    location: Location
+    weights: Weights  # the transformer's, not read yet
     schedule: dict[str, Any]  # scheduler_config.json
+    tokenizers: list[PreTrainedTokenizerBase]  # CLIP's and T5's
     cell: int  # pixels a token spans each way
 
 
 def describe(name: str | Path, base: str | None = None) -> Description:
-    """Read the small files of a model folder or hub id, so that flags can be checked before weights are read."""
+    """All of a model but its weights, so that it and the flags are checked before those are read.
+
+    Raises ValueError for a folder, file or tensor that is missing or does not fit.
+    """
     location = find(name, base)
-    folder = location.folder
-    blocks = read(folder / "vae" / "config.json", lambda file: json.loads(file.read_text())["block_out_channels"])
+    folder, weights = location.folder, open_transformer(location)
     schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule, f"{OWN} file")
-    return Description(open_transformer(location).config, schedule, cell_of(blocks))
+    blocks = read(folder / "vae" / "config.json", lambda file: json.loads(file.read_text())["block_out_channels"])
+    tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
+    tokenizers = [read(folder / part, tokenize, f"{OWN} {part}/") for part in ("tokenizer", "tokenizer_2")]
+    check_parts(folder, weights.config, *tokenizers)
+    return Description(location, weights, schedule, tokenizers, cell_of(blocks))
 
 
 def load(
@@ -106,22 +114,17 @@ def load(
     damage within them.
     """
     logging.disable_progress_bar()  # transformers shows one for each tiny part
-    location = find(name, base)
-    folder = location.folder
+    location, weights, schedule, tokenizers, _ = describe(name, base)
     if strength != 1 and not location.lora and not base:
         raise ValueError(
             f"--strength {strength} needs --base FOLDER: {name} is no LoRA, and what it changed is unknown"
         )
-    weights = open_transformer(location)
     lora = read_lora(location.lora, weights.config) if location.lora else None
     origin = open_transformer(find(base)) if base and not lora and strength != 1 else None
-    schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule, f"{OWN} file")
-    tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
-    tokenizers = [read(folder / part, tokenize, f"{OWN} {part}/") for part in ("tokenizer", "tokenizer_2")]
-    check_parts(folder, weights.config, *tokenizers)
     for note in weights.notes:
         say(note)
 
+    folder = location.folder
     vae = read(folder / "vae", partial(parse_model, AutoencoderKL)).float()
     clip = read(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
     t5 = read(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))

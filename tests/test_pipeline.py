@@ -1,29 +1,26 @@
-"""The frozen parts are diffusers' FluxPipeline: same levels, same text, same pictures, same folders; clear errors."""
+"""The frozen parts are diffusers' FluxPipeline: same levels, same text, same pictures, same folders."""
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel
 
-from infra import locations, weights
+from infra import weights
 from infra.folders import Pipeline, load
-from infra.locations import PARTS, find
+from infra.locations import PARTS
 from infra.names import from_diffusers
 from infra.saving import save
-from infra.weights import INDEX, WEIGHTS, load_flux, open_flux
+from infra.weights import WEIGHTS, load_flux, open_flux
 from model import Flux, FluxConfig
 from sample import decode, draw_noise, encode, grid, main, pack, sample, sigmas, unpack, velocity_of
-from tests.tiny_folders import DEV_LIKE, FLUX_DEV_SCHEDULE, SCHNELL_LIKE, write_checkpoint
+from tests.tiny_folders import DEV_LIKE, FLUX_DEV_SCHEDULE, SCHNELL_LIKE, edit_json, shard, write_checkpoint
 
 TINY_FLUX = Path(__file__).parent.parent / "shapes" / "tiny-flux"
 PROMPTS = ["a photo of a red circle and a blue square", "two words"]
@@ -62,18 +59,6 @@ def diffusers_pipeline(folder: Path) -> FluxPipeline:
     theirs = FluxPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     return theirs
-
-
-def edit_json(path: Path, **entries: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
-def shard(folder: Path) -> list[str]:
-    """Cut a folder's transformer into shards, as diffusers does with the 24 GB of FLUX.1-dev; their names."""
-    transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer")
-    (folder / "transformer" / WEIGHTS).unlink()
-    transformer.save_pretrained(folder / "transformer", max_shard_size="60KB")
-    return sorted(p.name for p in (folder / "transformer").glob("*.safetensors"))
 
 
 def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
@@ -354,170 +339,7 @@ def test_flux_dev_fits_in_memory_once_without_initial_values(dev, monkeypatch):
     assert not any(p.is_meta for p in load_flux(open_flux(dev / "transformer")).parameters())
 
 
-# ------------------------------------------------------------------------------------------------ errors
-
-
-@pytest.fixture
-def no_network(monkeypatch) -> list[str]:
-    """The hub ids that would have been asked for."""
-    asked = []
-
-    def download(name: str, **_: object) -> str:
-        asked.append(name)
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(locations, "snapshot_download", download)
-    return asked
-
-
-def test_a_path_never_goes_to_the_network(tmp_path, monkeypatch, no_network):
-    (tmp_path / "runs").mkdir()
-    monkeypatch.chdir(tmp_path)
-    paths = ["nowhere", "runs/nowhere", "./a/b", "~/flux", "a/b/c", str(tmp_path / "x"), tmp_path / "runs" / "x"]
-    for path in paths:
-        with pytest.raises(ValueError, match=f"no model folder at '{path}'.*give a folder, or a hub id"):
-            find(path)
-    assert not no_network
-
-
-def test_a_hub_id_that_fails_is_named(no_network):
-    with pytest.raises(ValueError, match=r"someone/some-flux.*no network"):
-        find("someone/some-flux")
-    assert no_network == ["someone/some-flux"]
-
-
-def test_a_hub_id_loads_what_was_downloaded(dev, monkeypatch, pipe):
-    monkeypatch.setattr(locations, "snapshot_download", lambda name, allow_patterns: str(dev))
-    assert_same_weights(load("someone/some-flux").flux, pipe.flux)
-
-
-def test_a_file_in_place_of_a_folder_is_named(dev):
-    file = dev / "transformer" / WEIGHTS
-    with pytest.raises(
-        ValueError,
-        match=f"{file} is a FLUX.1 transformer under diffusers' names, a part of a folder: give a FLUX.1 model",
-    ):
-        load(file)
-
-
-@pytest.mark.parametrize("part", ["model_index.json", *PARTS])
-def test_a_missing_part_is_named_and_what_is_there(broken, part):
-    path = broken / part
-    path.unlink() if path.is_file() else shutil.rmtree(path)
-    present = "vae" if part != "vae" else "transformer"
-    with pytest.raises(ValueError, match=rf"{broken}.* lacks {part}; it holds .*{present}"):
-        load(broken)
-
-
-SAFETENSORS = {
-    "transformer": WEIGHTS,
-    "vae": WEIGHTS,
-    "text_encoder": "model.safetensors",
-    "text_encoder_2": "model.safetensors",
-}
-
-
-def pickle_instead(file: Path) -> None:
-    """The same weights, as both libraries would find them in a pickle."""
-    for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
-        torch.save(load_file(file), file.with_name(name))
-    file.unlink()
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "missing": Path.unlink,
-    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "empty": lambda file: file.write_bytes(b""),
-    "foreign": lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
-    "a pickle": pickle_instead,
-    "of wrong names": lambda file: save_file({f"x.{k}": v for k, v in load_file(file).items()}, file, {"format": "pt"}),
-    "lacking a tensor": lambda file: save_file(dict(list(load_file(file).items())[1:]), file, {"format": "pt"}),
-    "of wrong shapes": lambda file: save_file(
-        {k: torch.cat([v, v]) for k, v in load_file(file).items()}, file, {"format": "pt"}
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("part", SAFETENSORS)
-def test_weights_that_are_damaged_are_named(broken, part, damage):
-    DAMAGE[damage](broken / part / SAFETENSORS[part])
-    with pytest.raises(ValueError, match=f"{broken / part}.*"):
-        load(broken)
-
-
-CONFIGS = [
-    "scheduler/scheduler_config.json",
-    "transformer/config.json",
-    "vae/config.json",
-    "text_encoder/config.json",
-    "text_encoder_2/config.json",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer_2/tokenizer_config.json",
-]
-
-
-@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained")  # diffusers, of an empty list
-@pytest.mark.parametrize("text", ['{"a": 1', "[]", ""])
-@pytest.mark.parametrize("config", CONFIGS)
-def test_a_config_that_does_not_parse_is_named(broken, config, text):
-    (broken / config).write_text(text)
-    with pytest.raises(ValueError, match=str(broken / config.split("/")[0])):
-        load(broken)
-
-
-@pytest.mark.parametrize("part", ["scheduler", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer"])
-def test_an_empty_part_is_named(broken, part):
-    shutil.rmtree(broken / part)
-    (broken / part).mkdir()
-    with pytest.raises(ValueError, match=str(broken / part)):
-        load(broken)
-
-
-def test_missing_shards_are_named(broken):
-    first, second, *_ = shard(broken)
-    for name in (first, second):
-        (broken / "transformer" / name).unlink()
-    with pytest.raises(ValueError, match=f"{broken / 'transformer'} is incomplete.*{first}, {second}"):
-        load(broken)
-
-
-@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
-def test_an_index_that_cannot_be_followed_is_named(broken, text):
-    (broken / "transformer" / INDEX).write_text(text)
-    with pytest.raises(ValueError, match=str(broken / "transformer" / INDEX)):
-        load(broken)
-
-
-def test_a_folder_mixed_from_different_models_is_named(broken):
-    config = T5Config.from_pretrained(broken / "text_encoder_2")
-    config.d_model = 32
-    T5EncoderModel(config).save_pretrained(broken / "text_encoder_2")
-    with pytest.raises(ValueError, match=rf"{broken} mixes models.*\(16, 20, 32\).*\(16, 20, 24\)"):
-        load(broken)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"_class_name": "DDIMScheduler"},
-        {"use_karras_sigmas": True},
-        {"shift_terminal": 0.02},
-        {"time_shift_type": "linear"},
-        {"num_train_timesteps": 100},
-    ],
-)
-def test_a_schedule_that_is_not_fluxs_is_named(broken, entry):
-    edit_json(broken / "scheduler" / "scheduler_config.json", **entry)
-    (name,) = entry
-    with pytest.raises(ValueError, match=f"scheduler_config.json.*{name}"):
-        load(broken)
-
-
-def test_a_transformer_config_that_is_not_fluxs_is_named(broken):
-    edit_json(broken / "transformer" / "config.json", patch_size=2)
-    with pytest.raises(ValueError, match=r"transformer/config\.json.*patch_size=2"):
-        load(broken)
+# ------------------------------------------------------------------------------------------- the command
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -75,7 +76,8 @@ def test_a_file_with_a_base_is_the_bases_other_parts_and_the_files_transformer(p
     for base in (dev, others):
         pipe = load(tmp_path / "comfy.safetensors", base=str(base))
         assert same(pipe.flux.state_dict(), load_file(file)) and pipe.location.folder == base
-    assert describe(tmp_path / "comfy.safetensors", str(dev)) == describe(dev)
+    ours, theirs = describe(tmp_path / "comfy.safetensors", str(dev)), describe(dev)
+    assert ours.weights.config == theirs.weights.config and ours.cell == theirs.cell
     before, after = (sample(p, PROMPTS, [0], 2, 16, 16, 3.5) for p in (load(dev), pipe))
     assert (before - after).abs().max() > 1e-4
 
@@ -111,6 +113,31 @@ def test_parts_of_a_checkpoint_beside_its_transformer_are_said_not_to_be_read(fi
     save_file(state, tmp_path / "all.safetensors")
     assert same(load(tmp_path / "all.safetensors", base=str(dev)).flux.state_dict(), load_file(file))
     assert "only the transformer is read, not text_encoders, vae" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_fp8_weights_are_read_up_cast_and_that_is_said_once(place, kind, dev, whole, tmp_path, capsys):
+    if place == "file":
+        save_file({k: v.to(kind) for k, v in whole.flux.state_dict().items()}, model := tmp_path / "fp8.safetensors")
+    else:
+        model = shutil.copytree(dev, tmp_path / "model")
+        theirs = FluxTransformer2DModel.from_pretrained(dev / "transformer").to(kind)
+        theirs.save_pretrained(model / "transformer")
+    capsys.readouterr()
+    ours = load(model, dtype=torch.bfloat16, base=str(dev) if place == "file" else None).flux.state_dict()
+    err = capsys.readouterr().err
+    assert err.count("holds float8") == err.count("read up-cast: what fp8 rounded off stays lost") == 1
+    assert same(ours, {k: v.to(kind).bfloat16() for k, v in whole.flux.state_dict().items()})
+    assert not same(ours, {k: v.bfloat16() for k, v in whole.flux.state_dict().items()})
+
+
+def test_fp8_weights_with_scales_are_refused_before_any_weights_are_read(dev, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("infra.folders.parse_model", None)
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in whole.flux.state_dict().items()}
+    save_file(state | {"img_in.scale_weight": torch.ones(())}, tmp_path / FILE)
+    with pytest.raises(ValueError, match=rf"{FILE} holds quantized weights with scales \(img_in\.scale_weight\).*bf16"):
+        load(tmp_path / FILE, base=str(dev))
 
 
 def test_strength_goes_from_the_bases_transformer_to_the_files(file, dev, whole):

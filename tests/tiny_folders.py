@@ -1,5 +1,6 @@
 """FLUX folders as FluxPipeline saves them: every class is real, every size small, every weight random."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from infra.locations import PARTS
+from infra.weights import WEIGHTS
 from shapes.models import make_tokenizers
 
 FLUX_DEV_SCHEDULE = {
@@ -72,3 +74,15 @@ def write_checkpoint(folder: Path, guidance_embeds: bool, schedule: dict) -> Pat
     FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer).save_pretrained(folder)
     shutil.rmtree(folder / "made")
     return folder
+
+
+def edit_json(path: Path, **entries: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def shard(folder: Path) -> list[str]:
+    """Cut a folder's transformer into shards, as diffusers does with the 24 GB of FLUX.1-dev; their names."""
+    transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    (folder / "transformer" / WEIGHTS).unlink()
+    transformer.save_pretrained(folder / "transformer", max_shard_size="60KB")
+    return sorted(p.name for p in (folder / "transformer").glob("*.safetensors"))
