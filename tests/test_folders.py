@@ -18,20 +18,9 @@ from infra.folders import load
 from infra.locations import PARTS, find
 from infra.weights import INDEX, WEIGHTS
 from start import prepare
-from tests.tiny_folders import DEV_LIKE, edit_json, shard, write_checkpoint
+from tests.tiny_folders import edit_json, shard
 
 TINY_FLUX = Path(evaluate.__file__).parent / "shapes" / "tiny-flux"
-
-
-@pytest.fixture(scope="module")
-def dev(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("dev"), **DEV_LIKE)
-
-
-@pytest.fixture
-def broken(dev, tmp_path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(dev, tmp_path / "broken"))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The frozen parts are diffusers' FluxPipeline: same levels, same text, same pictures, same folders."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,23 +19,11 @@ from infra.saving import save
 from infra.weights import WEIGHTS, load_flux, open_flux
 from model import Flux, FluxConfig
 from sample import decode, draw_noise, encode, grid, main, pack, sample, sigmas, unpack, velocity_of
-from tests.tiny_folders import DEV_LIKE, FLUX_DEV_SCHEDULE, SCHNELL_LIKE, edit_json, shard, write_checkpoint
+from tests.tiny_folders import FLUX_DEV_SCHEDULE, SCHNELL_LIKE, edit_json, shard
 
 TINY_FLUX = Path(__file__).parent.parent / "shapes" / "tiny-flux"
 PROMPTS = ["a photo of a red circle and a blue square", "two words"]
 CELL = 8  # pixels a token: the VAE is f4
-
-
-@pytest.fixture(scope="module")
-def dev(tmp_path_factory) -> Path:
-    """Guidance is an input, the shift grows with the image: as in FLUX.1-dev."""
-    return write_checkpoint(tmp_path_factory.mktemp("dev"), **DEV_LIKE)
-
-
-@pytest.fixture(scope="module")
-def schnell(tmp_path_factory) -> Path:
-    """No guidance, a fixed shift: as in FLUX.1-schnell."""
-    return write_checkpoint(tmp_path_factory.mktemp("schnell"), **SCHNELL_LIKE)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +34,6 @@ def pipe(dev) -> Pipeline:
 @pytest.fixture(scope="module")
 def reference(dev) -> FluxPipeline:
     return diffusers_pipeline(dev)
-
-
-@pytest.fixture
-def broken(dev, tmp_path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(dev, tmp_path / "broken"))
 
 
 def diffusers_pipeline(folder: Path) -> FluxPipeline:

@@ -24,21 +24,10 @@ from infra.weights import WEIGHTS
 from sample import sample
 from start import check_model, prepare
 from tests.processes import spread
-from tests.tiny_folders import DEV_LIKE, SCHNELL_LIKE, write_checkpoint
 
 ROOT = Path(train.__file__).parent
 PROMPTS = ["a photo of a red circle"]
 FILE = "flux1-dev.safetensors"
-
-
-@pytest.fixture(scope="module")
-def dev(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("dev"), **DEV_LIKE)
-
-
-@pytest.fixture(scope="module")
-def schnell(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("schnell"), **SCHNELL_LIKE)
 
 
 @pytest.fixture(scope="module")
