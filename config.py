@@ -19,9 +19,11 @@ class Experiment:
     """What decides the result: --resume must find it unchanged."""
 
     model: str = str(HERE / "shapes" / "tiny-flux")
-    """Model folder in the diffusers layout of FLUX, or a hub id; or a LoRA, a folder or .safetensors file."""
+    """Model folder in the diffusers layout of FLUX, or a hub id; or a LoRA, a folder or .safetensors file; or a file of
+    the transformer alone, as flux1-dev.safetensors, ComfyUI's too."""
     base: str | None = None
-    """Model folder or hub id that --model, a LoRA, lies over; ours name their own."""
+    """Model folder or hub id that --model, a LoRA, lies over; ours name their own. A transformer's file takes all else
+    from it."""
     reward: tuple[str, ...] = ("tiny",)
     """Rewards to raise, NAME[=PATH][:WEIGHT] or my_file.py:function[:WEIGHT]. Names: tiny, clip, pickscore, hpsv2,
     hpsv3, imagereward, and judge for methods that need no gradient; weights multiply what the loss sees (cosines for
@@ -145,7 +147,8 @@ class Run:
     resume: bool = False
     """Go on from the newest checkpoint in --out, given the same flags; from the start if there is none yet."""
     export: Path | None = None
-    """Write the averaged weights of a checkpoint to this folder, as final/ is, and stop; needs --resume."""
+    """Write the averaged weights of a checkpoint to this folder, as final/ is, and stop; needs --resume. To
+    FILE.safetensors, the transformer alone, with black-forest-labs' names."""
     at: int | None = None
     """Resume or export the checkpoint of this step instead of the newest. Resuming removes later checkpoints and log
     lines; best/ stays until a better one."""

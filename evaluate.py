@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from infra.distributed import World, gather, join, on_first_rank
 from infra.files import replacing
-from infra.folders import find, load
+from infra.folders import describe, load
 from infra.lora_files import lora_file
 from infra.pictures import grid_of, save_png, to_pil
 from infra.prompts import read_entries, shard
@@ -52,9 +52,11 @@ class Config:
     """Score models on the same prompts and noise."""
 
     model: tuple[str, ...] = (str(HERE / "shapes" / "tiny-flux"),)
-    """Model folders or hub ids, or LoRAs; the others are compared with the first."""
+    """Model folders or hub ids, LoRAs, or files of a transformer as flux1-dev.safetensors; the others are compared with
+    the first."""
     base: str | None = None
-    """Model folder or hub id that LoRAs and tuned weights were trained from; our LoRAs name their own."""
+    """Model folder or hub id that LoRAs and tuned weights were trained from; our LoRAs name their own. A transformer's
+    file takes all else from it."""
     strength: float = 1.0
     """How much of the tuning to apply: 1 is all of it, 0 the base. Of a LoRA, or with --base of tuned weights."""
     prompts: Path = HERE / "shapes" / "eval-prompts.txt"
@@ -267,10 +269,10 @@ def run(cfg: Config, world: World) -> None:
     entries, tags = prepare(cfg)
     rewards: list[Reward] = []
     check_rewards(cfg.rewards)
-    found = {m: find(m, cfg.base) for m in cfg.model}  # of a LoRA, its base
+    found = {m: describe(m, cfg.base).location for m in cfg.model}  # all are checked before one is drawn
     if cfg.strength != 1 and not cfg.base and (whole := [m for m in cfg.model if not lora_file(m)]):
         raise ValueError(f"--strength {cfg.strength} needs --base FOLDER: {whole[0]} is no LoRA")
-    sources = {label(m): Path(m) if lora_file(m) else folder for m, folder in found.items()}
+    sources = {label(m): Path(m) if Path(m).exists() else place.folder for m, place in found.items()}  # a hub id's
     for name, source in sources.items():
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         pipe = load(source, world.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)

@@ -190,9 +190,11 @@ class Config:
     """Write a captioned grid of images."""
 
     model: str = str(HERE / "shapes" / "tiny-flux")
-    """Model folder in the diffusers layout of FLUX, or a hub id; or a LoRA, a folder or .safetensors file."""
+    """Model folder in the diffusers layout of FLUX, or a hub id; or a LoRA, a folder or .safetensors file; or a file of
+    the transformer alone, as flux1-dev.safetensors, ComfyUI's too."""
     base: str | None = None
-    """Model folder or hub id that --model, a LoRA or tuned weights, was trained from; our LoRAs name their own."""
+    """Model folder or hub id that --model, a LoRA or tuned weights, was trained from; our LoRAs name their own. A
+    transformer's file takes all else from it."""
     strength: float = 1.0
     """How much of the tuning to apply: 1 is all of it, 0 the base. Of a LoRA, or with --base of tuned weights."""
     prompt: tuple[str, ...] = ()

@@ -28,6 +28,7 @@ from infra.lora import add_lora, first_values, wrapped_name
 from infra.lora_files import lora_file
 from infra.meter import Flops, network_flops
 from infra.prompts import fingerprint, read_prompts, say
+from infra.reading import flux_file
 from infra.user_code import is_user_code, load_function, where
 from leaps import Samples
 from model import Flux
@@ -160,10 +161,10 @@ def try_method(method: Callable, levels: Tensor, group: int) -> bool:
 
 def check_model(cfg: Config) -> Tensor:
     """The noise levels of a rollout; raises ValueError if the model cannot do what the flags ask of it."""
-    if cfg.base and not lora_file(cfg.model):
-        raise ValueError(f"--base {cfg.base} is for a LoRA, but --model {cfg.model} is none")
+    if cfg.base and not lora_file(cfg.model) and not flux_file(cfg.model):
+        raise ValueError(f"--base {cfg.base} is for a LoRA or a transformer's file, and --model {cfg.model} is neither")
     description = describe(cfg.model, cfg.base)
-    if description.config.guidance_embed and cfg.guidance is None:
+    if description.weights.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
     if cfg.lora and lora_file(cfg.model):
         raise ValueError(f"--lora on --model {cfg.model}, itself a LoRA: train its base, or go on with all weights")

@@ -279,7 +279,7 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         with swapped(run.params, run.averaged):
             write_model(cfg.export or out / "final", setup.pipe, world)
     except OSError as error:
-        kept = f"the weights are in {out / 'checkpoints'}, --resume --export FOLDER writes them"
+        kept = f"the weights are in {out / 'checkpoints'}, --resume --export PATH writes them"
         raise Stop(1, f"{error}; {kept}") from error
     if log:
         tasks = [k for r in setup.watched if r.task_of for k in dict.fromkeys(map(r.task_of, setup.eval_prompts))]

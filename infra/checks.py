@@ -47,6 +47,8 @@ def check_flags(cfg: Config, world: World) -> None:
         raise ValueError("--lean needs torchao's optimizer: pip install torchao")
     if cfg.shard_frozen and cfg.offload_encoders:
         raise ValueError("--shard-frozen and --offload-encoders: T5 is either cut over the ranks or on the CPU")
+    if cfg.export and cfg.export.suffix == ".safetensors" and cfg.lora:
+        raise ValueError(f"--export {cfg.export}: a LoRA run has a LoRA's file to write, into a folder: give one")
     if (cfg.export or cfg.at is not None) and not cfg.resume:
         raise ValueError("--export and --at need --resume: they name a checkpoint of the run in --out")
 
@@ -70,7 +72,7 @@ def check_folder(cfg: Config, out: Path, now: dict[str, Any], defaults: dict[str
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: nothing can be written in {existing}")
     if cfg.export and cfg.export.exists():
-        raise ValueError(f"--export {cfg.export} is there already: give a folder that is not")
+        raise ValueError(f"--export {cfg.export} is there already: give a folder or file that is not")
     if not cfg.resume:
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"--out {out} is occupied: --resume goes on with it, or choose another folder")

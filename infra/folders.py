@@ -1,49 +1,46 @@
 """Model folders in the diffusers layout of FLUX.1-dev, which the tiny model's is too: read and checked.
 
-    model_index.json  scheduler/  transformer/  vae/
-    text_encoder/  tokenizer/        CLIP
-    text_encoder_2/  tokenizer_2/    T5
-
-Weights come from safetensors only.  No rank need ever hold a large transformer whole: its tensors are read as they are
-placed.
+locations.py finds the parts, weights.py reads the transformer, of which no rank need ever hold a large one whole.
+Weights come from safetensors only.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+)
 from transformers.utils import logging
 
-from infra.files import recover
-from infra.lora import FILE, NOTE
-from infra.lora_files import Change, lora_file, merge_lora, read_lora
-from infra.names import check_state, config_from_diffusers, from_diffusers, load_weights
-from model import FLUX_DEV, Flux, FluxConfig
+from infra.locations import Location, find
+from infra.lora_files import read_lora
+from infra.prompts import say
+from infra.reading import read
+from infra.weights import Device, Tensors, Weights, load_flux, open_flux
+from model import Flux, FluxConfig
 
 PATCH = 2  # FLUX sees 2x2 patches of latents
-PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a transformer in one piece; others have an index
-INDEX = f"{WEIGHTS}.index.json"
 SHIFTS = {"use_dynamic_shifting", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
-Device = str | torch.device
-Tensors = Iterator[tuple[str, Tensor]]
-Name, Result = TypeVar("Name"), TypeVar("Result")
+ENDS = {"<|endoftext|>": "CLIP", "</s>": "T5"}  # the last token of a prompt tells their tokenizers apart
+OWN = "copy or download FLUX.1's own"
 
 
 @dataclass
 class Pipeline:
     """The loaded parts of a model folder. Everything but `flux` is frozen."""
 
-    folder: Path
+    location: Location
     flux: Flux
     vae: AutoencoderKL
     clip: CLIPTextModel
@@ -73,51 +70,28 @@ def cell_of(blocks: Sequence[int]) -> int:
 
 
 class Description(NamedTuple):
-    """What a model folder says of itself in its small files."""
+    """What a model says of itself in its small files, and in the headers of its transformer's."""
 
-    config: FluxConfig
+    location: Location
+    weights: Weights  # the transformer's, not read yet
     schedule: dict[str, Any]  # scheduler_config.json
+    tokenizers: list[PreTrainedTokenizerBase]  # CLIP's and T5's
     cell: int  # pixels a token spans each way
 
 
 def describe(name: str | Path, base: str | None = None) -> Description:
-    """Read the small files of a model folder or hub id, so that flags can be checked before weights are read."""
-    folder = find(name, base)
-    blocks = read(folder / "vae" / "config.json", lambda file: json.loads(file.read_text())["block_out_channels"])
-    return Description(
-        read(folder / "transformer" / "config.json", parse_config),
-        read(folder / "scheduler" / "scheduler_config.json", parse_schedule),
-        cell_of(blocks),
-    )
+    """All of a model but its weights, so that it and the flags are checked before those are read.
 
-
-def find(name: str | Path, base: str | None = None) -> Path:
-    """The model folder at path `name`, of that hub id, or under that LoRA. Raises ValueError naming what is missing.
-
-    A LoRA lies over `base`, --base, or over the one that its NOTE names.
+    Raises ValueError for a folder, file or tensor that is missing or does not fit.
     """
-    folder, files = Path(name), ["model_index.json", *(f"{part}/*" for part in PARTS)]
-    recover(folder)
-    if file := lora_file(name):
-        if base:
-            if lora_file(base):
-                raise ValueError(f"--base {base} is a LoRA too: give the whole model that {name} was trained on")
-            return find(base)
-        if not (folder / NOTE).exists():
-            raise ValueError(f"{name} is a LoRA that does not say what it changes: give --base FOLDER")
-        noted = folder / read(folder / NOTE, lambda note: json.loads(note.read_text())["base"])  # perhaps absolute
-        if not noted.exists() or not file.exists():
-            raise ValueError(f"LoRA {folder}: it needs its {FILE}, and its base at {noted}, as {folder / NOTE} says")
-        folder = noted
-    if not folder.exists():
-        # Where the parent exists, this is a path misspelt: only what can be nothing else goes to the network.
-        if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or folder.parent.is_dir():
-            raise ValueError(f"no model folder at {str(name)!r}: give a folder, or a hub id owner/name")
-        folder = Path(read(str(name), partial(snapshot_download, allow_patterns=files)))
-    if missing := [part for part in ("model_index.json", *PARTS) if not (folder / part).exists()]:
-        found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
-        raise ValueError(f"{folder} is no whole FLUX folder: it lacks {', '.join(missing)}; it holds {found}")
-    return folder
+    location = find(name, base)
+    folder, weights = location.folder, open_transformer(location)
+    schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule, f"{OWN} file")
+    blocks = read(folder / "vae" / "config.json", lambda file: json.loads(file.read_text())["block_out_channels"])
+    tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
+    tokenizers = [read(folder / part, tokenize, f"{OWN} {part}/") for part in ("tokenizer", "tokenizer_2")]
+    check_parts(folder, weights.config, *tokenizers)
+    return Description(location, weights, schedule, tokenizers, cell_of(blocks))
 
 
 def load(
@@ -134,116 +108,67 @@ def load(
 
     `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev. `offload` keeps
     the text encoders on the CPU, and `place` says where the transformer goes: see `load_flux`.
-    `base` is the folder that a LoRA lies over, and `strength` multiplies what it changes; of a whole folder,
-    its difference to the base.
-    Raises ValueError for a folder, file or tensor that is missing or does not fit.
+    `base` is the folder that a LoRA lies over, or of the other parts of a transformer's file, and `strength`
+    multiplies what a LoRA changes; of any other model, its difference to the base.
+    Raises ValueError for a folder, file or tensor that is missing or does not fit, before any weights are read but for
+    damage within them.
     """
     logging.disable_progress_bar()  # transformers shows one for each tiny part
-    folder, file = find(name, base), lora_file(name)
-    lora = read_lora_of(file, folder) if file else None
-    if strength != 1 and not file and not base:
+    location, weights, schedule, tokenizers, _ = describe(name, base)
+    if strength != 1 and not location.lora and not base:
         raise ValueError(
             f"--strength {strength} needs --base FOLDER: {name} is no LoRA, and what it changed is unknown"
         )
-    origin = find(base) / "transformer" if base and not file and strength != 1 else None
-    schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule)
-    tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
-    tokenizers = read(folder / "tokenizer", tokenize), read(folder / "tokenizer_2", tokenize)
+    lora = read_lora(location.lora, weights.config) if location.lora else None
+    origin = open_transformer(find(base)) if base and not lora and strength != 1 else None
+    for note in weights.notes:
+        say(note)
+
+    folder = location.folder
     vae = read(folder / "vae", partial(parse_model, AutoencoderKL)).float()
     clip = read(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
     t5 = read(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
     vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
-    flux = load_flux(folder / "transformer", device, dtype, place, lora, strength, origin)
-    outputs = vae.config.latent_channels * PATCH**2, clip.config.hidden_size, t5.config.d_model
-    inputs = flux.config.in_channels, flux.config.vec_in_dim, flux.config.context_in_dim
-    if outputs != inputs:
-        raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {outputs} channels, Flux takes {inputs}")
+    flux = load_flux(weights, device, dtype, place, lora, strength, origin)
     text_length = text_length or min(tokenizers[1].model_max_length, 512)  # of a T5 without limit, 1e30
     vae.to(device)
     if not offload:
         clip.to(device), t5.to(device)
-    return Pipeline(folder, flux, vae, clip, t5, *tokenizers, schedule, text_length, dtype, offload)
+    return Pipeline(location, flux, vae, clip, t5, *tokenizers, schedule, text_length, dtype, offload)
 
 
-def read_lora_of(file: Path, folder: Path) -> dict[str, list[Change]]:
-    """What a LoRA file changes in the transformer of a model folder."""
-    config = read(folder / "transformer" / "config.json", parse_config)
-    return read(file, partial(read_lora, config=config))
+def open_transformer(location: Location) -> Weights:
+    """A model's transformer, by its headers."""
+    return open_flux(location.transformer, location.folder / "transformer" / "config.json")
 
 
-def load_flux(
-    path: Path,
-    device: Device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    place: Callable[[Flux, Tensors], None] | None = None,
-    lora: dict[str, list[Change]] | None = None,
-    strength: float = 1.0,
-    origin: Path | None = None,
-) -> Flux:
-    """The transformer from a diffusers `transformer/` folder, sharded or not, or from flux1-dev.safetensors.
+def check_parts(
+    folder: Path, flux: FluxConfig, clip_tokenizer: PreTrainedTokenizerBase, t5_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError if the parts of a folder are not of one model, by their configurations and vocabularies."""
+    latents = read(folder / "vae", lambda part: AutoencoderKL.load_config(part)["latent_channels"])
+    clip = read(folder / "text_encoder", CLIPTextConfig.from_pretrained)
+    t5 = read(folder / "text_encoder_2", T5Config.from_pretrained)
+    outputs = latents * PATCH**2, clip.hidden_size, t5.d_model
+    inputs = flux.in_channels, flux.vec_in_dim, flux.context_in_dim
+    if outputs != inputs:
+        raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {outputs} channels, Flux takes {inputs}")
+    check_tokenizer(folder / "tokenizer", clip_tokenizer, "CLIP", clip.vocab_size)
+    check_tokenizer(folder / "tokenizer_2", t5_tokenizer, "T5", t5.vocab_size)
 
-    `place(flux, tensors)` is for models that no rank holds whole: it gets a Flux without memory and an iterator over
-    names and tensors, which are read from disk as they are asked for.
-    `strength` times `lora` is added to them; with `origin`, the transformer that this one was tuned from, they are
-    origin + strength (tuned - origin).
-    Raises ValueError naming the folder or file and what is missing or does not fit.
+
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str, known: int) -> None:
+    """Raise ValueError for a tokenizer other than CLIP's or T5's, as `kind` says, or with more tokens than are known.
+
+    Of another's ids some are beyond the encoder's table, an error once all weights are read, or all mean other words.
     """
-    config, state, tensors = open_flux(path)
-    if lora:
-        tensors = merge_lora(tensors, lora, strength)
-    if origin:
-        before, _, tensors_before = open_flux(origin)
-        if before != config:
-            raise ValueError(f"--strength between different networks: {path} was not tuned from {origin}")
-        tensors = between(tensors_before, tensors, strength)
-    with torch.device("meta"):
-        flux = Flux(config)
-    if place is None:
-        load_weights(flux, {name: tensor.to(dtype) for name, tensor in tensors}, source=str(path))
-        return flux.to(device)  # names were converted on the CPU: a GPU holds the weights once
-    if path.is_file():
-        check_state(state, flux.state_dict(), source=str(path))
-    place(flux, tensors)
-    return flux
-
-
-def between(first: Tensors, second: Tensors, strength: float) -> Tensors:
-    """first + strength (second - first), in fp32, of two networks' tensors by our names, in the same order."""
-    for (name, a), (other, b) in zip(first, second, strict=True):
-        assert name == other
-        yield name, torch.lerp(a.float(), b.float(), strength)
-
-
-def open_flux(path: Path) -> tuple[FluxConfig, dict[str, Tensor], Tensors]:
-    """A transformer's configuration, its tensors as its files name them, mapped, and an iterator by our names."""
-    if path.is_file():
-        state = read(path, load_file)
-        config = replace(FLUX_DEV, guidance_embed="guidance_in.in_layer.weight" in state)
-        tensors: Tensors = iter(state.items())
-    else:
-        config = read(path / "config.json", parse_config)
-        shards, index = [WEIGHTS], path / INDEX
-        if index.exists():
-            shards = read(index, lambda file: sorted(set(json.loads(file.read_text())["weight_map"].values())))
-        if missing := [name for name in shards if not (path / name).exists()]:
-            raise ValueError(f"{path} is incomplete: copy or download {', '.join(missing)}")
-        state = {k: v for name in shards for k, v in read(path / name, load_file).items()}  # mapped, not read
-        tensors = from_diffusers(state, config, source=str(path))
-    return config, state, tensors
-
-
-def read(what: Name, parse: Callable[[Name], Result]) -> Result:
-    """parse(what); all that can go wrong becomes a ValueError that names it, and libraries differ in what."""
-    try:
-        return parse(what)
-    except Exception as error:
+    found, size = ENDS.get(str(tokenizer.eos_token), type(tokenizer).__name__), len(tokenizer)
+    if found != kind:
         raise ValueError(
-            f"cannot read {what} ({type(error).__name__}: {error}); get a whole FLUX checkpoint"
-        ) from error
-
-
-def parse_config(file: Path) -> FluxConfig:
-    return config_from_diffusers(json.loads(file.read_text()))
+            f"{folder} holds a tokenizer of {found}, with {size} tokens, where {kind}'s belongs: {OWN} {folder.name}/"
+        )
+    if not len(set(tokenizer.all_special_ids)) < size <= known:  # transformers makes an empty one up where it has none
+        raise ValueError(f"{folder} holds {size} tokens, and its text encoder knows {known}: {OWN} {folder.name}/")
 
 
 def parse_schedule(file: Path) -> dict[str, Any]:

@@ -73,10 +73,11 @@ def wrapped_name(name: str, known: set[str]) -> str:
     return name if name in known else f"{layer}.linear.{leaf}"
 
 
-def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], base: str) -> None:
-    """Write FILE, with the scale in B, and NOTE, which names the base for `folders.load`.
+def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], base: dict[str, str]) -> None:
+    """Write FILE, with the scale in B, and NOTE, which names what it changes for `locations.find`.
 
-    `tensors` are names and whole tensors of all trained parameters, which come from `flux`, cut or not.
+    `tensors` are names and whole tensors of all trained parameters, which come from `flux`, cut or not; `base` is
+    the model folder, and under "transformer" its file if that lies elsewhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, trained = {}, dict(tensors)
@@ -86,4 +87,4 @@ def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], b
             state[f"transformer.{name}.lora_A.weight"] = trained[f"{ours}.a.{i}"].contiguous()
             state[f"transformer.{name}.lora_B.weight"] = (scale * trained[f"{ours}.b.{i}"]).contiguous()
     save_file(state, folder / FILE, metadata={"format": "pt"})
-    (folder / NOTE).write_text(json.dumps({"base": base}) + "\n")
+    (folder / NOTE).write_text(json.dumps(base) + "\n")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from infra.lora import FILE, NOTE
 from infra.names import SWAPPED, module_names, swap_halves
+from infra.reading import names_in, read
 from model import Flux, FluxConfig
 
 PEFT = "adapter_model.safetensors"
@@ -48,31 +49,25 @@ class Change(NamedTuple):
 
 
 def is_lora_file(file: Path) -> bool:
-    """Does a safetensors file hold a LoRA, by the names of its tensors? Raises what safetensors does."""
-    with safe_open(file, "pt") as tensors:
-        return any((role := ROLE.search(name)) and role["down"] for name in list(tensors.keys()))
+    """Does a safetensors file hold a LoRA, by the names of its tensors? Raises ValueError if it cannot be read."""
+    return any((role := ROLE.search(name)) and role["down"] for name in names_in(file))
 
 
 def lora_file(name: str | Path) -> Path | None:
     """The file of the LoRA that `name` is, a file or a folder; None if it is no LoRA.
 
-    Raises ValueError for a folder of several files of which none has a known name.
+    Raises ValueError for a file that cannot be read, and a folder of several of which none has a known name.
     """
     path = Path(name)
     if path.is_file() and path.suffix == ".safetensors":
-        try:
-            return path if is_lora_file(path) else None
-        except Exception as error:
-            raise ValueError(
-                f"cannot read {path} ({type(error).__name__}: {error}): copy or download it again"
-            ) from error
+        return path if is_lora_file(path) else None
     if not path.is_dir() or (path / "model_index.json").exists():
         return None
     for known in (FILE, PEFT):
         if (path / known).exists():
             return path / known
     if (path / NOTE).exists():
-        return path / FILE  # which is missing: `folders.find` says so
+        return path / FILE  # which is missing: `locations.find` says so
     files = sorted(path.glob("*.safetensors"))
     if len(files) > 1 and all(map(is_lora_file, files)):
         raise ValueError(f"{path} holds {len(files)} LoRAs: give one of its files, such as {files[-1]}")
@@ -81,13 +76,17 @@ def lora_file(name: str | Path) -> Path | None:
 
 def read_lora(file: Path, config: FluxConfig) -> dict[str, list[Change]]:
     """What a LoRA file adds to each weight of a Flux. Raises ValueError naming the file and what is not understood."""
-    with safe_open(file, "pt") as tensors:
-        packed = (tensors.metadata() or {}).get("lora_adapter_metadata", "{}")
-    settings = {k.removeprefix("transformer."): v for k, v in json.loads(packed).items()}
+
+    def parse(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        with safe_open(file, "pt") as tensors:
+            packed = (tensors.metadata() or {}).get("lora_adapter_metadata", "{}")
+        return load_file(file), {k.removeprefix("transformer."): v for k, v in json.loads(packed).items()}
+
+    state, settings = read(file, parse)
     if file.name == PEFT and (beside := file.with_name("adapter_config.json")).exists():
-        settings = json.loads(beside.read_text())
+        settings = read(beside, lambda file: dict(json.loads(file.read_text())))
     try:
-        return changes_of(load_file(file), config, settings)
+        return changes_of(state, config, settings)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

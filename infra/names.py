@@ -107,17 +107,20 @@ def from_diffusers(
 ) -> Iterator[tuple[str, Tensor]]:
     """The inverse of `to_diffusers`, for a whole state dict: names and tensors, one at a time as they are asked for.
 
-    Raises ValueError naming `source` and the tensors, by diffusers' names, that are missing, unexpected or
-    misshapen.
+    Raises ValueError, before the first is read, naming `source` and the tensors, by diffusers' names, that are
+    missing, unexpected or misshapen.
     """
     with torch.device("meta"):
         ours = Flux(config).state_dict()
     check_state(state, to_diffusers(ours, config), source)
     table = dict(module_names(config))
-    for key in ours:
+
+    def whole(key: str) -> Tensor:
         parts = [state[name] for name in diffusers_keys(key, table)]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        yield key, swap_halves(tensor) if key.startswith(SWAPPED) else tensor
+        return swap_halves(tensor) if key.startswith(SWAPPED) else tensor
+
+    return ((key, whole(key)) for key in ours)
 
 
 def config_to_diffusers(config: FluxConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Model folders written: whole or not at all, a tensor at a time."""
+"""Model folders and files written: whole or not at all, a tensor at a time."""
 
 import json
 import shutil
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from infra.distributed import World, on_first_rank, whole_tensors
 from infra.files import replacing
-from infra.folders import INDEX, PARTS, WEIGHTS, Pipeline
+from infra.folders import Pipeline
+from infra.locations import PARTS, Location
 from infra.lora import save_lora
 from infra.names import config_to_diffusers, to_diffusers
-from model import FluxConfig
+from infra.weights import INDEX, WEIGHTS
+from model import Flux, FluxConfig
 
 PIECE = 5e9  # bytes a file of a saved transformer, as published
 Tensors = Iterator[tuple[str, Tensor]]
@@ -25,8 +27,10 @@ Tensors = Iterator[tuple[str, Tensor]]
 def write_model(folder: Path, pipe: Pipeline, world: World) -> None:
     """A folder of the current weights, as `load` reads, from rank 0, gathered a tensor at a time.
 
+    At a path that ends with .safetensors, a file of the transformer alone, with black-forest-labs' names.
     Raises OSError, on all ranks, if it cannot be written; what was there before stays.
     """
+    one_file = folder.suffix == ".safetensors"
     lora = not all(p.requires_grad for p in pipe.flux.parameters())  # all else is frozen then
     tensors = whole_tensors(pipe.flux, torch.float32 if lora else pipe.compute, world.rank)
 
@@ -34,9 +38,11 @@ def write_model(folder: Path, pipe: Pipeline, world: World) -> None:
         try:
             with replacing(folder) as part:
                 if lora:
-                    save_lora(part, pipe.flux, tensors, str(pipe.folder.resolve()))
+                    save_lora(part, pipe.flux, tensors, base_of(pipe.location))
+                elif one_file:
+                    save_file_of(part, pipe.flux.config, pipe.compute, tensors)
                 else:
-                    save(part, pipe.folder, pipe.flux.config, tensors)
+                    save(part, pipe.location.folder, pipe.flux.config, tensors)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{folder} could not be written: {error}") from error
         finally:
@@ -49,6 +55,12 @@ def exhaust(tensors: Tensors) -> None:
     """Take part in the gathers that are left."""
     for _ in tensors:
         pass
+
+
+def base_of(location: Location) -> dict[str, str]:
+    """What a LoRA's NOTE says of the model that it changes."""
+    note, transformer = {"base": str(location.folder.resolve())}, location.transformer
+    return note if location.folder in transformer.parents else note | {"transformer": str(transformer.resolve())}
 
 
 def save(folder: Path, source: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
@@ -101,3 +113,25 @@ def save_flux(folder: Path, config: FluxConfig, state: Mapping[str, Tensor] | Te
             index = {"metadata": {}, "weight_map": {key: name for name, keys in zip(names, pieces) for key in keys}}
             (part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         (part / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
+
+
+def save_file_of(file: Path, config: FluxConfig, dtype: torch.dtype, state: Tensors) -> None:
+    """Write a transformer as flux1-dev.safetensors is, its names and tensors of one dtype, as they come.
+
+    safetensors' own function wants all tensors at once, 24 GB of them.  Its format is the length of a header, 8 bytes;
+    the header, JSON of each tensor's dtype, shape and place; then the tensors.
+    """
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    with torch.device("meta"):
+        wanted = {name: p.shape for name, p in Flux(config).named_parameters()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in wanted.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for (name, shape), (found, tensor) in zip(wanted.items(), state, strict=True):
+            assert (name, shape, dtype) == (found, tensor.shape, tensor.dtype), f"{found} instead of {name}"
+            out.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)

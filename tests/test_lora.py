@@ -147,7 +147,7 @@ def test_a_lora_folder_can_be_moved_with_its_base_and_broken_files_are_named(tra
     folder = shutil.copytree(trained, tmp_path / "lora")
     (tmp_path / "base").symlink_to(TINY)
     (folder / "lora.json").write_text('{"base": "../base"}')
-    assert load(folder).folder.resolve() == Path(TINY).resolve()
+    assert load(folder).location.folder.resolve() == Path(TINY).resolve()
     whole = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"cannot read .*{FILE}"):

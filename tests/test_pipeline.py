@@ -1,110 +1,29 @@
-"""The frozen parts are diffusers' FluxPipeline: same levels, same text, same pictures, same folders; clear errors."""
+"""The frozen parts are diffusers' FluxPipeline: same levels, same text, same pictures, same folders."""
 
-import json
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from infra import folders
-from infra.folders import INDEX, PARTS, WEIGHTS, Pipeline, find, load, load_flux
+from infra import weights
+from infra.folders import Pipeline, load
+from infra.locations import PARTS
 from infra.names import from_diffusers
 from infra.saving import save
+from infra.weights import WEIGHTS, load_flux, open_flux
 from model import Flux, FluxConfig
 from sample import decode, draw_noise, encode, grid, main, pack, sample, sigmas, unpack, velocity_of
-from shapes.models import make_tokenizers
+from tests.tiny_folders import FLUX_DEV_SCHEDULE, SCHNELL_LIKE, edit_json, shard
 
 TINY_FLUX = Path(__file__).parent.parent / "shapes" / "tiny-flux"
 PROMPTS = ["a photo of a red circle and a blue square", "two words"]
 CELL = 8  # pixels a token: the VAE is f4
-FLUX_DEV_SCHEDULE = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "_diffusers_version": "0.30.0.dev0",
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-}  # the published file
-DEV_LIKE = dict(guidance_embeds=True, schedule=FLUX_DEV_SCHEDULE)
-SCHNELL_LIKE = dict(guidance_embeds=False, schedule=dict(use_dynamic_shifting=False, shift=3.0))
-
-
-def write_checkpoint(folder: Path, guidance_embeds: bool, schedule: dict) -> Path:
-    """A FLUX folder as FluxPipeline saves it: every class is real, every size small, every weight random."""
-    torch.manual_seed(0)
-    make_tokenizers(folder / "made")
-    clip_tokenizer, t5_tokenizer = (AutoTokenizer.from_pretrained(folder / "made" / t) for t in PARTS[4::2])
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    )
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=20,
-        guidance_embeds=guidance_embeds,
-        axes_dims_rope=(4, 6, 6),
-    )
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip_tokenizer),
-            hidden_size=20,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=clip_tokenizer.model_max_length,
-            bos_token_id=clip_tokenizer.bos_token_id,
-            eos_token_id=clip_tokenizer.eos_token_id,
-        )
-    )
-    sizes = dict(d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
-    t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), **sizes))
-    schedule = {k: v for k, v in schedule.items() if not k.startswith("_")}
-    scheduler = FlowMatchEulerDiscreteScheduler(**schedule)
-    FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer).save_pretrained(folder)
-    shutil.rmtree(folder / "made")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dev(tmp_path_factory) -> Path:
-    """Guidance is an input, the shift grows with the image: as in FLUX.1-dev."""
-    return write_checkpoint(tmp_path_factory.mktemp("dev"), **DEV_LIKE)
-
-
-@pytest.fixture(scope="module")
-def schnell(tmp_path_factory) -> Path:
-    """No guidance, a fixed shift: as in FLUX.1-schnell."""
-    return write_checkpoint(tmp_path_factory.mktemp("schnell"), **SCHNELL_LIKE)
 
 
 @pytest.fixture(scope="module")
@@ -117,28 +36,10 @@ def reference(dev) -> FluxPipeline:
     return diffusers_pipeline(dev)
 
 
-@pytest.fixture
-def broken(dev, tmp_path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(dev, tmp_path / "broken"))
-
-
 def diffusers_pipeline(folder: Path) -> FluxPipeline:
     theirs = FluxPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     return theirs
-
-
-def edit_json(path: Path, **entries: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
-def shard(folder: Path) -> list[str]:
-    """Cut a folder's transformer into shards, as diffusers does with the 24 GB of FLUX.1-dev; their names."""
-    transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer")
-    (folder / "transformer" / WEIGHTS).unlink()
-    transformer.save_pretrained(folder / "transformer", max_shard_size="60KB")
-    return sorted(p.name for p in (folder / "transformer").glob("*.safetensors"))
 
 
 def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
@@ -361,7 +262,7 @@ def test_a_saved_folder_loads_bit_for_bit_here_and_in_diffusers(dev, tmp_path, d
 
 def test_training_on_the_loaded_weights_leaves_their_file_alone(broken):
     before = (broken / "transformer" / WEIGHTS).read_bytes()
-    flux = load_flux(broken / "transformer")
+    flux = load_flux(open_flux(broken / "transformer"))
     with torch.no_grad():
         for p in flux.parameters():
             p.zero_()
@@ -374,7 +275,7 @@ def test_a_folder_can_be_saved_onto_itself(broken):
     wanted = {k: v + 1 for k, v in pipe.flux.state_dict().items()}
     for _ in range(2):  # over shards, then over the file that the weights are mapped from
         save(broken, broken, pipe.flux.config, wanted)
-        flux = load_flux(broken / "transformer")
+        flux = load_flux(open_flux(broken / "transformer"))
         assert all(torch.equal(v, wanted[k]) for k, v in flux.state_dict().items())
         wanted = flux.state_dict()
     assert diffusers_pipeline(broken).transformer.x_embedder.bias.equal(wanted["img_in.bias"])
@@ -382,10 +283,10 @@ def test_a_folder_can_be_saved_onto_itself(broken):
 
 def test_a_model_in_use_survives_a_save_over_its_folder(broken, pipe):
     """Loaded weights are mapped from their file."""
-    flux = load_flux(broken / "transformer")
+    flux = load_flux(open_flux(broken / "transformer"))
     save(broken, broken, flux.config, {k: torch.zeros_like(v) for k, v in flux.state_dict().items()})
     assert_same_weights(flux, pipe.flux)
-    assert not load_flux(broken / "transformer").img_in.bias.any()
+    assert not load_flux(open_flux(broken / "transformer")).img_in.bias.any()
 
 
 def test_a_sharded_transformer_is_the_same_transformer(broken, pipe):
@@ -396,15 +297,15 @@ def test_a_sharded_transformer_is_the_same_transformer(broken, pipe):
 def test_a_single_file_with_published_names_is_the_same_transformer(dev, schnell, tmp_path, monkeypatch):
     """As flux1-dev.safetensors; whether guidance is embedded shows in the file."""
     for folder in (dev, schnell):
-        flux = load_flux(folder / "transformer")
-        monkeypatch.setattr(folders, "FLUX_DEV", replace(flux.config, guidance_embed=True))
+        flux = load_flux(open_flux(folder / "transformer"))
+        monkeypatch.setattr(weights, "FLUX_DEV", replace(flux.config, guidance_embed=True))
         save_file(flux.state_dict(), tmp_path / "flux1.safetensors")
-        single = load_flux(tmp_path / "flux1.safetensors", dtype=torch.bfloat16)
+        single = load_flux(open_flux(tmp_path / "flux1.safetensors"), dtype=torch.bfloat16)
         assert single.config == flux.config
         assert_same_weights(single, flux.bfloat16())
     save_file(load_file(dev / "transformer" / WEIGHTS), tmp_path / "flux1.safetensors")
-    with pytest.raises(ValueError, match=r"flux1\.safetensors does not fit this Flux.*missing"):
-        load_flux(tmp_path / "flux1.safetensors")
+    with pytest.raises(ValueError, match=r"flux1\.safetensors is a FLUX\.1 transformer under diffusers' names"):
+        load_flux(open_flux(tmp_path / "flux1.safetensors"))
 
 
 def test_flux_dev_fits_in_memory_once_without_initial_values(dev, monkeypatch):
@@ -415,171 +316,11 @@ def test_flux_dev_fits_in_memory_once_without_initial_values(dev, monkeypatch):
         assert all(p.is_meta for p in flux.parameters())
         return flux
 
-    monkeypatch.setattr(folders, "Flux", build)
-    assert not any(p.is_meta for p in load_flux(dev / "transformer").parameters())
+    monkeypatch.setattr(weights, "Flux", build)
+    assert not any(p.is_meta for p in load_flux(open_flux(dev / "transformer")).parameters())
 
 
-# ------------------------------------------------------------------------------------------------ errors
-
-
-@pytest.fixture
-def no_network(monkeypatch) -> list[str]:
-    """The hub ids that would have been asked for."""
-    asked = []
-
-    def download(name: str, **_: object) -> str:
-        asked.append(name)
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(folders, "snapshot_download", download)
-    return asked
-
-
-def test_a_path_never_goes_to_the_network(tmp_path, monkeypatch, no_network):
-    (tmp_path / "runs").mkdir()
-    monkeypatch.chdir(tmp_path)
-    paths = ["nowhere", "runs/nowhere", "./a/b", "~/flux", "a/b/c", str(tmp_path / "x"), tmp_path / "runs" / "x"]
-    for path in paths:
-        with pytest.raises(ValueError, match=f"no model folder at '{path}'.*give a folder, or a hub id"):
-            find(path)
-    assert not no_network
-
-
-def test_a_hub_id_that_fails_is_named(no_network):
-    with pytest.raises(ValueError, match=r"someone/some-flux.*no network"):
-        find("someone/some-flux")
-    assert no_network == ["someone/some-flux"]
-
-
-def test_a_hub_id_loads_what_was_downloaded(dev, monkeypatch, pipe):
-    monkeypatch.setattr(folders, "snapshot_download", lambda name, allow_patterns: str(dev))
-    assert_same_weights(load("someone/some-flux").flux, pipe.flux)
-
-
-def test_a_file_in_place_of_a_folder_is_named(dev):
-    file = dev / "transformer" / WEIGHTS
-    with pytest.raises(ValueError, match=f"{file} is no whole FLUX folder: .*holds nothing"):
-        load(file)
-
-
-@pytest.mark.parametrize("part", ["model_index.json", *PARTS])
-def test_a_missing_part_is_named_and_what_is_there(broken, part):
-    path = broken / part
-    path.unlink() if path.is_file() else shutil.rmtree(path)
-    present = "vae" if part != "vae" else "transformer"
-    with pytest.raises(ValueError, match=rf"{broken}.* lacks {part}; it holds .*{present}"):
-        load(broken)
-
-
-SAFETENSORS = {
-    "transformer": WEIGHTS,
-    "vae": WEIGHTS,
-    "text_encoder": "model.safetensors",
-    "text_encoder_2": "model.safetensors",
-}
-
-
-def pickle_instead(file: Path) -> None:
-    """The same weights, as both libraries would find them in a pickle."""
-    for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
-        torch.save(load_file(file), file.with_name(name))
-    file.unlink()
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "missing": Path.unlink,
-    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "empty": lambda file: file.write_bytes(b""),
-    "foreign": lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
-    "a pickle": pickle_instead,
-    "of wrong names": lambda file: save_file({f"x.{k}": v for k, v in load_file(file).items()}, file, {"format": "pt"}),
-    "lacking a tensor": lambda file: save_file(dict(list(load_file(file).items())[1:]), file, {"format": "pt"}),
-    "of wrong shapes": lambda file: save_file(
-        {k: torch.cat([v, v]) for k, v in load_file(file).items()}, file, {"format": "pt"}
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("part", SAFETENSORS)
-def test_weights_that_are_damaged_are_named(broken, part, damage):
-    DAMAGE[damage](broken / part / SAFETENSORS[part])
-    with pytest.raises(ValueError, match=f"{broken / part}.*"):
-        load(broken)
-
-
-CONFIGS = [
-    "scheduler/scheduler_config.json",
-    "transformer/config.json",
-    "vae/config.json",
-    "text_encoder/config.json",
-    "text_encoder_2/config.json",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer_2/tokenizer_config.json",
-]
-
-
-@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained")  # diffusers, of an empty list
-@pytest.mark.parametrize("text", ['{"a": 1', "[]", ""])
-@pytest.mark.parametrize("config", CONFIGS)
-def test_a_config_that_does_not_parse_is_named(broken, config, text):
-    (broken / config).write_text(text)
-    with pytest.raises(ValueError, match=str(broken / config.split("/")[0])):
-        load(broken)
-
-
-@pytest.mark.parametrize("part", ["scheduler", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer"])
-def test_an_empty_part_is_named(broken, part):
-    shutil.rmtree(broken / part)
-    (broken / part).mkdir()
-    with pytest.raises(ValueError, match=str(broken / part)):
-        load(broken)
-
-
-def test_missing_shards_are_named(broken):
-    first, second, *_ = shard(broken)
-    for name in (first, second):
-        (broken / "transformer" / name).unlink()
-    with pytest.raises(ValueError, match=f"{broken / 'transformer'} is incomplete.*{first}, {second}"):
-        load(broken)
-
-
-@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
-def test_an_index_that_cannot_be_followed_is_named(broken, text):
-    (broken / "transformer" / INDEX).write_text(text)
-    with pytest.raises(ValueError, match=str(broken / "transformer" / INDEX)):
-        load(broken)
-
-
-def test_a_folder_mixed_from_different_models_is_named(broken):
-    config = T5Config.from_pretrained(broken / "text_encoder_2")
-    config.d_model = 32
-    T5EncoderModel(config).save_pretrained(broken / "text_encoder_2")
-    with pytest.raises(ValueError, match=rf"{broken} mixes models.*\(16, 20, 32\).*\(16, 20, 24\)"):
-        load(broken)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"_class_name": "DDIMScheduler"},
-        {"use_karras_sigmas": True},
-        {"shift_terminal": 0.02},
-        {"time_shift_type": "linear"},
-        {"num_train_timesteps": 100},
-    ],
-)
-def test_a_schedule_that_is_not_fluxs_is_named(broken, entry):
-    edit_json(broken / "scheduler" / "scheduler_config.json", **entry)
-    (name,) = entry
-    with pytest.raises(ValueError, match=f"scheduler_config.json.*{name}"):
-        load(broken)
-
-
-def test_a_transformer_config_that_is_not_fluxs_is_named(broken):
-    edit_json(broken / "transformer" / "config.json", patch_size=2)
-    with pytest.raises(ValueError, match=r"transformer/config\.json.*patch_size=2"):
-        load(broken)
+# ------------------------------------------------------------------------------------------- the command
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])
