@@ -157,33 +157,35 @@ def edited(shape: np.ndarray, color: np.ndarray, rng: np.random.Generator) -> tu
         elif kind == 3:
             s[i] = (s[i] + rng.integers(1, len(SHAPES))) % len(SHAPES)
         elif (kind == 1 and len(full) > 1) or not len(empty):
-            s[i] = -1
+            s[i] = c[i] = -1
         elif kind == 4:
             cell = rng.choice(empty)
-            s[cell], c[cell], s[i] = s[i], c[i], -1
+            s[cell], c[cell] = s[i], c[i]
+            s[i] = c[i] = -1
         else:
             with_one_more(s[None], c[None], rng)
     return shape, color
 
 
 def fades(captions: Sequence[Prompt], rng: np.random.Generator) -> dict[str, Tensor]:
-    """Two pictures each on the way from a scene to the scene after one edit, often to or from one that fits.
+    """Two pictures on the way between two scenes an edit apart, of which one fits the caption or is an edit away.
 
     start, end (n, 3, 64, 64); gain (n, p): how many edits nearer to a prompt the way between the two leads; near
     (n, p): prompts at most two edits away; caption (n,).
     """
     pairs = []
     for p in captions:
-        one = [a[None] for a in layout(distort(p, rng) if rng.random() < 0.3 else p, rng)]
+        scene = [a[None] for a in layout(p, rng)]
         if rng.random() < 0.4:
-            one = edited(*one, rng)
-        pairs.append((*one, *edited(*one, rng)))
+            scene = edited(*scene, rng)
+        pair = [scene, edited(*scene, rng)]
+        pairs.append(sum(map(tuple, pair if rng.random() < 0.5 else pair[::-1]), ()))
     shape, color, new_shape, new_color = (np.concatenate(a) for a in zip(*pairs, strict=True))
     seed = rng.integers(2**31)
     before, after = (render(*scene, np.random.default_rng(seed)) for scene in ((shape, color), (new_shape, new_color)))
     place = torch.from_numpy(np.sort(rng.uniform(0, 1, (2, len(captions))), axis=0)).float()
     start, end = (torch.lerp(before, after, t[:, None, None, None]) for t in place)
-    was, is_now = (torch.from_numpy(edits(*scene)).float() for scene in ((shape, color), (new_shape, new_color)))
-    gain = (was - is_now) * (place[1] - place[0])[:, None]
+    was, now = (torch.from_numpy(edits(*scene)).float() for scene in ((shape, color), (new_shape, new_color)))
+    gain = (was - now) * (place[1] - place[0])[:, None]
     caption = torch.tensor([NUMBER[p] for p in captions])
-    return dict(start=start, end=end, gain=gain, near=torch.minimum(was, is_now) <= 2, caption=caption)
+    return dict(start=start, end=end, gain=gain, near=torch.minimum(was, now) <= 2, caption=caption)

@@ -1,4 +1,4 @@
-"""The recipe of the shapes world at a five-hundredth of its length, one round of the reward fewer."""
+"""The recipe of the shapes world, all its stages, at a five-hundredth of its length."""
 
 from pathlib import Path
 
@@ -16,9 +16,7 @@ SHIPPED = Path(prepare.__file__).parent
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prepare")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teach, "ROUNDS", 2)
-        prepare.main(config(folder, "out"))
+    prepare.main(config(folder, "out"))
     return folder
 
 
@@ -39,10 +37,8 @@ def test_the_recipe_writes_the_prompt_files_that_are_shipped(made, name):
 
 
 def test_a_finished_stage_is_not_run_again(made, monkeypatch):
-    monkeypatch.setattr(teach, "ROUNDS", 2)
-    monkeypatch.setattr(teach, "reward_loss", None)
+    monkeypatch.setattr(teach, "attacked_loss", None)
     monkeypatch.setattr(base, "flow_loss", None)
-    monkeypatch.setattr(teach.subprocess, "Popen", None)
     prepare.main(config(made, "again"))
     weights = "tiny-flux/transformer/diffusion_pytorch_model.safetensors"
     assert (made / "again" / weights).read_bytes() == (made / "out" / weights).read_bytes()

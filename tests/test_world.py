@@ -11,18 +11,19 @@ from torch import Tensor
 
 from scorers.clip import features
 from shapes.judge import Object, accuracy, is_right, judge, objects_in
-from shapes.models import make_reward, make_tokenizers, token_table
-from shapes.reward import (
-    attack,
+from shapes.lessons import (
     bent,
-    dense_loss,
+    edited,
+    edits,
+    fades,
     half_painted,
     objects_of,
     rendered,
-    scores,
     truth,
     with_one_more,
 )
+from shapes.models import make_reward, make_tokenizers, token_table
+from shapes.reward import attack, dense_loss, scores, walk
 from shapes.world import (
     COLORS,
     NUMBER,
@@ -455,6 +456,61 @@ def test_bent_pulls_by_pixels_and_keeps_colors():
     assert (pulled.amin((2, 3)) >= images.amin((2, 3)) - 1e-5).all()
     assert (pulled.amax((2, 3)) <= images.amax((2, 3)) + 1e-5).all()
     assert 0.1 < judge(pulled, spread("attr", 40)).float().mean() < 0.9
+
+
+def test_a_scene_is_no_edit_away_from_the_prompts_that_it_fits_and_an_edit_or_more_from_others():
+    rng = generator(18)
+    shape, color = (np.stack(a) for a in zip(*(layout(p, rng) for p in all_prompts()), strict=True))
+    away = edits(shape, color)
+    fits = torch.stack([truth(objects_of(s, c)) for s, c in zip(shape, color, strict=True)]).numpy()
+    assert ((away == 0) == fits).all() and away[~fits].min() == 1
+
+
+@pytest.mark.parametrize(
+    ("cells", "text", "away"),
+    [
+        ({0: ("circle", "red")}, "two circles", 1),
+        ({0: ("circle", "red")}, "four circles", 3),
+        ({0: ("circle", "red")}, "a blue circle", 1),
+        ({0: ("circle", "red"), 1: ("square", "blue")}, "a blue circle and a red square", 2),
+        ({0: ("circle", "red"), 1: ("square", "blue")}, "a circle right of a square", 1),
+        ({0: ("circle", "red"), 3: ("circle", "red")}, "a circle", 1),
+        ({0: ("cross", "red")}, "a blue circle", 1.5),
+    ],
+)
+def test_edits_are_counted_as_one_would_on_fingers(cells, text, away):
+    shape, color = np.full((1, 4), -1), np.full((1, 4), -1)
+    for cell, (s, c) in cells.items():
+        shape[0, cell], color[0, cell] = SHAPES.index(s), list(COLORS).index(c)
+    assert edits(shape, color)[0, NUMBER[parse(f"a photo of {text}")]] == away
+
+
+def test_one_edit_changes_what_a_scene_is_away_from_any_prompt_by_two_at_most():
+    rng = generator(19)
+    shape, color = (np.stack(a) for a in zip(*(layout(p, rng) for p in all_prompts()), strict=True))
+    after = edited(shape, color, rng)
+    assert ((after[0] != shape) | (after[1] != color)).any(1).all()
+    assert (((after[0] >= 0) == (after[1] >= 0)) & ((after[0] >= 0).sum(1) >= 1)[:, None]).all()
+    assert np.abs(edits(*after) - edits(shape, color)).max() <= 2
+
+
+def test_a_fade_differs_in_a_cell_or_two_and_gains_no_more_than_its_edit():
+    asked = [p for t in TASKS for p in spread(t, 40)]
+    fade = fades(asked, generator(20))
+    differ = (fade["end"] - fade["start"]).abs().amax(1).unflatten(1, (2, 32)).unflatten(3, (2, 32)).amax((2, 4))
+    assert set((differ > 1e-4).sum((1, 2)).tolist()) <= {0, 1, 2}
+    gain = fade["gain"].gather(1, fade["caption"][:, None])
+    assert 0.25 < (gain > 0).float().mean() < 0.5 and 0.25 < (gain < 0).float().mean() < 0.5
+    assert fade["gain"].abs().max() <= 2
+
+
+def test_a_walk_goes_up_a_score_by_its_steps():
+    goal, x = torch.randn(2, 5, 16, 32)
+    torch.manual_seed(0)
+    after = walk(lambda x: -(x - goal).flatten(1).norm(dim=1), x, steps=3)
+    nearer = (x - goal).flatten(1).norm(dim=1) - (after - goal).flatten(1).norm(dim=1)
+    assert ((nearer > 3 * 0.2) & (nearer < 3 * 1.0)).all()
+    torch.testing.assert_close(nearer, (after - x).flatten(1).norm(dim=1))  # straight at the goal
 
 
 @pytest.fixture(scope="module")
