@@ -200,7 +200,8 @@ def stage_clean(cfg: Config) -> Flux:
 
 def stage_finish(cfg: Config) -> Flux:
     flux = stage_clean(cfg)
-    fit_captions(cfg, "finish", flux, EVEN, wrong=0.42, steps=500, lr=5e-4, average=0.0)
+    weights = EVEN | dict(single=8)  # never wrong: keeps what is drawn crisp while habits change
+    fit_captions(cfg, "finish", flux, weights, wrong=0.5, steps=450, lr=1e-4, average=0.0)
     return flux
 
 

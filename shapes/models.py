@@ -168,6 +168,7 @@ def make_reward(tokenizer_folder: Path) -> CLIPModel:
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
+        hidden_act="gelu",
         max_position_embeddings=TEXT_LENGTH,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -178,6 +179,7 @@ def make_reward(tokenizer_folder: Path) -> CLIPModel:
         intermediate_size=4 * VISION_WIDTH,
         num_hidden_layers=4,
         num_attention_heads=5,
+        hidden_act="gelu",  # a third faster on CPUs than CLIP's quick_gelu, which it is nearly equal to
         image_size=64,
         patch_size=8,
     )
