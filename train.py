@@ -287,6 +287,8 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         log.say(f"{time.time() - began:.0f} s; wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
         if setup.watched:
             log.say(which_folder(evals, setup.watched[0].name))
+    elif world.rank == 0:
+        print(f"wrote {cfg.export}, the averaged weights after {first} updates")
 
 
 def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log, evals: list[dict[str, Any]]) -> None:

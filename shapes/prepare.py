@@ -9,8 +9,8 @@ checkpoint.  The whole takes about two and a half hours on two cores; `--scale 0
     finish   a light finish on captions that are often wrong in a detail: it knows, but does not always obey
     read     the reward on rendered scenes: what the words mean
     labels   images of the base, labelled by the judge
-    reward   the reward on those, adversarially, in three rounds; after a round the base is aligned with the reward by
-             train.py, also too hard, and the images that come out are labelled for the next
+    reward   the reward on those, adversarially, on fades from one scene to another, and on pictures that walk up its
+             own gradient, which the judge labels as they go
     ship     shapes/tiny-flux, shapes/tiny-reward and the prompt files
 
 `python -m shapes.report` then measures what was made.
