@@ -20,12 +20,12 @@ def judge() -> Scorer:
     return Scorer(score, task_of=lambda prompt: world.parse(prompt).task)
 
 
-def check(prompts: Sequence[str], size: int, source: str) -> None:
+def check(prompts: Sequence[str], size: tuple[int, int], source: str) -> None:
     """Raise ValueError for a prompt outside of the world, or images of another size than its own."""
     for prompt in prompts:
         try:
             world.parse(prompt)
         except ValueError as error:
             raise ValueError(f"{source}: {error}; --watch without judge takes any") from None
-    if size != world.SIZE:
-        raise ValueError(f"--size {size}: the judge reads {world.SIZE}x{world.SIZE} pixels, no others")
+    if size != (world.SIZE, world.SIZE):
+        raise ValueError(f"--size {size[0]}x{size[1]}: the judge reads {world.SIZE}x{world.SIZE} pixels, no others")
