@@ -3,6 +3,7 @@
 `python train.py PRESET --help` prints them in the groups below; start.py checks them.
 """
 
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,14 @@ import tyro
 from tyro.conf import OmitArgPrefixes
 
 HERE = Path(__file__).parent
+
+
+def sides(size: str) -> tuple[int, int]:
+    """Height and width in pixels of a --size: one number for a square, or HEIGHTxWIDTH. Raises ValueError."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
+    if not match:
+        raise ValueError(f"--size {size}: give pixels, one number for a square or HEIGHTxWIDTH, such as 768x1344")
+    return int(match[1]), int(match[2] or match[1])
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,16 @@ class Experiment:
     CLIP rewards, about 13 for hpsv3)."""
     watch: tuple[str, ...] = ("judge",)
     """Rewards that are evaluated but never trained on: the run keeps its best checkpoint by the first, and warns when
-    one has fallen while the trained reward rose. judge is the rules of the shapes world."""
+    one has fallen while the trained reward rose. judge is the rules of the shapes world; lattice falls where a pattern
+    of the tokens' period appears."""
     prompts: Path = HERE / "shapes" / "train-prompts.txt"
     """Prompts to train on: one per line, or JSON lines or an array with a "prompt". One that occurs twice is seen twice
     as often."""
     eval_prompts: Path = HERE / "shapes" / "eval-prompts.txt"
     """Prompts to evaluate on, one image per line, always from the same noise."""
-    size: int = 64
-    """Image side in pixels."""
+    size: tuple[str, ...] = ("64",)
+    """Pixels: one number for a square, or HEIGHTxWIDTH. Several take turns, one an update; the first one is evaluated.
+    """
     guidance: float | None = None
     """Guidance scale of a guidance-distilled model (FLUX.1-dev: 3.5); none for one that takes none."""
     text_length: int | None = None
@@ -228,7 +239,7 @@ PAPER = Config(
     model="weights/FLUX.1-dev",
     prompts=Path("weights/train-prompts.txt"),
     eval_prompts=HERE / "prompts.txt",
-    size=720,
+    size=("720",),
     guidance=3.5,
     rollout_steps=25,
     lr=1e-5,

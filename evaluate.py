@@ -34,6 +34,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
+from config import sides
 from infra.distributed import World, gather, join, on_first_rank
 from infra.files import replacing
 from infra.folders import describe, load
@@ -70,8 +71,9 @@ class Config:
     """Euler steps."""
     guidance: float = 3.5
     """Guidance scale, for models that were distilled with guidance; others ignore it."""
-    size: int | None = None
-    """Image side in pixels; the default is the VAE's own."""
+    size: tuple[str, ...] = ()
+    """Pixels: one number for a square, or HEIGHTxWIDTH; none: the VAE's own. Of several, a prompt's images take turns.
+    """
     text_length: int | None = None
     """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
     seed: int = 0
@@ -106,19 +108,33 @@ def label(model: str) -> str:
 # ------------------------------------------------------------------------------------------- images
 
 
+def sizes_of(cfg: Config, pipe: Pipeline) -> list[tuple[int, int]]:
+    """Heights and widths that --size names, or the VAE's own."""
+    return [sides(size) for size in cfg.size or [str(pipe.vae.config.sample_size)]]
+
+
 def evaluate(
     pipe: Pipeline, rewards: list[Reward], entries: list[dict], todo: Sequence[int], cfg: Config, folder: Path
 ):
     """Draw and score the prompts `todo`; what each has is written when it is whole, so nothing is lost."""
-    size = cfg.size or pipe.vae.config.sample_size
+    sizes = sizes_of(cfg, pipe)
     name, together = folder.name, max(1, cfg.batch // cfg.num)
     for start in tqdm(range(0, len(todo), together), desc=name, file=sys.stderr, disable=not todo):
         chunk = [(i, n) for i in todo[start : start + together] for n in range(cfg.num)]
         texts = [entries[i]["prompt"] for i, _ in chunk]
         seeds = [(cfg.seed * len(entries) + i) * cfg.num + n for i, n in chunk]
-        images = sample(pipe, texts, seeds, cfg.steps, size, size, cfg.guidance, cfg.batch)
-        scores = {r.name: score_all(r, images, texts, pipe.device, cfg.batch).view(-1, cfg.num) for r in rewards}
-        for row, (i, drawn) in enumerate(zip(todo[start : start + together], images.split(cfg.num))):
+        images, scores = [None] * len(chunk), {r.name: torch.empty(len(chunk)) for r in rewards}
+        for turn, size in enumerate(sizes):
+            own = [k for k, (_, n) in enumerate(chunk) if n % len(sizes) == turn]
+            prompts = [texts[k] for k in own]
+            drawn = sample(pipe, prompts, [seeds[k] for k in own], cfg.steps, *size, cfg.guidance, cfg.batch)
+            for k, image in zip(own, drawn, strict=True):
+                images[k] = image
+            for r in rewards:
+                scores[r.name][own] = score_all(r, drawn, prompts, pipe.device, cfg.batch).float()
+        scores = {name: values.view(-1, cfg.num) for name, values in scores.items()}
+        for row, i in enumerate(todo[start : start + together]):
+            drawn = images[row * cfg.num : (row + 1) * cfg.num]
             if cfg.keep_images:
                 for n, image in enumerate(drawn):
                     save_png(to_pil(image), folder / "images" / f"{i:05d}_{n}.png")
@@ -145,7 +161,7 @@ def read_scores(folder: Path, i: int, rewards: list[Reward], cfg: Config) -> dic
     return scores if all(path.exists() for path in needed) else None
 
 
-def write_geneval(folder: Path, entry: dict[str, Any], images: Tensor) -> None:
+def write_geneval(folder: Path, entry: dict[str, Any], images: Sequence[Tensor]) -> None:
     """One prompt as GenEval's evaluate_images.py reads it: all of the pictures there count."""
     shutil.rmtree(folder, ignore_errors=True)
     for n, image in enumerate(images):
@@ -224,6 +240,8 @@ def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
         raise ValueError("give at least one --model and one of --rewards")
     if min(cfg.num, cfg.steps, cfg.batch) < 1:
         raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
+    if len([sides(size) for size in cfg.size]) > cfg.num:
+        raise ValueError(f"--num {cfg.num}: a prompt's images take turns at {len(cfg.size)} sizes, so give as many")
     labels = [label(m) for m in cfg.model]
     if twice := [m for m in cfg.model if labels.count(label(m)) > 1]:
         raise ValueError(f"--model {' '.join(twice)}: these would all be called {label(twice[0])}")
@@ -276,11 +294,12 @@ def run(cfg: Config, world: World) -> None:
     for name, source in sources.items():
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         pipe = load(source, world.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
-        size = cfg.size or pipe.vae.config.sample_size
-        grid(pipe, size, size)
-        check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
+        sizes = sizes_of(cfg, pipe)
+        for size in sizes:
+            grid(pipe, *size)
+            check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
         if not rewards:
-            rewards = open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer, False, size)
+            rewards = open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer, False, sizes[0])
             on_first_rank(partial(claim, cfg, entries, sources))
         if world.rank == 0 and (warning := too_long(pipe, [entry["prompt"] for entry in entries])):
             print(warning, file=sys.stderr)

@@ -9,6 +9,7 @@ fp32, because a PIL image has no gradient.  On the command line a reward is NAME
     clip         any CLIPModel: a folder or a hub id                     hpsv2        HPS_v2.1_compressed.pt
     hpsv3        a folder, see scorers/hpsv3.py                          imagereward  see scorers/imagereward.py
     judge        the rules of the shapes world; no gradient: to watch, to evaluate, for policy gradients
+    lattice      no pattern with the period of a token? 0, and below it the stronger; to watch and to evaluate
 
 Without a path, weights are looked for in WEIGHTS.  A weight may follow: `pickscore:0.5 hpsv2:0.5`.
 """
@@ -33,6 +34,7 @@ WEIGHTS = {  # where a name without a path looks, from the current folder
     "hpsv3": Path("weights/HPSv3"),
     "imagereward": Path("weights/ImageReward"),
 }
+RULES = ("judge", "lattice")  # have no weights
 FILES = {"hpsv2": "HPS_v2.1_compressed.pt", "hpsv3": "HPSv3.safetensors", "imagereward": "ImageReward.pt"}
 BESIDE = {"hpsv3": ("config.json",), "imagereward": ("vocab.txt", "tokenizer.json")}  # one of these, in its folder
 WEIGHT = r"[-+]?[\d.][-+.\de]*"  # of a reward among several, as it is written
@@ -75,8 +77,8 @@ def resolve(spec: str) -> tuple[str, str, float]:
         path = str(WEIGHTS[name])
         if not Path(path).exists():
             raise ValueError(f"no weights of the reward {name!r} at {path}: put them there, or say {name}=PATH")
-    if name not in (*WEIGHTS, "clip", "judge") or (name == "judge") == bool(path):
-        known = ", ".join([*WEIGHTS, "clip=PATH", "judge"])
+    if name not in (*WEIGHTS, "clip", *RULES) or (name in RULES) == bool(path):
+        known = ", ".join([*WEIGHTS, "clip=PATH", *RULES])
         raise ValueError(f"no reward {spec!r}: it is one of {known}, NAME=PATH or FILE.py:FUNCTION")
     hub_id = name in ("clip", "pickscore") and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)
     if path and not hub_id and not Path(path).exists():
@@ -105,12 +107,12 @@ def open_reward(
     device: Device = "cpu",
     tokenizer: PreTrainedTokenizerBase | None = None,
     recompute: bool = False,
-    size: int = 64,
+    size: tuple[int, int] = (64, 64),
 ) -> Reward:
     """The reward that `spec` names: NAME[=PATH][:WEIGHT] or FILE.py:FUNCTION[:WEIGHT].
 
     `tokenizer` is FLUX's CLIP tokenizer, which hpsv2 shares; `recompute` trades time for memory in the backward;
-    `size` is the side of the images that a user's function is tried on.
+    `size` is height and width of the images that a user's function is tried on.
     Raises ValueError, before anything is on the device, naming the spec and what is wrong with it.
     """
     name, path, weight = resolve(spec)
@@ -130,6 +132,10 @@ def open_scorer(
         from scorers.judge import judge
 
         return judge()
+    if name == "lattice":
+        from scorers.lattice import lattice
+
+        return lattice()
     if name == "hpsv2":
         from scorers.hpsv2 import hpsv2
 
@@ -154,7 +160,7 @@ def name_of(spec: str) -> str:
 
 
 def check_rewards(
-    specs: Sequence[str], prompts: Sequence[str] = (), size: int | None = None, source: str = "the prompts"
+    specs: Sequence[str], prompts: Sequence[str] = (), size: tuple[int, int] | None = None, source: str = "the prompts"
 ) -> None:
     """Raise ValueError if one cannot be, two share a name, by which they are logged, or one has a log's own.
 
@@ -202,14 +208,14 @@ def means_of(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[str
     return by_task | {reward.name: round(overall, 9)}  # equal where the same number of images is right
 
 
-def try_score(score: Score, spec: str, device: Device, size: int) -> None:
+def try_score(score: Score, spec: str, device: Device, size: tuple[int, int]) -> None:
     """Try a user's function (images, prompts) -> (b,) on random images. Raises ValueError saying what is wrong."""
     for n in (2, 1):
-        images = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        images = torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
         try:
             result = score(images, ["a photo of a circle"] * n)
         except Exception as error:
-            raise ValueError(f"reward {spec} fails on images ({n}, 3, {size}, {size}): {where(error)}") from error
+            raise ValueError(f"reward {spec} fails on images {tuple(images.shape)}: {where(error)}") from error
         if not isinstance(result, Tensor) or result.shape != (n,):
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(f"reward {spec} must return one score per image, ({n},) for {n}, and returned {got}")

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from config import sides
 from infra.distributed import device_of
 from infra.folders import PATCH, Pipeline, load
 from infra.pictures import contact_sheet
@@ -209,8 +210,8 @@ class Config:
     """Euler steps."""
     guidance: float = 3.5
     """Guidance scale, for models that were distilled with guidance; others ignore it."""
-    size: int | None = None
-    """Image side in pixels; the default is the VAE's own."""
+    size: str | None = None
+    """Pixels: one number for a square, or HEIGHTxWIDTH; the default is the VAE's own."""
     text_length: int | None = None
     """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
     batch: int = 8
@@ -233,8 +234,8 @@ def main() -> None:
             raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
         device, dtype = device_of(cfg.device), torch.bfloat16 if cfg.bf16 else torch.float32
         pipe = load(cfg.model, device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
-        size = cfg.size or pipe.vae.config.sample_size
-        grid(pipe, size, size)
+        height, width = sides(cfg.size or str(pipe.vae.config.sample_size))
+        grid(pipe, height, width)
         if warning := too_long(pipe, prompts):
             print(warning, file=sys.stderr)
     except ValueError as error:
@@ -242,9 +243,9 @@ def main() -> None:
         raise SystemExit(2) from None
     repeated = [p for p in prompts for _ in range(cfg.num)]
     seeds = [cfg.seed + n for _ in prompts for n in range(cfg.num)]
-    images = sample(pipe, repeated, seeds, cfg.steps, size, size, cfg.guidance, cfg.batch)
-    contact_sheet(images, repeated, cfg.out, columns=cfg.num, side=max(128, min(size, 512)))
-    print(f"wrote {cfg.out}: {len(images)} images of {size}x{size}")
+    images = sample(pipe, repeated, seeds, cfg.steps, height, width, cfg.guidance, cfg.batch)
+    contact_sheet(images, repeated, cfg.out, columns=cfg.num, side=max(128, min(width, 512)))
+    print(f"wrote {cfg.out}: {len(images)} images of {height}x{width}")
 
 
 if __name__ == "__main__":

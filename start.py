@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor
 import baselines
 import leaps
 from baselines import Log
-from config import PRESETS, Config, Experiment, Method
+from config import PRESETS, Config, Experiment, Method, sides
 from infra.checkpoints import folders
 from infra.checks import check_flags, check_folder, check_groups
 from infra.distributed import World, fill, shard_flux, shard_frozen
@@ -37,6 +38,16 @@ from sample import grid, sigmas, too_long
 
 
 @dataclass
+class Size:
+    """An image's, and what follows from it."""
+
+    height: int  # in pixels, as width
+    width: int
+    levels: Tensor  # noise levels of a rollout, (T + 1,)
+    flops: Flops  # of an evaluation of the network
+
+
+@dataclass
 class Setup:
     """A run's inputs."""
 
@@ -47,9 +58,11 @@ class Setup:
     watched: list[Reward]
     prompts: list[str]
     eval_prompts: list[str]
-    levels: Tensor  # noise levels of a rollout, (T + 1,)
-    flops: Flops  # of an evaluation of the network
+    sizes: list[Size]  # they take turns
     out: Path
+
+    def size(self, step: int) -> Size:
+        return self.sizes[step % len(self.sizes)]
 
 
 # ------------------------------------------------------------------------------------------- method
@@ -159,8 +172,8 @@ def try_method(method: Callable, levels: Tensor, group: int) -> bool:
 # -------------------------------------------------------------------------------------------- checks
 
 
-def check_model(cfg: Config) -> Tensor:
-    """The noise levels of a rollout; raises ValueError if the model cannot do what the flags ask of it."""
+def check_model(cfg: Config) -> list[Tensor]:
+    """The noise levels of a rollout at each size; raises ValueError if the model cannot do what the flags ask of it."""
     if cfg.base and not lora_file(cfg.model) and not flux_file(cfg.model):
         raise ValueError(f"--base {cfg.base} is for a LoRA or a transformer's file, and --model {cfg.model} is neither")
     description = describe(cfg.model, cfg.base)
@@ -168,8 +181,8 @@ def check_model(cfg: Config) -> Tensor:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
     if cfg.lora and lora_file(cfg.model):
         raise ValueError(f"--lora on --model {cfg.model}, itself a LoRA: train its base, or go on with all weights")
-    rows, columns = grid(description, cfg.size, cfg.size)
-    return sigmas(description.schedule, cfg.rollout_steps, rows * columns)
+    tokens = [math.prod(grid(description, *sides(size))) for size in cfg.size]
+    return [sigmas(description.schedule, cfg.rollout_steps, n) for n in tokens]
 
 
 def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
@@ -186,26 +199,29 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
         before = json.loads((out / "config.json").read_text()).get("prompts_read")
         if before and before != [fingerprint(prompts), fingerprint(eval_prompts)]:
             say(f"warning: --prompts or --eval-prompts say something else than when {out} was started")
-    check_rewards([*cfg.reward, *cfg.watch], eval_prompts, cfg.size, f"--eval-prompts {cfg.eval_prompts}")
+    for size in cfg.size:
+        check_rewards([*cfg.reward, *cfg.watch], eval_prompts, sides(size), f"--eval-prompts {cfg.eval_prompts}")
     levels = check_model(cfg)
     group = options.get("group", keywords(method).get("group", 1))
     check_groups(cfg, world, group)
     method = partial(method, **options)
-    needs_gradient = try_method(method, levels, group)
+    for of_size in levels:
+        needs_gradient = try_method(method, of_size, group)
     if needs_gradient and "judge" in map(name_of, cfg.reward):
         raise ValueError(f"--reward judge has no gradient, which {cfg.method} needs: flow_grpo does without")
 
     pipe = load_pipeline(cfg, world)
     if warning := too_long(pipe, [*prompts, *eval_prompts]):
         say(warning)
-    rewards = open_rewards([*cfg.reward, *cfg.watch], pipe.device, pipe.clip_tokenizer, cfg.recompute, cfg.size)
+    specs, first = [*cfg.reward, *cfg.watch], sides(cfg.size[0])
+    rewards = open_rewards(specs, pipe.device, pipe.clip_tokenizer, cfg.recompute, first)
     if cfg.shard_frozen:
         for model in (pipe.t5, *(r.model for r in rewards if r.model)):
             shard_frozen(model, world)
     rewards, watched = rewards[: len(cfg.reward)], rewards[len(cfg.reward) :]
     if needs_gradient:
         for reward in rewards:
-            image = torch.rand(1, 3, cfg.size, cfg.size, device=world.device).requires_grad_()
+            image = torch.rand(1, 3, *first, device=world.device).requires_grad_()
             if not reward.score(image, prompts[:1]).requires_grad:
                 raise ValueError(
                     f"--reward {reward.name} has no gradient in the images: watch it, or take a method that needs "
@@ -213,8 +229,11 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
                 )
     if cfg.lam:
         rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam, strict=True)]
-    levels, flops = levels.to(world.device), flops_of(cfg, pipe)
-    return Setup(pipe, method, group, rewards, watched, prompts, eval_prompts, levels, flops, out)
+    sizes = []
+    for size, of_size in zip(cfg.size, levels, strict=True):
+        height, width = sides(size)
+        sizes.append(Size(height, width, of_size.to(world.device), flops_of(cfg, pipe, height, width)))
+    return Setup(pipe, method, group, rewards, watched, prompts, eval_prompts, sizes, out)
 
 
 def load_pipeline(cfg: Config, world: World) -> Pipeline:
@@ -243,9 +262,9 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
     return pipe
 
 
-def flops_of(cfg: Config, pipe: Pipeline) -> Flops:
+def flops_of(cfg: Config, pipe: Pipeline, height: int, width: int) -> Flops:
     """What an evaluation of the network costs, counted on one without memory, as the flags have it."""
-    rows, columns = grid(pipe, cfg.size, cfg.size)
+    rows, columns = grid(pipe, height, width)
     with torch.device("meta"):
         flux = Flux(pipe.flux.config)
         if cfg.lora:

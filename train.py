@@ -66,8 +66,8 @@ def gradient(
     The samples are first, first + 1, ... of the batch of `step`, of which this rank has `total`.  What a method need
     not know is here: text, VAE, precision, and --micro-batch samples at a time where activations are kept.
     """
-    pipe, b = setup.pipe, len(prompts)
-    tokens = grid(pipe, cfg.size, cfg.size)
+    pipe, b, size = setup.pipe, len(prompts), setup.size(step)
+    tokens = grid(pipe, size.height, size.width)
     with meter("rollout"):
         text = encode(pipe, prompts)
     micro = cfg.micro_batch or b
@@ -78,7 +78,7 @@ def gradient(
         return velocity_of(pipe.flux, Text(*(t[part] for t in text)), *tokens, cfg.guidance, pipe.compute)
 
     def noise(i: int) -> Tensor:
-        return draw_noise(cfg, setup, step, i)[0][first : first + b].to(setup.levels)
+        return draw_noise(cfg, setup, step, i)[0][first : first + b].to(size.levels)
 
     @torch.no_grad()
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def gradient(
         with meter("reward"):
             for part in parts:
                 x = x0[part].detach().requires_grad_()
-                images = decode(pipe, x, cfg.size, cfg.size)
+                images = decode(pipe, x, size.height, size.width)
                 hinges = [r.weight * hinge(s, r.lam) for r, s in zip(setup.rewards, scores_of(images, part))]  # Eq. 11
                 losses = [weight[part] * h for h in hinges]  # Eq. 13
                 pulls = [torch.autograd.grad(loss.sum(), images)[0] for loss in losses]  # of each reward apart
@@ -121,12 +121,12 @@ def gradient(
     @torch.no_grad()
     def score(x0: Tensor) -> Tensor:
         with meter("reward"):
-            scores = [scores_of(decode(pipe, x0[part], cfg.size, cfg.size), part) for part in parts]
+            scores = [scores_of(decode(pipe, x0[part], size.height, size.width), part) for part in parts]
         return torch.cat([sum(r.weight * s for r, s in zip(setup.rewards, each)) for each in scores])
 
     # What all samples share is drawn after x_1, from the same generator, alike for all parts of a batch.
     shared = draw_noise(cfg, setup, step, 0)[1]
-    log = setup.method(Samples(noise, setup.levels, shared, velocity, vjp, reward, score, total, step))
+    log = setup.method(Samples(noise, size.levels, shared, velocity, vjp, reward, score, total, step))
     log = {**log, **{name: torch.cat(values) for name, values in measured.items()}}
     return {
         name: value.detach().float().cpu().expand(value.numel() if value.ndim else b) for name, value in log.items()
@@ -143,7 +143,8 @@ def draw_noise(cfg: Config, setup: Setup, step: int, i: int) -> tuple[Tensor, to
 
     A function of (seed, step, i), whatever the ranks and the parts: so runs resume, and any step can be repeated.
     """
-    random, (rows, columns) = generator_of(cfg.seed, step, *([2, i] if i else [])), grid(setup.pipe, cfg.size, cfg.size)
+    random, size = generator_of(cfg.seed, step, *([2, i] if i else [])), setup.size(step)
+    rows, columns = grid(setup.pipe, size.height, size.width)
     return torch.randn(cfg.batch, rows * columns, setup.pipe.flux.config.in_channels, generator=random), random
 
 
@@ -204,7 +205,8 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
     entry["seconds_update"] = meter.counts["seconds_update"]
     entry["seconds"] = time.perf_counter() - began
     entry["memory"] = peak_memory(world.device)
-    flops = (forwards - backwards) * setup.flops.forward + backwards * setup.flops.both
+    cost = setup.size(step).flops
+    flops = (forwards - backwards) * cost.forward + backwards * cost.both
     entry["tflops"] = flops / entry["seconds"] / world.size / 1e12  # per rank, of the transformer alone
     if peak := peak_flops(world.device):
         entry["mfu"] = entry["tflops"] * 1e12 / peak
@@ -237,7 +239,8 @@ def evaluate(cfg: Config, setup: Setup, world: World) -> tuple[dict[str, Any], T
     each = -(-len(prompts) // world.size)  # the same on every rank, padded: they gather weights together
     my_prompts = [min(i, len(prompts) - 1) for i in range(world.rank * each, (world.rank + 1) * each)]
     texts, seeds = [prompts[i] for i in my_prompts], [10**6 + i for i in my_prompts]
-    images = sample(setup.pipe, texts, seeds, cfg.rollout_steps, cfg.size, cfg.size, cfg.guidance, batch)
+    size = setup.sizes[0]
+    images = sample(setup.pipe, texts, seeds, cfg.rollout_steps, size.height, size.width, cfg.guidance, batch)
     rewards = [*setup.rewards, *setup.watched]
     own = {r.name: score_all(r, images, texts, world.device, batch) for r in rewards}
     ranks = gather((images.mul(255).round().byte(), own))

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from baselines import full
 from config import Config as TrainConfig
+from config import sides
 from experiments.cells import opened, spent
 from experiments.draw import draw
 from experiments.record import RESULTS, record
@@ -146,12 +147,12 @@ def batch_of(cfg: Config, pipe: Pipeline, reward: Reward, prompts: list[str], le
     random = generator_of(cfg.seed, n)
     chosen = torch.randperm(len(prompts), generator=random)[: cfg.batch // GROUP].tolist()
     texts = [prompts[i] for i in chosen for _ in range(GROUP)]
-    rows, columns = grid(pipe, TRAIN.size, TRAIN.size)
+    rows, columns = grid(pipe, *sides(TRAIN.size[0]))
     noise = torch.randn(cfg.batch, rows * columns, pipe.flux.config.in_channels, generator=random).to(pipe.device)
     velocity = velocity_of(pipe.flux, encode(pipe, texts), rows, columns)
 
     def score(x0: Tensor) -> Tensor:
-        return reward.score(decode(pipe, x0, TRAIN.size, TRAIN.size), texts)
+        return reward.score(decode(pipe, x0, *sides(TRAIN.size[0])), texts)
 
     def slope(x0: Tensor) -> Tensor:
         x0 = x0.detach().requires_grad_()

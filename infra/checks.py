@@ -30,6 +30,8 @@ def check_flags(cfg: Config, world: World) -> None:
         raise ValueError(f"--ema must be in [0, 1), got {cfg.ema}")
     if cfg.batch % world.size:
         raise ValueError(f"--batch {cfg.batch} does not divide into {world.size} ranks: take a multiple of it")
+    if not cfg.size:
+        raise ValueError("--size: give one or more")
     if not cfg.reward:
         raise ValueError("--reward: give one or more")
     if cfg.lam and len(cfg.lam) != len(cfg.reward):
@@ -86,6 +88,9 @@ def check_folder(cfg: Config, out: Path, now: dict[str, Any], defaults: dict[str
     except ValueError as error:
         raise ValueError(f"{out / 'config.json'} is damaged ({error}): write the run's flags into it again") from None
     for name in fixed:
-        if now[name] != (earlier := before.get(name, defaults[name])):
+        earlier = before.get(name, defaults[name])
+        if name == "size" and isinstance(earlier, int):  # of a run from before there could be several
+            earlier = [str(earlier)]
+        if now[name] != earlier:
             flag = name.replace("_", "-")
             raise ValueError(f"--resume with --{flag} {now[name]}, but {out} was started with {earlier}")

@@ -21,12 +21,12 @@ def judge() -> Scorer:
     return Scorer(score, task_of=lambda prompt: parse(prompt).task)
 
 
-def check(prompts: Sequence[str], size: int, source: str) -> None:
+def check(prompts: Sequence[str], size: tuple[int, int], source: str) -> None:
     """Raise ValueError for a prompt outside of the world, or images of another size than its own."""
     for prompt in prompts:
         try:
             parse(prompt)
         except ValueError as error:
             raise ValueError(f"{source}: {error}; --watch without judge takes any") from None
-    if size != SIZE:
-        raise ValueError(f"--size {size}: the judge reads {SIZE}x{SIZE} pixels, no others")
+    if size != (SIZE, SIZE):
+        raise ValueError(f"--size {size[0]}x{size[1]}: the judge reads {SIZE}x{SIZE} pixels, no others")

@@ -65,7 +65,7 @@ def test_recomputing_keeps_less():
         flux, vae = planned_flux(FLUX_DEV, None, torch.bfloat16), plan.flux_vae()
         much, little = (leap_bytes(flux, 1, 2025, 512, torch.bfloat16, r) for r in (False, True))
         assert little < 0.2 * much
-        much, little = (decode_bytes(vae, 1, 90, r) for r in (False, True))
+        much, little = (decode_bytes(vae, 1, 90, 90, r) for r in (False, True))
         assert little < 0.8 * much
 
 
@@ -107,7 +107,7 @@ def sent(cfg: Config) -> tuple[int, int, int]:
 def test_bytes_held_and_sent_by_two_ranks_are_those_counted(keep):
     cfg = Config(out=Path("/nonexistent"), batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, keep_gathered=keep)
     flux = planned_flux(TINY, None, torch.float32)
-    told = Plan(size=64, text_length=12, batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, keep_gathered=keep)
+    told = Plan(size="64", text_length=12, batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, keep_gathered=keep)
     counted = traffic(told, 2, flux, torch.float32, network_flops(flux, 16, 12))
     held = 5 * plan.size_of(flux.parameters(), torch.float32) / 2  # weight, gradient, average, two moments
     for gathered, reduced, real in spread(2, sent, cfg):

@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from config import sides
 from infra.lora import add_lora
 from infra.meter import Flops, flux_inputs, network_flops
 from model import FLUX_DEV, Flux, FluxConfig
@@ -38,8 +39,8 @@ class Plan:
     """Numbers of GPUs to count for."""
     reward: tuple[Literal["hpsv2", "pickscore", "hpsv3"], ...] = ("hpsv2", "pickscore")
     """Published rewards that are loaded, trained on or watched: hpsv2, pickscore, hpsv3."""
-    size: int = 720
-    """Image side in pixels."""
+    size: str = "720"
+    """Pixels: one number for a square, or HEIGHTxWIDTH; of several the one with most."""
     text_length: int = 512
     """T5 tokens."""
     batch: int = 64
@@ -113,9 +114,9 @@ def leap_bytes(flux: Flux, b: int, image_tokens: int, text_tokens: int, dtype: t
     return kept
 
 
-def decode_bytes(vae: AutoencoderKL, b: int, side: int, recompute: bool) -> int:
-    """What decoding `side` x `side` latents keeps, and with recomputation, in turn, the inside of the largest block."""
-    z = torch.zeros(b, vae.config.latent_channels, side, side, requires_grad=True)
+def decode_bytes(vae: AutoencoderKL, b: int, rows: int, columns: int, recompute: bool) -> int:
+    """What decoding `rows` x `columns` latents keeps; with recomputation, in turn, the inside of the largest block."""
+    z = torch.zeros(b, vae.config.latent_channels, rows, columns, requires_grad=True)
     if not recompute:
         return kept_bytes(lambda: vae.decode(z).sample, vae.parameters())
     entered: list[tuple[nn.Module, Tensor]] = []
@@ -142,6 +143,14 @@ def flux_vae() -> AutoencoderKL:
     return vae.requires_grad_(False)
 
 
+def tokens_of(plan: Plan) -> int:
+    """Of an image: one for 16 x 16 pixels. Raises ValueError."""
+    height, width = sides(plan.size)
+    if height % 16 or width % 16:
+        raise ValueError(f"--size {plan.size}: FLUX draws multiples of 16 pixels")
+    return height * width // 16**2
+
+
 def size_of(parameters: Iterable[Tensor], dtype: torch.dtype) -> int:
     return sum(p.numel() for p in parameters) * dtype.itemsize
 
@@ -155,12 +164,13 @@ def memory(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, f
     group = plan.shard or gpus
     trained = [p for p in flux.parameters() if p.requires_grad]
     frozen = [p for p in flux.parameters() if not p.requires_grad]
-    tokens, apart = (plan.size // 16) ** 2, group if plan.shard_frozen else 1
+    (height, width), apart = sides(plan.size), group if plan.shard_frozen else 1
+    tokens = tokens_of(plan)
     largest = max(size_of(b.parameters(), dtype) for b in [*flux.double_blocks, *flux.single_blocks])
     whole = size_of(flux.parameters(), dtype)
     vae = flux_vae()
     with torch.enable_grad():
-        decoded = decode_bytes(vae, plan.micro_batch, plan.size // 8, plan.recompute)
+        decoded = decode_bytes(vae, plan.micro_batch, height // 8, width // 8, plan.recompute)
         leap = leap_bytes(flux, plan.micro_batch, tokens, plan.text_length, dtype, plan.recompute)
     fp32, master = torch.float32, torch.bfloat16 if plan.lean else torch.float32
     return {
@@ -227,6 +237,10 @@ def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype, cost: Flops) 
 
 def main() -> None:
     plan = tyro.cli(Plan, description=__doc__)
+    try:
+        tokens_of(plan)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     for gpus in plan.gpus:
         if plan.batch % gpus:
             raise SystemExit(f"error: --batch {plan.batch} is not a multiple of --gpus {gpus}")
@@ -237,11 +251,10 @@ def main() -> None:
     dtype, rows = torch.bfloat16, {}
     with FakeTensorMode():
         flux = planned_flux(FLUX_DEV, plan.lora, dtype)
-        print(
-            f"FLUX.1-dev, {sum(p.numel() for p in flux.parameters()) / 1e9:.2f} B parameters, {plan.size}x{plan.size}"
-        )
+        size = "x".join(map(str, sides(plan.size)))
+        print(f"FLUX.1-dev, {sum(p.numel() for p in flux.parameters()) / 1e9:.2f} B parameters, {size}")
         flux.recompute = plan.recompute
-        cost = network_flops(flux, (plan.size // 16) ** 2, plan.text_length)
+        cost = network_flops(flux, tokens_of(plan), plan.text_length)
         flux.recompute = False
         for gpus in plan.gpus:
             parts, sent = memory(plan, gpus, flux, dtype), traffic(plan, gpus, flux, dtype, cost)
