@@ -43,6 +43,7 @@ class Size:
 
     height: int  # in pixels, as width
     width: int
+    tokens: tuple[int, int]  # rows and columns
     levels: Tensor  # noise levels of a rollout, (T + 1,)
     flops: Flops  # of an evaluation of the network
 
@@ -232,7 +233,9 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     sizes = []
     for size, of_size in zip(cfg.size, levels, strict=True):
         height, width = sides(size)
-        sizes.append(Size(height, width, of_size.to(world.device), flops_of(cfg, pipe, height, width)))
+        rows, columns = grid(pipe, height, width)
+        cost = flops_of(cfg, pipe, rows * columns)
+        sizes.append(Size(height, width, (rows, columns), of_size.to(world.device), cost))
     return Setup(pipe, method, group, rewards, watched, prompts, eval_prompts, sizes, out)
 
 
@@ -262,15 +265,14 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
     return pipe
 
 
-def flops_of(cfg: Config, pipe: Pipeline, height: int, width: int) -> Flops:
+def flops_of(cfg: Config, pipe: Pipeline, tokens: int) -> Flops:
     """What an evaluation of the network costs, counted on one without memory, as the flags have it."""
-    rows, columns = grid(pipe, height, width)
     with torch.device("meta"):
         flux = Flux(pipe.flux.config)
         if cfg.lora:
             add_lora(flux, cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
     flux.recompute = cfg.recompute
-    return network_flops(flux, rows * columns, pipe.text_length)
+    return network_flops(flux, tokens, pipe.text_length)
 
 
 def announce(cfg: Config, preset: Config, setup: Setup, world: World) -> str:

@@ -49,7 +49,7 @@ from infra.saving import write_model
 from infra.watch import best_of, newly_hacked, shown, which_folder
 from leaps import Samples, Velocity, hinge, vjp_of
 from rewards import means_of, reported, score_all
-from sample import Text, decode, encode, grid, sample, velocity_of
+from sample import Text, decode, encode, sample, velocity_of
 from start import Setup, announce, open_folder, prepare
 
 REQUEUE, NONFINITE = 75, 3  # exit codes: stopped by a signal and resumable; stopped before a bad update
@@ -67,7 +67,6 @@ def gradient(
     not know is here: text, VAE, precision, and --micro-batch samples at a time where activations are kept.
     """
     pipe, b, size = setup.pipe, len(prompts), setup.size(step)
-    tokens = grid(pipe, size.height, size.width)
     with meter("rollout"):
         text = encode(pipe, prompts)
     micro = cfg.micro_batch or b
@@ -75,7 +74,7 @@ def gradient(
     measured: dict[str, list[Tensor]] = {}
 
     def network(part: slice) -> Velocity:
-        return velocity_of(pipe.flux, Text(*(t[part] for t in text)), *tokens, cfg.guidance, pipe.compute)
+        return velocity_of(pipe.flux, Text(*(t[part] for t in text)), *size.tokens, cfg.guidance, pipe.compute)
 
     def noise(i: int) -> Tensor:
         return draw_noise(cfg, setup, step, i)[0][first : first + b].to(size.levels)
@@ -144,8 +143,7 @@ def draw_noise(cfg: Config, setup: Setup, step: int, i: int) -> tuple[Tensor, to
     A function of (seed, step, i), whatever the ranks and the parts: so runs resume, and any step can be repeated.
     """
     random, size = generator_of(cfg.seed, step, *([2, i] if i else [])), setup.size(step)
-    rows, columns = grid(setup.pipe, size.height, size.width)
-    return torch.randn(cfg.batch, rows * columns, setup.pipe.flux.config.in_channels, generator=random), random
+    return torch.randn(cfg.batch, np.prod(size.tokens), setup.pipe.flux.config.in_channels, generator=random), random
 
 
 def draw_prompts(cfg: Config, setup: Setup, step: int) -> list[str]:
@@ -286,7 +284,7 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         raise Stop(1, f"{error}; {kept}") from error
     if log:
         tasks = [k for r in setup.watched if r.task_of for k in dict.fromkeys(map(r.task_of, setup.eval_prompts))]
-        log.pictures([setup.eval_prompts[i] for i in shown(setup.eval_prompts)], tasks)
+        log.pictures(setup.eval_prompts, tasks, evals)
         log.say(f"{time.time() - began:.0f} s; wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
         if setup.watched:
             log.say(which_folder(evals, setup.watched[0].name))

@@ -13,6 +13,7 @@ from config import Config
 from infra.jsonl import Entry, append
 from infra.pictures import before_after, contact_sheet, curves
 from infra.trackers import open_trackers
+from infra.watch import shown
 
 
 class Log:
@@ -48,11 +49,14 @@ class Log:
         means = {k: v for k, v in entry.items() if isinstance(v, float) and k != "seconds"}
         self.say(f"step {entry['step']:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
 
-    def pictures(self, captions: Sequence[str], tasks: Sequence[str]) -> None:
+    def pictures(self, prompts: Sequence[str], tasks: Sequence[str], evals: Sequence[Entry]) -> None:
         """before_after.png, of the images of the first and the last evaluation, and curves.png."""
         if self.speaks:
             pair = [
                 torch.load(self.out / "samples" / f"{name}.pt", weights_only=True) / 255 for name in ("first", "last")
             ]
-            before_after(*pair, captions, self.out / "before_after.png")
+            chosen = shown(prompts)
+            judged = [e.get("by_prompt", {}).get("judge") for e in (evals[0], evals[-1])]
+            right = [tuple(of_image[i] > 0.5 for of_image in judged) for i in chosen] if all(judged) else None
+            before_after(*pair, [prompts[i] for i in chosen], self.out / "before_after.png", right=right)
             curves(self.out, self.out / "curves.png", tasks)

@@ -19,6 +19,7 @@ from infra.jsonl import read_log
 PAD, LINE = 6, 13  # pixels between things, and a line of text
 PAGE, GRID, INK = "#ffffff", "#d8dee4", "#57606a"
 PALETTE = ("#24292f", "#0969da", "#bc4c00", "#1a7f37", "#cf222e", "#8250df", "#7d4e00", "#1b7c83")  # dark on white
+FRAME = "#1a7f37"  # of what is right
 ROUND = (1, 2, 5, 10)  # what ticks are apart, times a power of ten
 Lines = dict[str, tuple[Sequence[float], ...]]  # name -> x, y and perhaps half the width of a band
 
@@ -37,15 +38,29 @@ def contact_sheet(
 
 
 def before_after(
-    before: Sequence[Tensor], after: Sequence[Tensor], captions: Sequence[str], path: Path, side: int = 96
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    captions: Sequence[str],
+    path: Path,
+    side: int = 96,
+    right: Sequence[Sequence[bool]] | None = None,
 ) -> None:
-    """Write pairs of images of the same prompt and noise: above before, below after, then the caption."""
+    """Write pairs of images of the same prompt and noise: above before, below after, then the caption.
+
+    A frame is around those that are `right`, by a judge.
+    """
     cells = [list(pair) for pair in zip(before, after, strict=True)]
-    save_png(grid_of(cells, captions, columns=8, side=side), path)
+    save_png(grid_of(cells, captions, columns=8, side=side, framed=right), path)
 
 
-def grid_of(cells: Sequence[Sequence[Tensor]], captions: Sequence[str], columns: int, side: int) -> Image.Image:
-    """A grid of cells; a cell is images one above the other and a caption of up to three lines beneath."""
+def grid_of(
+    cells: Sequence[Sequence[Tensor]],
+    captions: Sequence[str],
+    columns: int,
+    side: int,
+    framed: Sequence[Sequence[bool]] | None = None,
+) -> Image.Image:
+    """A grid of cells; a cell is images one above the other, some framed, and a caption of up to three lines."""
     font = ImageFont.load_default(11)
     height = round(side * cells[0][0].shape[1] / cells[0][0].shape[2])
     texts = [textwrap.wrap(c.removeprefix("a photo of "), width=max(8, side // 6))[:3] for c in captions]
@@ -56,9 +71,11 @@ def grid_of(cells: Sequence[Sequence[Tensor]], captions: Sequence[str], columns:
     draw = ImageDraw.Draw(sheet)
     for i, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         x, y = PAD + i % columns * width, PAD + i // columns * tall
-        for image in cell:
+        for n, image in enumerate(cell):
             resample = Image.NEAREST if image.shape[2] < side else Image.LANCZOS
             sheet.paste(to_pil(image).resize((side, height), resample), (x, y))
+            if framed and framed[i][n]:
+                draw.rectangle((x, y, x + side - 1, y + height - 1), outline=FRAME, width=3)
             y += height + 2
         draw.multiline_text((x, y), "\n".join(text), fill="black", font=font, spacing=1)
     return sheet
