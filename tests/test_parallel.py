@@ -121,7 +121,7 @@ def gradients_in_double(cfg: Config, changes: list[dict]) -> list[Tensor]:
         pipe.compute, pipe.flux.recompute = torch.float64, now.recompute
         for model in (pipe.flux, pipe.vae, pipe.clip, pipe.t5, setup.rewards[0].model):
             model.double()
-        setup = replace(setup, pipe=pipe, levels=setup.levels.double())
+        setup = replace(setup, pipe=pipe, sizes=[replace(s, levels=s.levels.double()) for s in setup.sizes])
         train.batch_gradient(now, setup, world, 0, Meter(world.device))
         gradients.append(torch.cat([p.grad.flatten() for p in pipe.flux.parameters()]))
     return gradients
@@ -178,7 +178,7 @@ def gathers(cfg: Config) -> list[int]:
         for keep in (False, True, False):
             keep_gathered(pipe.flux, keep)
             with Gathers() as seen:
-                rollout(velocity, noise, setup.levels)
+                rollout(velocity, noise, setup.sizes[0].levels)
             counts.append(seen.count)
     return counts
 

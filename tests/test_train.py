@@ -90,7 +90,7 @@ def test_a_short_run_writes_all_its_files(short_run):
         (dict(lr=-1.0), "--lr must not be negative"),
         (dict(lora_alpha=2.0), "--lora-alpha 2.0 must be positive, and is for --lora"),
         (dict(out=Path(__file__) / "run"), "nothing can be written in"),
-        (dict(size=63, watch=()), "image size 63x63"),
+        (dict(size=("63",), watch=()), "image size 63x63"),
         (dict(low=0.99), "cannot pick 2 leaps from 1 steps"),
         (dict(method="refl", leaps=3), "--leaps means nothing with --method refl"),
         (dict(method="full", weight="none"), "--weight means nothing with --method full"),
@@ -339,7 +339,7 @@ def test_the_flux_presets_are_the_papers_settings_and_name_what_they_need(preset
     description, cfg = PRESETS[preset]
     assert (cfg.alpha, cfg.lr, cfg.ema, cfg.decay) == (alpha, lr, 0.995, False)
     assert keywords(leapalign)["tau"] == 0.1 and cfg.tau is None
-    assert (cfg.rollout_steps, cfg.size, cfg.guidance, cfg.batch, cfg.steps) == (25, 720, 3.5, 64, 300)
+    assert (cfg.rollout_steps, cfg.size, cfg.guidance, cfg.batch, cfg.steps) == (25, ("720",), 3.5, 64, 300)
     assert LAMBDA[cfg.reward[0]] == lam and cfg.lam == () and set(cfg.watch).isdisjoint(cfg.reward)
     for needed in (cfg.model, cfg.prompts, *(WEIGHTS[name] for name in (*cfg.reward, *cfg.watch))):
         assert str(needed) in description
