@@ -81,7 +81,8 @@ class Experiment:
     """Train all weights on one GPU in less memory: kept in bfloat16 and rounded at random, 8-bit optimizer states,
     averages in the host's memory. Needs torchao, and --bf16."""
     lora: int | None = None
-    """Train a LoRA of this rank instead of all weights; what it changes is frozen, in bfloat16 with --bf16."""
+    """Train a LoRA of this rank instead of all weights; what it changes is frozen, in bfloat16 with --bf16. If --model
+    is a LoRA of this rank or less, training goes on from it."""
     lora_alpha: float | None = None
     """Alpha of the LoRA; None: twice its rank."""
 

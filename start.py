@@ -25,14 +25,14 @@ from infra.distributed import World, fill, shard_flux, shard_frozen
 from infra.files import recover, replacing
 from infra.folders import Pipeline, describe, load
 from infra.jsonl import truncate
-from infra.lora import add_lora, first_values, wrapped_name
-from infra.lora_files import lora_file
+from infra.lora import Change, add_lora, first_values, wrapped_name
+from infra.lora_files import lora_file, read_lora
 from infra.meter import Flops, network_flops
 from infra.prompts import fingerprint, read_prompts, say
 from infra.reading import flux_file
 from infra.user_code import is_user_code, load_function, where
 from leaps import Samples
-from model import Flux
+from model import Flux, FluxConfig
 from rewards import Reward, check_rewards, name_of, open_rewards
 from sample import grid, sigmas, too_long
 
@@ -173,6 +173,12 @@ def try_method(method: Callable, levels: Tensor, group: int) -> bool:
 # -------------------------------------------------------------------------------------------- checks
 
 
+def earlier_lora(cfg: Config, config: FluxConfig) -> dict[str, list[Change]] | None:
+    """What the LoRA changes that --lora goes on with; None without one."""
+    file = lora_file(cfg.model) if cfg.lora else None
+    return read_lora(file, config) if file else None
+
+
 def check_model(cfg: Config) -> list[Tensor]:
     """The noise levels of a rollout at each size; raises ValueError if the model cannot do what the flags ask of it."""
     if cfg.base and not lora_file(cfg.model) and not flux_file(cfg.model):
@@ -180,8 +186,15 @@ def check_model(cfg: Config) -> list[Tensor]:
     description = describe(cfg.model, cfg.base)
     if description.weights.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
-    if cfg.lora and lora_file(cfg.model):
-        raise ValueError(f"--lora on --model {cfg.model}, itself a LoRA: train its base, or go on with all weights")
+    if cfg.lora and (changes := earlier_lora(cfg, description.weights.config)):
+        with torch.device("meta"):
+            flux = Flux(description.weights.config)
+            add_lora(flux, cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
+        try:
+            for _ in first_values(flux, cfg.seed, changes):
+                pass
+        except ValueError as error:
+            raise ValueError(f"--lora {cfg.lora} on --model {cfg.model}, itself a LoRA: {error}") from None
     tokens = [math.prod(grid(description, *sides(size))) for size in cfg.size]
     return [sigmas(description.schedule, cfg.rollout_steps, n) for n in tokens]
 
@@ -245,10 +258,11 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
 
     def place(flux: Flux, tensors: Iterator[tuple[str, Tensor]]) -> None:
         if cfg.lora:
+            changes = earlier_lora(cfg, flux.config)
             add_lora(flux.to(dtype), cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
             known = {name for name, _ in flux.named_parameters()}
             renamed = ((wrapped_name(name, known), tensor) for name, tensor in tensors)
-            tensors = itertools.chain(renamed, first_values(flux, cfg.seed))
+            tensors = itertools.chain(renamed, first_values(flux, cfg.seed, changes))
         flux.recompute = cfg.recompute
         if cfg.compile:
             for block in [*flux.double_blocks, *flux.single_blocks]:
@@ -259,7 +273,8 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
             shard_flux(flux, world, dtype)
         fill(flux, tensors, world.device)
 
-    pipe = load(cfg.model, world.device, dtype, cfg.text_length, cfg.offload_encoders, place, cfg.base)
+    strength = 0.0 if cfg.lora and lora_file(cfg.model) else 1.0  # what it goes on with is no part of the base
+    pipe = load(cfg.model, world.device, dtype, cfg.text_length, cfg.offload_encoders, place, cfg.base, strength)
     if cfg.recompute:
         pipe.vae.enable_gradient_checkpointing()
     return pipe

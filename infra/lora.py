@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,15 @@ from model import Flux, FluxConfig
 
 FILE, NOTE = "pytorch_lora_weights.safetensors", "lora.json"  # the second names the base
 TARGETS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")  # all of a block's but its modulation
+
+
+class Change(NamedTuple):
+    """scale x up @ down, added to the rows of one weight from `start` on."""
+
+    start: int
+    up: Tensor  # (rows, rank)
+    down: Tensor  # (rank, in)
+    scale: float
 
 
 class LoRA(nn.Module):
@@ -57,14 +67,37 @@ def add_lora(flux: Flux, rank: int, alpha: float) -> None:
         setattr(flux.get_submodule(parent), leaf, LoRA(linear, len(theirs), rank, alpha))
 
 
-def first_values(flux: Flux, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """What a LoRA starts from: A as torch draws linear layers, B zero. The same on every rank."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in flux.named_parameters():
-        if p.requires_grad:
-            bound = 1 / math.sqrt(p.shape[1])
-            drawn = torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
-            yield name, drawn if ".a." in name else torch.zeros(p.shape)
+def first_values(flux: Flux, seed: int, changes: dict[str, list[Change]] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """What a LoRA starts from: A as torch draws linear layers, B zero. The same on every rank.
+
+    With `changes` of another LoRA, by our names, it starts as that: in its first rows of A and columns of B.
+    Raises ValueError if its rank is too low for them, or they are of other layers.
+    """
+    generator, left = torch.Generator().manual_seed(seed), dict(changes or {})
+    for ours, _ in lora_layers(flux.config):
+        layer, first = flux.get_submodule(ours), 0
+        pieces = left.pop(f"{ours}.weight", [])
+        for i, (a, b) in enumerate(zip(layer.a, layer.b, strict=True)):
+            bound = 1 / math.sqrt(a.shape[1])
+            down, up = torch.empty(a.shape).uniform_(-bound, bound, generator=generator), torch.zeros(b.shape)
+            used = 0
+            for piece in pieces:
+                begin, end = max(first, piece.start), min(first + len(b), piece.start + len(piece.up))
+                if begin >= end:
+                    continue
+                own = slice(used, used := used + len(piece.down))
+                if used > len(a):
+                    raise ValueError(f"rank {len(a)} is too low to go on with a LoRA of rank {used} ({ours})")
+                down[own] = piece.down
+                rows = piece.up[begin - piece.start : end - piece.start]
+                up[begin - first : end - first, own] = piece.scale / layer.scale * rows
+            yield f"{ours}.a.{i}", down
+            yield f"{ours}.b.{i}", up
+            first += len(b)
+    if left:
+        raise ValueError(
+            f"it changes {min(left)} too, which a LoRA here does not: go on with all weights, without --lora"
+        )
 
 
 def wrapped_name(name: str, known: set[str]) -> str:

@@ -13,14 +13,14 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infra.lora import FILE, NOTE
+from infra.lora import FILE, NOTE, Change
 from infra.names import SWAPPED, module_names, swap_halves
 from infra.reading import names_in, read
 from model import Flux, FluxConfig
@@ -37,15 +37,6 @@ XFLUX = {  # what x-flux calls the layers of a block
                       "proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj"},
     "single_blocks": {"qkv_lora": "linear1", "proj_lora": "linear2"},
 }  # fmt: skip
-
-
-class Change(NamedTuple):
-    """scale x up @ down, added to the rows of one weight from `start` on."""
-
-    start: int
-    up: Tensor  # (rows, rank)
-    down: Tensor  # (rank, in)
-    scale: float
 
 
 def is_lora_file(file: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import train
@@ -16,7 +16,7 @@ from infra.distributed import join, whole_tensors
 from infra.folders import load
 from infra.lora import FILE, add_lora, lora_layers
 from infra.lora_files import changes_of, merge_lora
-from sample import sample
+from sample import Text, sample, velocity_of
 from start import prepare
 from tests.processes import spread
 
@@ -132,8 +132,46 @@ def test_a_run_of_all_weights_goes_on_from_a_lora(trained):
     assert any(not torch.equal(merged[k], base[k]) for k in base)
     start = spread(2, start_of, Config(out=Path("/nonexistent"), model=str(trained)))[0]  # gathered on rank 0
     assert all(torch.equal(start[k], merged[k]) for k in merged)
-    with pytest.raises(ValueError, match="itself a LoRA: train its base"):
-        start_of(Config(out=Path("/nonexistent"), model=str(trained), lora=2))
+
+
+def velocity_at(flux: torch.nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x, txt, vec = (torch.randn(s, generator=generator) for s in ((2, 16, 32), (2, 12, 96), (2, 64)))
+    return velocity_of(flux, Text(txt, vec), 4, 4)(x, torch.tensor([0.7, 0.2]))
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, None), (6, 3.0)])
+def test_a_lora_goes_on_from_a_lora_of_its_rank_or_less(trained, rank, alpha):
+    with join("cpu") as world:
+        cfg = Config(out=Path("/nonexistent"), model=str(trained), lora=rank, lora_alpha=alpha)
+        flux = prepare(cfg, world).pipe.flux
+        with torch.no_grad():
+            there, base = velocity_at(load(trained).flux), velocity_at(load(TINY).flux)
+            torch.testing.assert_close(velocity_at(flux), there, atol=1e-4, rtol=1e-4)
+    assert (there - base).abs().mean() > 0.01
+
+
+def test_what_a_lora_cannot_go_on_with_is_told_before_weights_are_read(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
+    cfg = Config(out=tmp_path / "run", model=str(trained), lora=2)
+    with pytest.raises(ValueError, match=r"--lora 2 .* rank 2 is too low to go on with a LoRA of rank"):
+        start_of(cfg)
+    outer = "transformer.single_transformer_blocks.1.norm.linear"
+    save_file({f"{outer}.lora_A.weight": torch.ones(2, 128), f"{outer}.lora_B.weight": torch.ones(384, 2)},
+              tmp_path / "outer.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match=r"single_blocks\.1\.modulation\.lin\.weight too, .* without --lora"):
+        start_of(replace(cfg, model=str(tmp_path / "outer.safetensors"), base=str(TINY)))
+
+
+def test_a_lora_continued_by_a_run_is_read_by_diffusers_over_the_first_ones_base(trained, tmp_path):
+    cfg = Config(out=tmp_path / "run", model=str(trained), lora=6, lr=1e-2, ema=0.5, batch=4, rollout_steps=3, steps=2,
+                 eval_every=2, eval_prompts=trained.parent.parent / "few.txt")  # fmt: skip
+    assert run(cfg) == ""
+    theirs = FluxPipeline.from_pretrained(TINY)
+    theirs.load_lora_weights(cfg.out / "final")
+    ours = sample(load(cfg.out / "final"), PROMPTS, [0, 1], 4, 64, 64)
+    torch.testing.assert_close(images_of(theirs), ours, atol=2e-4, rtol=0)
+    assert (ours - sample(load(trained), PROMPTS, [0, 1], 4, 64, 64)).abs().mean() > 0.001
 
 
 def test_a_lora_whose_base_has_moved_says_where_to_write_the_new_place(trained, tmp_path):

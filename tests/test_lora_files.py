@@ -133,7 +133,7 @@ def test_without_a_base_the_flag_is_named_and_with_it_every_command_finds_it(tmp
         load(file)
     with pytest.raises(ValueError, match=r"--base .* is a LoRA too"):
         load(file, base=str(file))
-    assert len(check_model(Config(model=str(file), base=str(TINY)))) == Config().rollout_steps + 1
+    assert len(check_model(Config(model=str(file), base=str(TINY)))[0]) == Config().rollout_steps + 1
 
 
 @pytest.mark.parametrize(
