@@ -83,6 +83,9 @@ class Experiment:
     lora: int | None = None
     """Train a LoRA of this rank instead of all weights; what it changes is frozen, in bfloat16 with --bf16. If --model
     is a LoRA of this rank or less, training goes on from it."""
+    fp8: bool = False
+    """Keep what a LoRA changes in fp8, half of bf16's memory, up-cast a layer at a time: for small GPUs. Needs --lora
+    and one GPU."""
     lora_alpha: float | None = None
     """Alpha of the LoRA; None: twice its rank."""
 

@@ -24,6 +24,7 @@ from infra.checks import check_flags, check_folder, check_groups
 from infra.distributed import World, fill, shard_flux, shard_frozen
 from infra.files import recover, replacing
 from infra.folders import Pipeline, describe, load
+from infra.fp8 import in_fp8, to_fp8
 from infra.jsonl import truncate
 from infra.lora import Change, add_lora, first_values, wrapped_name
 from infra.lora_files import lora_file, read_lora
@@ -262,6 +263,9 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
             add_lora(flux.to(dtype), cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
             known = {name for name, _ in flux.named_parameters()}
             renamed = ((wrapped_name(name, known), tensor) for name, tensor in tensors)
+            if cfg.fp8:
+                to_fp8(flux)
+                renamed = in_fp8(renamed, {name for name, _ in flux.named_parameters()})
             tensors = itertools.chain(renamed, first_values(flux, cfg.seed, changes))
         flux.recompute = cfg.recompute
         if cfg.compile:
@@ -269,7 +273,7 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
                 block.compile()
         if cfg.lean:
             flux.to(dtype)
-        else:
+        elif not cfg.fp8:  # whose one GPU has all, and whose LoRA casts itself
             shard_flux(flux, world, dtype)
         fill(flux, tensors, world.device)
 

@@ -45,6 +45,8 @@ def check_flags(cfg: Config, world: World) -> None:
         raise ValueError(f"--lean is for one GPU, and there are {world.size} ranks: they share the weights without it")
     if cfg.lean and (cfg.lora or not cfg.bf16):
         raise ValueError("--lean keeps all trained weights in bf16: it needs --bf16, and --lora trains others")
+    if cfg.fp8 and (not cfg.lora or world.size > 1):
+        raise ValueError("--fp8 is for what a LoRA changes, on one GPU: it needs --lora, and several share the weights")
     if cfg.lean and importlib.util.find_spec("torchao") is None:
         raise ValueError("--lean needs torchao's optimizer: pip install torchao")
     if cfg.shard_frozen and cfg.offload_encoders:

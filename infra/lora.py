@@ -47,7 +47,7 @@ class LoRA(nn.Module):
         self.b = nn.ParameterList(torch.zeros(n, rank, device=device) for n in rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        change = [F.linear(F.linear(x, a), b) for a, b in zip(self.a, self.b)]
+        change = [F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) for a, b in zip(self.a, self.b)]
         return self.linear(x) + self.scale * torch.cat(change, dim=-1)
 
 

@@ -67,6 +67,8 @@ class Plan:
     """Weights in bf16, 8-bit optimizer states, averages in the host's memory."""
     lora: int | None = None
     """Rank of a LoRA; None: all weights are trained."""
+    fp8: bool = False
+    """Keep what the LoRA changes in fp8."""
 
 
 # ------------------------------------------------------------------------------------------ counting
@@ -168,13 +170,21 @@ def memory(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, f
     tokens = tokens_of(plan)
     largest = max(size_of(b.parameters(), dtype) for b in [*flux.double_blocks, *flux.single_blocks])
     whole = size_of(flux.parameters(), dtype)
+    # Of what is gathered, or up-cast, by way of fp32.
+    at_once, saved = 2 * largest, 0
+    if plan.fp8:
+        layers = [
+            m.weight for s in (flux.double_blocks, flux.single_blocks) for m in s.modules() if type(m) is nn.Linear
+        ]
+        at_once = max(w.numel() for w in layers) * (4 + dtype.itemsize)
+        saved = sum(w.numel() * (dtype.itemsize - 1) - 4 * len(w) for w in layers)  # a byte a weight, a scale a row
     vae = flux_vae()
     with torch.enable_grad():
         decoded = decode_bytes(vae, plan.micro_batch, height // 8, width // 8, plan.recompute)
         leap = leap_bytes(flux, plan.micro_batch, tokens, plan.text_length, dtype, plan.recompute)
     fp32, master = torch.float32, torch.bfloat16 if plan.lean else torch.float32
     return {
-        "weights": (size_of(trained, master) + size_of(frozen, dtype)) / group,
+        "weights": (size_of(trained, master) + size_of(frozen, dtype) - plan.fp8 * saved) / group,
         "gradients": size_of(trained, master) / group,
         "optimizer": moments(plan) * size_of(trained, fp32) / group,
         "averages": 0 if plan.lean else size_of(trained, fp32) / group,
@@ -182,9 +192,9 @@ def memory(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, f
         "rewards": sum(REWARD_BYTES[name] for name in plan.reward) / apart,
         "VAE": size_of(vae.parameters(), fp32),
         "states": (2 * plan.rollout_steps + 1) * plan.rollout_batch * tokens * flux.config.in_channels * 4,
-        "rollout": whole if plan.keep_gathered else 2 * largest,
+        "rollout": whole if plan.keep_gathered else at_once,
         "decode": decoded,
-        "leap": leap + 2 * largest,
+        "leap": leap + at_once,
     }
 
 
@@ -246,6 +256,8 @@ def main() -> None:
             raise SystemExit(f"error: --batch {plan.batch} is not a multiple of --gpus {gpus}")
         if gpus % (plan.shard or gpus):
             raise SystemExit(f"error: --gpus {gpus} is not a multiple of --shard {plan.shard}")
+        if plan.fp8 and (gpus > 1 or not plan.lora):
+            raise SystemExit("error: --fp8 is for one GPU (--gpus 1) and what a LoRA changes (--lora RANK)")
         if plan.lean and (gpus > 1 or plan.lora):
             raise SystemExit("error: --lean is for one GPU (--gpus 1) and all weights (no --lora)")
     dtype, rows = torch.bfloat16, {}
