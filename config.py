@@ -72,7 +72,7 @@ class Experiment:
     """Largest norm of the whole gradient."""
     ema: float = 0.98
     """Decay of the averaged weights, which are evaluated and saved. Averages about 1 / (1 - decay) updates."""
-    eval_every: int = 60
+    eval_every: int = 50
     """Updates between evaluations; there is always one before the first update and one after the last."""
     bf16: bool = False
     """Compute the transformer and the text encoders in bfloat16; trained weights, gradients and optimizer stay fp32,
@@ -147,7 +147,7 @@ class Method:
 class Run:
     """How long, what is written where, and when it ends."""
 
-    steps: int = 300
+    steps: int = 200
     """Updates."""
     out: Path | None = None
     """Run folder; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""
@@ -155,7 +155,7 @@ class Run:
     """Evaluations that a watched reward may stay below its best, while the trained one rises, before a warning."""
     stop_early: bool = False
     """Stop at that warning instead of going on."""
-    save_every: int = 60
+    save_every: int = 50
     """Updates between checkpoints, which --resume goes on from."""
     keep: int = 2
     """Checkpoints kept, the newest; best/ is kept beside them."""
@@ -240,6 +240,7 @@ def flat(flags: Flags) -> Config:
 
 
 PAPER = Config(
+    steps=300,
     model="weights/FLUX.1-dev",
     prompts=Path("weights/train-prompts.txt"),
     eval_prompts=HERE / "prompts.txt",
