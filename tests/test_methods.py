@@ -123,8 +123,8 @@ def test_options_are_for_keywords_of_ones_own_and_typed_by_their_value(tmp_path)
 OLDER = dict(
     out=None, reward=["tiny"], watch=["judge"], size=64, guidance=None, text_length=None, device="cpu", seed=0,
     method="leapalign", alpha=0.3, tau=0.1, lam=[], leaps=2, weight="both", reward_input="x_0", low=0.0, high=1.0,
-    distance=None, nested_only=False, steps=300, batch=64, rollout_steps=12, lr=7e-5, decay=True, weight_decay=1e-4,
-    clip=1.0, ema=0.98, eval_every=60, patience=3, stop_early=False, save_every=60, keep=2, log=[], bf16=False,
+    distance=None, nested_only=False, steps=200, batch=64, rollout_steps=12, lr=7e-5, decay=True, weight_decay=1e-4,
+    clip=1.0, ema=0.98, eval_every=50, patience=3, stop_early=False, save_every=50, keep=2, log=[], bf16=False,
     lean=False, lora=None, lora_alpha=None,
 )  # fmt: skip
 
