@@ -95,7 +95,7 @@ def opened(spec: str, flags: str) -> tuple[Callable[..., Any], Tensor]:
     """A method with its options, and the noise levels of its rollouts. Raises ValueError if it cannot be."""
     cfg = config_of(spec, flags)
     try:
-        method, levels = method_of(cfg.method), check_model(cfg)
+        method, levels = method_of(cfg.method), check_model(cfg)[0]
         options = options_of(cfg, Config())
         try_method(partial(method, **options), levels, options.get("group", keywords(method).get("group", 1)))
         on_zeros(partial(method, **options), levels, cfg.batch, torch.Generator())
