@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config as TrainConfig
+from config import sides
 from experiments import fidelity
 from experiments.cells import opened
 from experiments.fidelity import Batch, Config, batch_of, compare, gradient_of, measure, once, places, samples_of, whole
@@ -183,7 +184,7 @@ def test_draws_share_their_noise_and_nothing_else():
 
 
 def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_rollout():
-    cfg, steps, side = Config(batch=8), 3, TrainConfig.size
+    cfg, steps, size = Config(batch=8), 3, sides(TrainConfig.size[0])
     pipe, reward, prompts = load(MODEL), open_reward("tiny"), read_prompts(TrainConfig.prompts)
     method, levels = opened("full", f"--rollout-steps {steps} --batch 8")
     batch = batch_of(cfg, pipe, reward, prompts, levels, 0)
@@ -191,11 +192,11 @@ def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_roll
 
     chosen = torch.randperm(len(prompts), generator=fidelity.generator_of(0, 0))[:1].tolist()
     texts = [prompts[i] for i in chosen for _ in range(8)]
-    velocity, x = velocity_of(pipe.flux, encode(pipe, texts), *grid(pipe, side, side)), batch.noise
+    velocity, x = velocity_of(pipe.flux, encode(pipe, texts), *grid(pipe, *size)), batch.noise
     for now, after in itertools.pairwise(levels):
         x = x + (after - now) * velocity(x, now)
     pipe.flux.zero_grad()
-    hinge(reward.score(decode(pipe, x, side, side), texts), reward.lam).mean().backward()
+    hinge(reward.score(decode(pipe, x, *size), texts), reward.lam).mean().backward()
     exact = torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
     assert {"embedders", "double", "single", "final"} == set(ours)
     assert sum(map(len, ours.values())) == len(exact)
