@@ -234,7 +234,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 FILES = {"hpsv2": "HPS_v2.1_compressed.pt", "pickscore": "PickScore_v1", "hpsv3": "HPSv3"}
-QUICK = dict(steps=6, batch=8, rollout_steps=3, eval_every=6, lr=4e-4, decay=False, ema=0.0, watch=())
+QUICK = dict(steps=6, batch=8, rollout_steps=3, eval_every=6, lr=1e-4, decay=False, ema=0.0, watch=())
 
 
 @pytest.mark.parametrize("name", FILES)
