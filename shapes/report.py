@@ -25,7 +25,7 @@ from leaps import Samples, hinge, leapalign, rollout, similarity_weight, vjp_of
 from rewards import Reward, open_reward
 from sample import decode, draw_noise, encode, grid, pack, sample, sigmas, velocity_of
 from shapes.judge import accuracy, judge, objects_in
-from shapes.lessons import half_painted
+from shapes.lessons import fades, half_painted
 from shapes.reward import OFFSET
 from shapes.world import SIZE, TASKS, Prompt, all_prompts, by_task, is_held_out, layout, render, scenes
 
@@ -193,6 +193,12 @@ def report_reward(reward: Reward, prompts: list[Prompt], images: Tensor, seed: i
     ):
         called = score_all(reward, made, prompts) > OFFSET
         print(f"{name} that the reward calls right: {called.float().mean():.3f}", flush=True)
+
+    fade = fades(prompts, rng)
+    change = score_all(reward, fade["end"], prompts) - score_all(reward, fade["start"], prompts)
+    gain = fade["gain"].gather(1, fade["caption"][:, None])[:, 0]
+    rising = (change * gain > 0)[gain != 0].float().mean()
+    print(f"fades along which its score changes as it should: {rising:.3f} of {(gain != 0).sum()}", flush=True)
 
 
 def report_walk(pipe: Pipeline, reward: Reward, prompts: list[Prompt], steps: int = 10, length: float = 0.5) -> None:

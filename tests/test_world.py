@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rewards import open_reward
 from scorers.clip import features
 from shapes.judge import Object, accuracy, is_right, judge, objects_in
 from shapes.lessons import (
@@ -502,6 +503,17 @@ def test_a_fade_differs_in_a_cell_or_two_and_gains_no_more_than_its_edit():
     gain = fade["gain"].gather(1, fade["caption"][:, None])
     assert 0.25 < (gain > 0).float().mean() < 0.5 and 0.25 < (gain < 0).float().mean() < 0.5
     assert fade["gain"].abs().max() <= 2
+
+
+def test_the_shipped_reward_changes_along_a_fade_as_it_should():
+    asked = [p for t in TASKS for p in spread(t, 40)]
+    fade = fades(asked, generator(21))
+    reward, texts = open_reward("tiny"), [p.text for p in asked]
+    with torch.no_grad():
+        start, end = (reward.score(fade[place], texts) for place in ("start", "end"))
+    gain = fade["gain"].gather(1, fade["caption"][:, None])[:, 0]
+    clear = gain.abs() > 0.2  # of an edit
+    assert clear.sum() > 60 and ((end - start) * gain > 0)[clear].float().mean() > 0.85
 
 
 def test_a_walk_goes_up_a_score_by_its_steps():
