@@ -120,12 +120,17 @@ def dress(axes: Axes, title: str, across: str) -> None:
 
 
 def name_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Write names at the right of the axes, at the height of their lines' ends, or below one another."""
+    """Write names at the right of the axes, at the height of their lines' ends, or one below the other beside them."""
     low, high = axes.get_ylim()
     line = 10.5 / (72 * axes.get_position().height * axes.figure.get_figheight())  # of text, as a part of the height
-    place = 1 + line
-    for y, text, color in sorted(ends, reverse=True):
-        place = min((y - low) / (high - low), place - line)
+    ends, places = sorted(ends, reverse=True), [1 + line]
+    for y, _, _ in ends:
+        places.append(min((y - low) / (high - low), places[-1] - line))
+    floor = 0.0
+    for i in range(len(ends), 0, -1):  # and none below the axes
+        places[i] = max(places[i], floor)
+        floor = places[i] + line
+    for (_, text, color), place in zip(ends, places[1:], strict=True):
         axes.text(1.02, place, text, color=color, fontsize=8, va="center", transform=axes.transAxes)
 
 

@@ -127,3 +127,10 @@ assert settings() == before and "matplotlib.pyplot" not in sys.modules
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.png")], cwd=ROOT).returncode == 0
     save_charts([("a", {"b": ([0, 1], [0, 1])})], tmp_path / "deep" / "c.png")
     assert (tmp_path / "deep" / "c.png").read_bytes() == (tmp_path / "c.png").read_bytes()
+
+
+def test_names_of_lines_that_all_end_at_the_bottom_stay_beside_the_axes_and_apart():
+    axes = Figure().subplots()
+    line_chart(axes, {f"line {i}": ([0, 1], [i, 0]) for i in range(7)}, "all fall")
+    heights = sorted(text.get_position()[1] for text in axes.texts)
+    assert heights[0] >= 0 and heights[-1] <= 1 and np.diff(heights).min() > 0.02
