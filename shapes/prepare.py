@@ -1,7 +1,7 @@
 """Make everything the shapes world ships, from nothing:  python -m shapes.prepare
 
 Each stage writes its result to --work and is skipped when that is there; an interrupted one goes on from its last
-checkpoint.  The whole takes about two and a half hours on two cores; `--scale 0.002` tries all of it in minutes.
+checkpoint.  By its stages it takes about two hours on two cores; `--scale 0.002` tries all of it in minutes.
 
     vae      AutoencoderKL on rendered scenes
     text     T5 and CLIP text encoders on what captions mean, frozen from then on

@@ -1,4 +1,4 @@
-"""Measure what the shapes world ships:  python -m shapes.report  (about ten minutes on one core)
+"""Measure what the shapes world ships:  python -m shapes.report  (about a quarter of an hour on one core)
 
 The judge on scenes and through the VAE; the base, a task at a time, with few steps and with many, on prompts that
 alignment may see and on those held out; how straight its trajectories are, by k and j, and whether an update along
