@@ -58,7 +58,7 @@ def fit(
     """AdamW with a one-cycle schedule on `loss_fn(rng, step)["loss"]`; True if there was anything left to do.
 
     Ends with the averaged weights, whose decay grows to `average` (0: the last weights). Resumable: what is random in
-    a step depends on (seed, stage, step) alone.
+    a step depends on (seed, stage, step) alone (what walks in the stage `reward` starts anew).
     """
     done, partial = cfg.work / f"{name}.pt", cfg.work / f"{name}.partial.pt"
     if done.exists():

@@ -79,10 +79,8 @@ def edits(shape: np.ndarray, color: np.ndarray) -> np.ndarray:
         if p.relation:
             rows, columns = RELATIONS[p.relation]
             a, b = (shape == SHAPES.index(s) for s in p.shapes)
-            step = np.array(
-                [[rows * (k // 2 - j // 2) + columns * (k % 2 - j % 2) for k in range(4)] for j in range(4)]
-            )
-            away[:, i] += ~((a[:, :, None] & b[:, None]) & (step > 0)).any((1, 2))
+            place = rows * (np.arange(4) // 2) + columns * (np.arange(4) % 2)  # of a cell, along the relation
+            away[:, i] += ~(a[:, :, None] & b[:, None] & (place > place[:, None])).any((1, 2))
     return away
 
 

@@ -87,7 +87,10 @@ def stage_labels(cfg: Config) -> list[dict[str, Tensor]]:
 
 
 def walkers(cfg: Config, starts: dict[str, Tensor]) -> Callable[[Callable, np.random.Generator], tuple]:
-    """A function that moves some of the walkers on and gives their images, captions (n,) and truths (n, p)."""
+    """A function that moves some of the walkers on and gives their images, captions (n,) and truths (n, p).
+
+    They are in no checkpoint: a stage that was interrupted goes on with walkers that start anew.
+    """
     decode = decoder(cfg)
     first = np.random.default_rng((cfg.seed, 3)).integers(len(starts["x"]), size=WALKERS)
     x, caption = starts["x"][first], starts["caption"][first]

@@ -15,7 +15,8 @@ import evaluate
 from config import Config
 from infra.distributed import join
 from infra.folders import load
-from infra.lora_files import layer_rows
+from infra.lora import add_lora, first_values, lora_layers
+from infra.lora_files import layer_rows, read_lora
 from infra.names import to_diffusers
 from infra.saving import save
 from start import check_model
@@ -120,6 +121,24 @@ def test_kohyas_fused_layer_of_a_single_block_is_changed_whole(tmp_path):
     expected = FLUX.state_dict()[f"{layer}.weight"] + ALPHA / RANK * up @ down
     ours = load(tmp_path, base=str(TINY)).flux.state_dict()[f"{layer}.weight"]
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["diffusers with metadata", "kohya", "x-flux"])
+def test_a_lora_of_ours_starts_as_any_of_theirs_with_fused_layers_taken_apart(case, tmp_path):
+    state, notes = CASES[case]()
+    save_file(state, file := tmp_path / "their_lora.safetensors", metadata=notes)
+    merged, flux = load(file, base=str(TINY)).flux, load(TINY).flux
+    add_lora(flux, rank=RANK + 1, alpha=3.0)
+    params = dict(flux.named_parameters())
+    for name, value in first_values(flux, 0, read_lora(file, flux.config)):
+        params[name].data = value
+    changed = 0
+    for name, _ in lora_layers(flux.config):
+        layer, expected = flux.get_submodule(name), merged.get_submodule(name).weight
+        change = layer.scale * torch.cat([b @ a for a, b in zip(layer.a, layer.b, strict=True)])
+        torch.testing.assert_close(layer.linear.weight + change, expected, atol=1e-5, rtol=1e-4)
+        changed += change.abs().max() > 0.01
+    assert changed >= 2
 
 
 def lora(folder: Path) -> Path:
