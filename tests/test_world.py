@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rewards import open_reward
 from scorers.clip import features
+from shapes import reward
 from shapes.judge import Object, accuracy, is_right, judge, objects_in
 from shapes.lessons import (
     bent,
@@ -505,12 +506,31 @@ def test_a_fade_differs_in_a_cell_or_two_and_gains_no_more_than_its_edit():
     assert fade["gain"].abs().max() <= 2
 
 
+def test_the_loss_of_fades_is_its_closed_form(monkeypatch):
+    """Of two fades and three prompts: what counts is near and gains, and once more each fade's own caption."""
+    start = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
+    end = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, 1.0]])
+    monkeypatch.setattr(reward, "scores", lambda model, images, text: (torch.cat([start, end]), None))
+    fade = dict(start=torch.zeros(2, 3, 64, 64), end=torch.zeros(2, 3, 64, 64), caption=torch.tensor([0, 1]),
+                gain=torch.tensor([[0.5, -1.0, 0.0], [1.0, -0.4, 0.8]]),
+                near=torch.tensor([[True, True, True], [False, True, True]]))  # fmt: skip
+    loss = reward.fade_loss(None, None, fade, generator(0))
+
+    def missed(gain: float, change: float) -> float:
+        return float(np.log1p(np.exp(2.0 * (1.5 * abs(gain) - np.sign(gain) * change))))
+
+    own = [missed(0.5, 1.0), missed(-0.4, -2.0)]
+    near = [*own, missed(-1.0, 0.5), missed(0.8, 0.0)]
+    assert loss["loss"].item() == pytest.approx(np.mean(near) + np.mean(own), rel=1e-5)
+    assert loss["order"] == 1
+
+
 def test_the_shipped_reward_changes_along_a_fade_as_it_should():
     asked = [p for t in TASKS for p in spread(t, 40)]
     fade = fades(asked, generator(21))
-    reward, texts = open_reward("tiny"), [p.text for p in asked]
+    tiny, texts = open_reward("tiny"), [p.text for p in asked]
     with torch.no_grad():
-        start, end = (reward.score(fade[place], texts) for place in ("start", "end"))
+        start, end = (tiny.score(fade[place], texts) for place in ("start", "end"))
     gain = fade["gain"].gather(1, fade["caption"][:, None])[:, 0]
     clear = gain.abs() > 0.2  # of an edit
     assert clear.sum() > 60 and ((end - start) * gain > 0)[clear].float().mean() > 0.85
