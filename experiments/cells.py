@@ -1,7 +1,8 @@
-"""A cell of a table is a training run: trained once, in a process of its own, and summed up in cell.json.
+"""A cell of a table is a training run: trained once, in a process of its own, and summed up in a file.
 
-A cell's folder is named by all that decides it: method, flags, seed, and the contents of the files that it reads.  So
-a finished cell is not run again, one that was stopped goes on from its checkpoint, and other weights are other cells.
+The file is named by all that decides the run: method, flags, seed, the preset's numbers, and the contents of the files
+that it reads.  So a finished cell is not run again, on this machine or another; one that was stopped goes on from its
+checkpoint; and other weights are other cells.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,13 +25,14 @@ import torch
 from torch import Tensor
 
 from config import Config, parse
-from experiments.record import ROOT, revision
+from experiments.record import RESULTS, ROOT, origin
 from infra.files import replacing
 from infra.jsonl import read_log
 from infra.user_code import is_user_code
 from rewards import resolve
 from start import check_model, keywords, method_of, on_zeros, options_of, try_method
 
+CELLS = RESULTS / "cells"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable to the bit, and two fit on two cores
 NONFINITE = 3  # train.py's exit code for a run that came to a number that is not finite
 
@@ -54,10 +56,17 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its folder: readable, and another one if anything is other that decides the result."""
+        """Readable, and another one if anything is other that decides the result."""
         reads = [digest(str(path)) for path in inputs(config_of(self.spec, self.flags))]
-        key = hashlib.sha256(json.dumps([self.arguments, reads]).encode()).hexdigest()[:10]
+        preset = {k: v for k, v in vars(Config()).items() if isinstance(v, int | float)}  # no paths: they are read
+        decides = json.dumps([self.arguments, {f: preset[f] for f in sorted(preset)}, reads])
+        key = hashlib.sha256(decides.encode()).hexdigest()[:10]
         return re.sub(r"[^\w.]+", "-", f"{Path(self.spec).name}-lr{self.lr:.2g}-seed{self.seed}-{key}")
+
+    @property
+    def file(self) -> Path:
+        """Where its result is, once it is there."""
+        return CELLS / f"{self.name}.json"
 
 
 def words(spec: str, flags: str) -> list[str]:
@@ -137,42 +146,39 @@ def updates_within(spec: str, flags: str, budget: int) -> int:
 # ------------------------------------------------------------------------------------------- running
 
 
-def run_all(cells: Sequence[Cell], work: Path, jobs: int) -> dict[Cell, dict[str, Any]]:
-    """What each cell came to, after those were run that are not finished yet, `jobs` at a time.
+def at_once(function: Callable[[Any], Any], items: Iterable[Any], jobs: int) -> dict[Any, Any]:
+    """A function of each item, `jobs` at a time: it waits for a process, so threads do.
 
-    Raises RuntimeError if one fails; those that run are finished first.
+    Raises what one raises; those that run are finished first.
     """
     done = {}
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run, cell, work): cell for cell in dict.fromkeys(cells)}
+        futures = {pool.submit(function, item): item for item in dict.fromkeys(items)}
         try:
             for future in as_completed(futures):
                 done[futures[future]] = future.result()
-                print(f"{len(done)} of {len(futures)}: {futures[future].name}", flush=True)
+                print(f"{len(done)} of {len(futures)}", flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return done
 
 
-def is_finished(cell: Cell, work: Path) -> bool:
-    return (work / cell.name / "cell.json").exists()
-
-
-def run(cell: Cell, work: Path) -> dict[str, Any]:
-    """What a cell came to, from its cell.json, or from running it first."""
+def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
+    """What a cell came to, from its file, or from running it first, in a folder of `work`. Raises RuntimeError."""
     folder, log = work / cell.name, work / f"{cell.name}.log"
-    if is_finished(cell, work):
-        return json.loads((folder / "cell.json").read_text())
+    if cell.file.exists():
+        return json.loads(cell.file.read_text())
     work.mkdir(parents=True, exist_ok=True)
+    print(f"runs {cell.name}", flush=True)
     command = [sys.executable, str(ROOT / "train.py"), *cell.arguments, "--out", str(folder), "--resume"]
     code = launch(command, log)
     if code not in (0, NONFINITE):
         tail = "\n".join(log.read_text().splitlines()[-5:])
         raise RuntimeError(f"{shlex.join(command)} ended with {code}; the end of {log}:\n{tail}")
     result = dict(spec=cell.spec, seed=cell.seed, lr=cell.lr, steps=cell.steps, diverged=code == NONFINITE)
-    result |= dict(command=shlex.join(["python", "train.py", *cell.arguments]), revision=revision()) | summary(folder)
-    with replacing(folder / "cell.json") as part:
+    result |= summary(folder) | origin(["python", "train.py", *cell.arguments])
+    with replacing(cell.file) as part:
         part.write_text(json.dumps(result, indent=1) + "\n")
     for name in ("checkpoints", "best"):  # final/ stays, 10 MB of the tiny model
         shutil.rmtree(folder / name, ignore_errors=True)

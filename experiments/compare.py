@@ -8,30 +8,35 @@
 
 A method is a name or FILE.py:FUNCTION, and then any flags of train.py.  The first one is the reference: it makes
 --steps updates, and is what the others are compared with, seed by seed.  The table of methods is made twice: at as many
-evaluations of the network as the reference takes (forward 1, forward and backward 3), and at as many updates.
+evaluations of the network as the reference takes (forward 1, forward and backward 3), and at as many updates (--equal).
 
 A learning rate is chosen for each method, from the same grid, on a seed that no table uses, by the judge at the end of
-a run at equal evaluations; the tables of ablations and ranges have the reference's rate throughout.
+a run at equal evaluations: from train.py's rate on, uphill, until both rates beside it do worse.  The tables of
+ablations and ranges have the reference's rate throughout.
 
-Every run is a folder in --work, where finished ones are not run again (cells.py).  The results are in --out, and
-experiments/draw.py makes tables and pictures of them.  What a table costs is told by --plan, in evaluations.
+What a run came to is a file in experiments/results/cells, and is not measured again (cells.py): a table that is there
+already takes seconds, and a row more takes its own runs.  The results are in --out, and experiments/draw.py makes
+tables and pictures of them.  What a table costs is told by --plan, in evaluations.
 """
 
 import itertools
+import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from config import Config as TrainConfig
-from experiments.cells import Cell, config_of, is_finished, opened, run_all, spent, updates_within
+from experiments.cells import Cell, at_once, config_of, opened, run_cell, spent, updates_within
 from experiments.draw import draw
 from experiments.record import RESULTS, record
 
 GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds are 0, 1, 2, ...
-POINTS = 6  # evaluations of a run after its base
+POINTS = 4  # evaluations of a run after its base
 METHODS = (
     "leapalign", "refl", "draft_lv", "drtune", "full", "flowbp_sparse", "flowbp_bridge", "flowbp_lagrange", "flow_grpo",
     "dance_grpo", "mix_grpo",
@@ -61,7 +66,9 @@ class Config:
     """Runs of each row, with seeds 0, 1, 2, ..."""
     steps: int = TrainConfig.steps
     """Updates of the reference."""
-    grid: tuple[float, ...] = (0.5, 1.0, 2.0)
+    equal: tuple[Literal["evaluations", "updates"], ...] = ("evaluations", "updates")
+    """Of the table of methods: what all rows take as much of as the reference does."""
+    grid: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
     """Learning rates to choose from, as multiples of train.py's; a single one is not chosen but taken."""
     select: str = "judge"
     """The reward or task by which a learning rate is chosen, as eval.jsonl names it."""
@@ -72,7 +79,7 @@ class Config:
     jobs: int = 1
     """Runs at a time, each a process with one thread."""
     work: Path = Path("runs/compare")
-    """Folder of the runs."""
+    """Folder of the runs, which only pictures and final models are in once they are finished."""
     out: Path | None = None
     """File of the results; the default is experiments/results/TABLE.json. Tables and pictures are written beside it."""
     plan: bool = False
@@ -123,10 +130,32 @@ def steps_at(equal: str, rows: list[str], flags: str, steps: int) -> dict[str, i
     return {spec: within.get(spec, steps) for spec in rows}
 
 
-def best(tried: list[dict[str, Any]], select: str) -> float:
-    """The learning rate whose run ended highest; the lower of two that ended alike; not that of one that diverged."""
-    sound = [t for t in tried if not t["diverged"]] or tried
-    return max(sound, key=lambda t: (t["curve"][-1][select], -t["lr"]))["lr"]
+def nearest_to_one(multiple: float) -> float:
+    return abs(math.log(multiple))
+
+
+def climb(score: Callable[[float], tuple[Any, ...]], rates: Sequence[float]) -> float:
+    """The rate at which going uphill from 1 ends: the rates beside it score lower, or are not there.
+
+    score: of a rate, called once each.  Of two that score alike the lower one is better.
+    """
+    rates, score = sorted(rates), cache(score)
+    best, before = min(range(len(rates)), key=lambda i: nearest_to_one(rates[i])), None
+    while best != before:
+        around = range(max(best - 1, 0), min(best + 2, len(rates)))
+        before, best = best, max(around, key=lambda i: (score(rates[i]), -i))
+    return rates[best]
+
+
+def choose(cfg: Config, trial: Callable[[str, float], Cell], spec: str) -> tuple[float, list[dict[str, Any]]]:
+    """A row's multiple of the learning rate, and all runs that were made to find it."""
+    tried = {}
+
+    def score(multiple: float) -> tuple[bool, float]:
+        tried[multiple] = run_cell(trial(spec, multiple), cfg.work)
+        return not tried[multiple]["diverged"], tried[multiple]["curve"][-1][cfg.select]
+
+    return climb(score, cfg.grid), list(tried.values())
 
 
 def run(cfg: Config) -> None:
@@ -136,37 +165,45 @@ def run(cfg: Config) -> None:
     rows = rows_of(cfg, flags)
     for spec in rows:
         opened(spec, flags)  # all are tried before any is run
-    equals = ("evaluations", "updates") if cfg.table == "methods" else ("updates",)
+    equals = cfg.equal if cfg.table == "methods" else ("updates",)
     steps = {equal: steps_at(equal, rows, flags, cfg.steps) for equal in equals}
 
-    rates = [multiple * config_of(rows[0], flags).lr for multiple in cfg.grid]
-    chosen_rows = (rows if cfg.table == "methods" else rows[:1]) if len(rates) > 1 else []
-    trials = {(s, lr): cell(s, flags, GRID_SEED, lr, steps[equals[0]][s]) for s in chosen_rows for lr in rates}
-    if cfg.plan:
-        planned = [cell(s, flags, n, rates[0], steps[e][s]) for n in range(cfg.seeds) for e in equals for s in rows]
-        return say_plan(cfg, flags, steps, list(dict.fromkeys([*trials.values(), *planned])))
-    done = run_all(list(trials.values()), cfg.work, cfg.jobs)
-    tried = {spec: [done[trials[spec, lr]] for lr in rates] for spec in chosen_rows}
-    lr = {spec: best(tried.get(spec) or tried[rows[0]], cfg.select) if tried else rates[0] for spec in rows}
-
     # Seed by seed, so that what is there when it is stopped is a whole table of fewer seeds.
-    cells = {(e, s, n): cell(s, flags, n, lr[s], steps[e][s]) for n in range(cfg.seeds) for e in equals for s in rows}
-    done = run_all(list(cells.values()), cfg.work, cfg.jobs)
+    def cells_of(multiples: dict[str, float]) -> dict[tuple[str, str, int], Cell]:
+        keys = itertools.product(range(cfg.seeds), equals, rows)
+        return {(e, s, n): cell(s, flags, n, multiples[s] * lr, steps[e][s]) for n, e, s in keys}
+
+    def trial(spec: str, multiple: float) -> Cell:
+        return cell(spec, flags, GRID_SEED, multiple * lr, steps[equals[0]][spec])
+
+    lr = config_of(rows[0], flags).lr
+    choosing = [] if len(cfg.grid) == 1 else rows if cfg.table == "methods" else rows[:1]
+    if cfg.plan:
+        trials = [trial(spec, multiple) for spec in choosing for multiple in sorted(cfg.grid, key=nearest_to_one)[:3]]
+        return say_plan(flags, steps, list(dict.fromkeys([*trials, *cells_of(dict.fromkeys(rows, 1.0)).values()])))
+    chosen = at_once(partial(choose, cfg, trial), choosing, cfg.jobs)
+    reference = chosen[rows[0]][0] if chosen else cfg.grid[0]
+    cells = cells_of({spec: chosen[spec][0] if spec in chosen else reference for spec in rows})
+    done = at_once(partial(run_cell, work=cfg.work), cells.values(), cfg.jobs)
+
     tables = {e: {s: [done[cells[e, s, n]] for n in range(cfg.seeds)] for s in rows} for e in equals}
+    grid = {
+        spec: [dict(lr=t["lr"], steps=t["steps"], score=t["curve"][-1][cfg.select]) for t in tried]
+        for spec, (_, tried) in chosen.items()
+    }
     out = cfg.out or RESULTS / f"{cfg.table}.json"
-    grid = {s: [dict(lr=t["lr"], steps=t["steps"], score=t["curve"][-1][cfg.select]) for t in tried[s]] for s in tried}
     record(out, kind=cfg.table, rewards=config_of(rows[0], flags).reward, select=cfg.select, grid=grid, tables=tables)
     draw(out)
 
 
-def say_plan(cfg: Config, flags: str, steps: dict[str, dict[str, int]], cells: list[Cell]) -> None:
+def say_plan(flags: str, steps: dict[str, dict[str, int]], cells: list[Cell]) -> None:
     """Print updates and evaluations of every row, and of all runs that are not finished."""
     for equal, of_row in steps.items():
         for spec, updates in of_row.items():
             print(f"equal {equal:12s} {spec:44s} {updates:6d} updates {spent(spec, flags, updates):10,d} evaluations")
-    todo = [c for c in cells if not is_finished(c, cfg.work)]
+    todo = [c for c in cells if not c.file.exists()]
     total = sum(spent(c.spec, flags, c.steps) for c in todo)
-    print(f"{len(todo)} runs of {len(cells)} are to do, {total:,} evaluations, if --grid changes no learning rate")
+    print(f"{len(todo)} runs of {len(cells)} are to do, {total:,} evaluations, if train.py's learning rate is best")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ RESULTS = ROOT / "experiments" / "results"
 
 
 def record(path: Path, **content: Any) -> None:
-    """Write a result, whole or not at all, with the command that made it, hardware, date and revision."""
-    origin = dict(command=command(), hardware=hardware(), date=datetime.now().strftime("%Y-%m-%d"), revision=revision())
+    """Write a result, whole or not at all, with where it is from: this command."""
+    command = ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
     with replacing(path) as part:
-        part.write_text(json.dumps(origin | content, indent=1) + "\n")
+        part.write_text(json.dumps(origin(command) | content, indent=1) + "\n")
 
 
-def command() -> str:
-    """What was typed: python -m experiments.NAME and its flags."""
-    return shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+def origin(command: Sequence[str]) -> dict[str, str]:
+    """Where a result is from: the command that made it, hardware, date and revision."""
+    today = datetime.now().strftime("%Y-%m-%d")
+    return dict(command=shlex.join(command), hardware=hardware(), date=today, revision=revision())
 
 
 def hardware() -> str:

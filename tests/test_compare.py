@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import train
 from config import Config as TrainConfig
 from experiments import cells, compare
 from experiments.cells import Cell, cost, opened, spent, updates_within
-from experiments.compare import ABLATIONS, GRID_SEED, METHODS, Config, windows
+from experiments.compare import ABLATIONS, GRID_SEED, METHODS, Config, climb, windows
 from experiments.draw import draw
 from experiments.draw_compare import change_of, gain, last, mean_of
 from infra.distributed import join
@@ -126,7 +128,14 @@ def test_a_row_that_cannot_be_is_refused_by_name(spec, words):
 
 
 @pytest.fixture
-def started(monkeypatch) -> list[list[str]]:
+def results(tmp_path, monkeypatch) -> Path:
+    """A folder for the cells' files in place of the repository's own."""
+    monkeypatch.setattr(cells, "CELLS", tmp_path / "cells")
+    return tmp_path / "cells"
+
+
+@pytest.fixture
+def started(monkeypatch, results) -> list[list[str]]:
     """The runs that were started. None trains: the judge is 1 - |lr - 1e-4|, whatever the method."""
     commands: list[list[str]] = []
 
@@ -150,8 +159,9 @@ CELL = Cell("refl", SMALL, seed=0, lr=1e-4, steps=4, eval_every=2)
 
 
 def test_a_finished_cell_is_not_run_again(tmp_path, started):
-    once = cells.run_all([CELL, CELL], tmp_path, jobs=2)
-    again = cells.run_all([CELL, replace(CELL, seed=1)], tmp_path, jobs=2)
+    run = partial(cells.run_cell, work=tmp_path)
+    once = cells.at_once(run, [CELL, CELL], jobs=2)
+    again = cells.at_once(run, [CELL, replace(CELL, seed=1)], jobs=2)
     assert [dict(itertools.pairwise(c))["--seed"] for c in started] == ["0", "1"]
     assert once[CELL] == again[CELL]
     assert once[CELL]["evaluations"] == 4 * (20 + 2 * 5) and once[CELL]["memory"] == 1.3
@@ -186,11 +196,11 @@ def test_a_run_that_ends_early_is_a_result_only_if_its_numbers_were_not_finite(
 
     monkeypatch.setattr(cells, "launch", failing)
     if diverged:
-        assert cells.run(CELL, tmp_path)["diverged"]
+        assert cells.run_cell(CELL, tmp_path)["diverged"]
     else:
         with pytest.raises(RuntimeError, match=r"(?s)ended with 2.*--lr is wrong"):
-            cells.run(CELL, tmp_path)
-        assert not cells.is_finished(CELL, tmp_path)
+            cells.run_cell(CELL, tmp_path)
+        assert not CELL.file.exists()
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -202,11 +212,11 @@ def seeds_and_rates(started: list[list[str]]) -> set[tuple[int, float]]:
 
 def test_rates_are_chosen_on_a_seed_of_their_own_and_used_at_all_others(tmp_path, started, capsys):
     lr = TrainConfig.lr
-    grid = (0.5e-4 / lr, 1e-4 / lr, 2e-4 / lr)
+    grid = tuple(rate / lr for rate in (0.2e-4, 0.4e-4, lr, 1e-4, 2e-4, 4e-4))
     table = Config(methods=("leapalign", "refl"), seeds=2, steps=6, grid=grid, flags=SMALL, work=tmp_path / "work")
     compare.run(replace(table, out=tmp_path / "methods.json"))
     tried = {(seed, round(rate, 9)) for seed, rate in seeds_and_rates(started)}
-    assert tried == {(GRID_SEED, 0.5e-4), (GRID_SEED, 1e-4), (GRID_SEED, 2e-4), (0, 1e-4), (1, 1e-4)}
+    assert tried == {(GRID_SEED, rate) for rate in (0.4e-4, lr, 1e-4, 2e-4)} | {(0, 1e-4), (1, 1e-4)}
     result = json.loads((tmp_path / "methods.json").read_text())
     assert list(result["tables"]) == ["evaluations", "updates"] and set(result["grid"]) == {"leapalign", "refl"}
     assert [r["steps"] for r in result["tables"]["updates"]["refl"]] == [6, 6]
@@ -225,6 +235,23 @@ def test_ablations_and_ranges_have_the_references_rate(tmp_path, started):
         result = json.loads((tmp_path / f"{name}.json").read_text())
         assert len({r["lr"] for row in result["tables"]["updates"].values() for r in row}) == 1
         assert list(result["grid"]) == ["leapalign"] and (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("peak, tried", [(1, 3), (4, 5), (8, 5), (0.25, 4), (0.0625, 4)])
+def test_a_climb_ends_at_the_peak_or_at_the_grids_edge(peak, tried):
+    asked = []
+
+    def score(rate: float) -> tuple[float]:
+        asked.append(rate)
+        return (-abs(math.log(rate / peak)),)
+
+    assert climb(score, (0.25, 0.5, 1, 2, 4, 8)) == min(max(peak, 0.25), 8)
+    assert len(asked) == len(set(asked)) == tried
+
+
+def test_of_rates_that_score_alike_the_lowest_within_reach_is_taken():
+    assert climb(lambda rate: (0,), (0.25, 0.5, 1, 2, 4)) == 0.25
+    assert climb(lambda rate: (rate < 3, rate), (1, 2, 4)) == 2  # the highest of those that did not diverge
 
 
 def test_a_plan_runs_nothing(tmp_path, started, capsys):
@@ -251,7 +278,7 @@ def test_what_is_no_result_is_refused_by_name(tmp_path):
         draw(tmp_path / "x.json")
 
 
-def test_a_method_of_a_file_enters_a_real_table(tmp_path, monkeypatch):
+def test_a_method_of_a_file_enters_a_real_table(tmp_path, monkeypatch, results):
     """With train.py itself: a table of LeapAlign and of the README's method, and what it says of them."""
     (tmp_path / "my_method.py").write_text(blocks("python", "def noisy_steps"))
     lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
