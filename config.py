@@ -68,6 +68,10 @@ class Experiment:
     """Let the learning rate fall linearly to zero over the run; the paper keeps it constant."""
     weight_decay: float = 1e-4
     """Weight decay of AdamW."""
+    anchor: float = 0.0
+    """Weight of an anchor in the loss: the squared distance of the trained velocity from the base's, a mean over the
+    latent, at each state where the network is differentiated. The base is the network without its LoRA, or a frozen
+    copy."""
     clip: float = 1.0
     """Largest norm of the whole gradient."""
     ema: float = 0.98

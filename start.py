@@ -19,6 +19,7 @@ import baselines
 import leaps
 from baselines import Log
 from config import PRESETS, Config, Experiment, Method, sides
+from infra.anchor import frozen_copy
 from infra.checkpoints import folders
 from infra.checks import check_flags, check_folder, check_groups
 from infra.distributed import World, fill, shard_flux, shard_frozen
@@ -61,6 +62,7 @@ class Setup:
     prompts: list[str]
     eval_prompts: list[str]
     sizes: list[Size]  # they take turns
+    base: Flux | None  # what --anchor holds the network to: a copy, or itself with a LoRA that can be off
     out: Path
 
     def size(self, step: int) -> Size:
@@ -132,19 +134,26 @@ def fixed_names(cfg: Config) -> list[str]:
 def on_zeros(
     method: Callable, levels: Tensor, b: int, generator: torch.Generator, update: int = 0
 ) -> tuple[Any, Counter[str]]:
-    """Run a method on b samples of zeros, without a network: what it returns, and how often it called what."""
+    """Run a method on b samples of zeros, without a network: what it returns, and how often it called what.
+
+    "nested" counts the vjp's that were asked for (dv/dx)^T u too.
+    """
     calls, zeros = Counter(), torch.zeros(b, 1, 1)
 
     def note(name: str, value: Tensor) -> Tensor:
         calls[name] += 1
         return value
 
+    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor:
+        calls["nested"] += wrt_x
+        return note("vjp", torch.zeros_like(x))
+
     samples = Samples(
         noise=lambda i: zeros,
         sigmas=levels,
         generator=generator,
         velocity=lambda x, sigma: note("velocity", torch.zeros_like(x)),
-        vjp=lambda x, sigma, u, wrt_x=False: note("vjp", torch.zeros_like(x)),
+        vjp=vjp,
         reward=lambda x0, weight=None: note("reward", torch.zeros_like(x0)),
         score=lambda x0: note("score", zeros[:, 0, 0]),
         total=b,
@@ -250,7 +259,10 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
         rows, columns = grid(pipe, height, width)
         cost = flops_of(cfg, pipe, rows * columns)
         sizes.append(Size(height, width, (rows, columns), of_size.to(world.device), cost))
-    return Setup(pipe, method, group, rewards, watched, prompts, eval_prompts, sizes, out)
+    base = None
+    if cfg.anchor:
+        base = pipe.flux if cfg.lora else frozen_copy(pipe.flux, world, pipe.compute)
+    return Setup(pipe, method, group, rewards, watched, prompts, eval_prompts, sizes, base, out)
 
 
 def load_pipeline(cfg: Config, world: World) -> Pipeline:

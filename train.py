@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from config import Config, parse
+from infra.anchor import anchored, without_lora
 from infra.checkpoints import Run, folders, load_newest, save_checkpoint
 from infra.distributed import (
     Stop,
@@ -40,14 +41,14 @@ from infra.distributed import (
     on_first_rank,
     stop_signals,
     swapped,
-)
-from infra.jsonl import append
-from infra.logs import Log
+)  # fmt: skip
+from infra.logs import Log, note_nonfinite
 from infra.meter import Meter, peak_flops, peak_memory
 from infra.prompts import batch_of, shard
 from infra.saving import write_model
 from infra.watch import best_of, newly_hacked, shown, which_folder
-from leaps import Samples, Velocity, hinge, vjp_of
+from leaps import VJP, Samples, Velocity, hinge, vjp_of
+from model import Flux
 from rewards import means_of, reported, score_all
 from sample import Text, decode, encode, sample, velocity_of
 from start import Setup, announce, open_folder, prepare
@@ -72,9 +73,10 @@ def gradient(
     micro = cfg.micro_batch or b
     parts = [slice(i, i + micro) for i in range(0, b, micro)]
     measured: dict[str, list[Tensor]] = {}
+    distances: list[Tensor] = []  # of --anchor, at every state where the network is differentiated
 
-    def network(part: slice) -> Velocity:
-        return velocity_of(pipe.flux, Text(*(t[part] for t in text)), *size.tokens, cfg.guidance, pipe.compute)
+    def network(part: slice, flux: Flux = pipe.flux) -> Velocity:
+        return velocity_of(flux, Text(*(t[part] for t in text)), *size.tokens, cfg.guidance, pipe.compute)
 
     def noise(i: int) -> Tensor:
         return draw_noise(cfg, setup, step, i)[0][first : first + b].to(size.levels)
@@ -86,11 +88,18 @@ def gradient(
         with meter("rollout", forwards=b):
             return network(slice(None))(x, sigma)
 
+    def vjp_part(part: slice) -> VJP:
+        if setup.base is None:
+            return vjp_of(network(part))
+        base = without_lora(setup.base, network(part, setup.base))
+        return anchored(network(part), base, cfg.anchor / total, distances.append)
+
     def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
         if cfg.keep_gathered:  # activations need the room
             keep_gathered(pipe.flux, False)
-        with meter("leaps", backwards=b):
-            into_x = [vjp_of(network(part))(x[part], sigma, u[part], wrt_x) for part in parts]
+        apart = b if cfg.anchor else 0  # the base once, and the network again
+        with meter("leaps", forwards=apart, backwards=b + wrt_x * apart):
+            into_x = [vjp_part(part)(x[part], sigma, u[part], wrt_x) for part in parts]
         return torch.cat(into_x) if wrt_x else None
 
     def scores_of(images: Tensor, part: slice) -> list[Tensor]:
@@ -127,6 +136,8 @@ def gradient(
     shared = draw_noise(cfg, setup, step, 0)[1]
     log = setup.method(Samples(noise, size.levels, shared, velocity, vjp, reward, score, total, step))
     log = {**log, **{name: torch.cat(values) for name, values in measured.items()}}
+    if distances:
+        log["anchor"] = torch.cat(distances).view(-1, b).mean(0)
     return {
         name: value.detach().float().cpu().expand(value.numel() if value.ndim else b) for name, value in log.items()
     }
@@ -187,7 +198,7 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
     means = {name: torch.cat([values[name] for values, *_ in ranks]).mean().item() for name in own}
     if not np.isfinite([norm, *means.values()]).all():
         run.optimizer.zero_grad()
-        raise Stop(NONFINITE, note_nonfinite(cfg, setup, step, norm, ranks, world))
+        raise Stop(NONFINITE, note_nonfinite(setup.out, step, cfg.seed, norm, ranks, speaks=world.rank == 0))
 
     with meter("update"):
         run.set_lr(cfg.lr * (1 - step / cfg.steps) if cfg.decay else cfg.lr)
@@ -209,20 +220,6 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
     if peak := peak_flops(world.device):
         entry["mfu"] = entry["tflops"] * 1e12 / peak
     return entry
-
-
-def note_nonfinite(cfg: Config, setup: Setup, step: int, norm: float, ranks: list, world: World) -> str:
-    """Write down what the step was, for a replay; returns what to tell the user."""
-    bad = [i for i, (values, *_) in enumerate(ranks) if not all(v.isfinite().all() for v in values.values())]
-    where = f"on rank {', '.join(map(str, bad))}" if bad else "in the gradient, though every loss is finite"
-    notes = [{"prompts": prompts, **{k: v.tolist() for k, v in values.items()}} for values, _, prompts in ranks]
-    file = setup.out / "nonfinite.jsonl"
-    if world.rank == 0:
-        append(file, dict(step=step, seed=cfg.seed, grad_norm=norm, ranks=notes))
-    return (
-        f"step {step}: a number is not finite {where}; prompts such as {notes[(bad or [0])[0]]['prompts'][0]!r}. "
-        f"{file} has all of them. The step would be the same again: --skip-nonfinite 1 leaves it out"
-    )
 
 
 # --------------------------------------------------------------------------------------- an evaluation

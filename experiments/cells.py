@@ -124,11 +124,13 @@ def costs(spec: str, flags: str) -> Iterator[int]:
     Exact where every update costs the same.  ReFL and DRTune stop at a random step: theirs are other draws than a
     run's, as many on average.
     """
-    (method, levels), batch = opened(spec, flags), config_of(spec, flags).batch
+    (method, levels), cfg = opened(spec, flags), config_of(spec, flags)
+    batch, anchor = cfg.batch, cfg.anchor  # which evaluates the base too, and the network again where it is nested
 
     def of_update(update: int) -> int:
         calls = on_zeros(method, levels, batch, torch.Generator().manual_seed(update), update)[1]
-        return batch * cost(calls["velocity"] + calls["vjp"], calls["vjp"])
+        base, again = (calls["vjp"], calls["nested"]) if anchor else (0, 0)
+        return batch * cost(calls["velocity"] + calls["vjp"] + base + again, calls["vjp"] + again)
 
     return itertools.accumulate(map(of_update, itertools.count()))
 

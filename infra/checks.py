@@ -19,7 +19,7 @@ def check_flags(cfg: Config, world: World) -> None:
     for name in (*counts, *of_methods, "rollout_batch", "micro_batch", "check_every"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("lr", "weight_decay", "seed", "clip"):
+    for name in ("lr", "weight_decay", "seed", "clip", "anchor"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(cfg, name)}")
     if cfg.lora_alpha is not None and (not cfg.lora or cfg.lora_alpha <= 0):

@@ -163,6 +163,11 @@ def fill(flux: Flux, tensors: Iterable[tuple[str, Tensor]], device: torch.device
         p.copy_(tensor)
 
 
+def local(p: Tensor) -> Tensor:
+    """This rank's piece of a tensor that may be cut."""
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
 def keep_gathered(flux: Flux, keep: bool) -> None:
     """From now on, whether blocks that were gathered stay whole: one gather for the T evaluations of a rollout."""
     for part in (m for m in flux.modules() if isinstance(m, FSDPModule)):
@@ -205,7 +210,7 @@ def whole_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tuple[s
 @torch.no_grad()
 def fingerprint(parameters: Iterable[Tensor]) -> int:
     """A number that differs if any weight does; of cut ones, of the pieces that this rank holds."""
-    pieces = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    pieces = [local(p) for p in parameters]
     wide = (x if x.device.type == "mps" else x.double() for x in pieces if x.numel())  # Apple's GPUs have no float64
     sums = [torch.stack([x.sum(), (x * x).sum()]).cpu() for x in wide]
     return hash(tuple(torch.stack(sums).flatten().tolist())) if sums else 0

@@ -60,3 +60,20 @@ class Log:
             right = [tuple(of_image[i] > 0.5 for of_image in judged) for i in chosen] if all(judged) else None
             before_after(*pair, [prompts[i] for i in chosen], self.out / "before_after.png", right=right)
             curves(self.out, self.out / "curves.png", tasks)
+
+
+def note_nonfinite(out: Path, step: int, seed: int, norm: float, ranks: Sequence[tuple], speaks: bool) -> str:
+    """Write down an update that came to a number that is not finite, for a replay; returns what to tell the user.
+
+    ranks: of each rank what the method returned, a Tensor (b,) by name; what it took; and the prompts.
+    """
+    bad = [i for i, (values, *_) in enumerate(ranks) if not all(v.isfinite().all() for v in values.values())]
+    where = f"on rank {', '.join(map(str, bad))}" if bad else "in the gradient, though every loss is finite"
+    notes = [{"prompts": prompts, **{k: v.tolist() for k, v in values.items()}} for values, _, prompts in ranks]
+    file = out / "nonfinite.jsonl"
+    if speaks:
+        append(file, dict(step=step, seed=seed, grad_norm=norm, ranks=notes))
+    return (
+        f"step {step}: a number is not finite {where}; prompts such as {notes[(bad or [0])[0]]['prompts'][0]!r}. "
+        f"{file} has all of them. The step would be the same again: --skip-nonfinite 1 leaves it out"
+    )

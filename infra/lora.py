@@ -40,6 +40,7 @@ class LoRA(nn.Module):
     def __init__(self, linear: nn.Linear, parts: int, rank: int, alpha: float) -> None:
         super().__init__()
         self.linear, self.scale = linear, alpha / rank
+        self.off = False  # whether it is the frozen layer alone
         device, width = linear.weight.device, linear.in_features
         rows = [width] * (parts - 1)
         rows.append(linear.out_features - sum(rows))
@@ -47,6 +48,8 @@ class LoRA(nn.Module):
         self.b = nn.ParameterList(torch.zeros(n, rank, device=device) for n in rows)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return self.linear(x)
         change = [F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) for a, b in zip(self.a, self.b)]
         return self.linear(x) + self.scale * torch.cat(change, dim=-1)
 

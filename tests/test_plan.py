@@ -98,18 +98,21 @@ def sent(cfg: Config) -> tuple[int, int, int]:
         with Sent() as seen:
             train.batch_gradient(cfg, setup, world, 1, Meter(world.device))
         held = sum(t.to_local().nbytes for p in run.params for t in (p, p.grad))
-        held += sum(t.to_local().nbytes for t in run.averaged)
+        held += sum(t.to_local().nbytes for t in (*run.averaged, *(setup.base.parameters() if setup.base else ())))
         moments = (v for s in run.optimizer.state.values() for k, v in s.items() if k != "step")
         return seen.gathered, seen.reduced, held + sum(t.to_local().nbytes for t in moments)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_bytes_held_and_sent_by_two_ranks_are_those_counted(keep):
-    cfg = Config(out=Path("/nonexistent"), batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, keep_gathered=keep)
+@pytest.mark.parametrize("flags", [{}, dict(keep_gathered=True), dict(anchor=1.0)])
+def test_bytes_held_and_sent_by_two_ranks_are_those_counted(flags):
+    flags = dict(batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, **flags)
     flux = planned_flux(TINY, None, torch.float32)
-    told = Plan(size="64", text_length=12, batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, keep_gathered=keep)
+    told = Plan(size="64", text_length=12, **flags)
     counted = traffic(told, 2, flux, torch.float32, network_flops(flux, 16, 12))
-    held = 5 * plan.size_of(flux.parameters(), torch.float32) / 2  # weight, gradient, average, two moments
+    parts = plan.memory(told, 2, flux, torch.float32)
+    held = sum(parts[name] for name in ("weights", "gradients", "averages", "optimizer", "base"))
+    assert held == (6 if told.anchor else 5) * plan.size_of(flux.parameters(), torch.float32) / 2
+    cfg = Config(out=Path("/nonexistent"), **flags)
     for gathered, reduced, real in spread(2, sent, cfg):
         assert (gathered, reduced) == (counted["gathered"], counted["reduced"])
         assert real == held

@@ -69,6 +69,8 @@ class Plan:
     """Rank of a LoRA; None: all weights are trained."""
     fp8: bool = False
     """Keep what the LoRA changes in fp8."""
+    anchor: float = 0.0
+    """Weight of an anchor to the base, which is a copy of all weights unless a LoRA is trained."""
 
 
 # ------------------------------------------------------------------------------------------ counting
@@ -188,6 +190,7 @@ def memory(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, f
         "gradients": size_of(trained, master) / group,
         "optimizer": moments(plan) * size_of(trained, fp32) / group,
         "averages": 0 if plan.lean else size_of(trained, fp32) / group,
+        "base": size_of(flux.parameters(), dtype) / group if plan.anchor and not plan.lora else 0,
         "encoders": 0 if plan.offload_encoders else ENCODERS * 2 / apart,
         "rewards": sum(REWARD_BYTES[name] for name in plan.reward) / apart,
         "VAE": size_of(vae.parameters(), fp32),
@@ -229,9 +232,11 @@ def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype, cost: Flops) 
     """What a GPU does in a step: gathers and bytes received in them, bytes reduced, and floating-point operations."""
     group, share = plan.shard or gpus, plan.batch // gpus
     rollouts, micros = -(-share // plan.rollout_batch), -(-share // plan.micro_batch)
-    # A rollout evaluation gathers once, a leap once forward and once backward.
-    gathers = rollouts * (1 if plan.keep_gathered else plan.rollout_steps) + micros * plan.leaps * 2
-    reduces = micros * plan.leaps
+    # An anchor evaluates the base at each leap, and the network again at the leaps after the first.
+    base, backwards = (plan.leaps, 2 * plan.leaps - 1) if plan.anchor else (0, plan.leaps)
+    # An evaluation gathers once, and its backward once more.
+    gathers = rollouts * (1 if plan.keep_gathered else plan.rollout_steps) + micros * (base + 2 * backwards)
+    reduces = micros * backwards
     whole, trained = size_of(flux.parameters(), dtype), [p for p in flux.parameters() if p.requires_grad]
     gradient = size_of(trained, torch.float32)
     missing = (group - 1) / group
@@ -241,7 +246,7 @@ def traffic(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype, cost: Flops) 
         "gathers": gathers,
         "gathered": gathers * whole * missing,
         "reduced": reduces * (gradient * missing + between),
-        "flops": share * (plan.rollout_steps * cost.forward + plan.leaps * cost.both),
+        "flops": share * ((plan.rollout_steps + base) * cost.forward + backwards * cost.both),
     }
 
 

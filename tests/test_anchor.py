@@ -1,0 +1,188 @@
+"""--anchor: its gradient in closed form and by autograd through the whole objective, with a copy and with a LoRA."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import train
+from config import Config
+from experiments.cells import cost, spent
+from infra.anchor import anchored
+from infra.checks import check_flags
+from infra.distributed import World, join, local
+from infra.folders import load
+from infra.meter import Meter
+from leaps import Samples, leapalign, rollout
+from sample import encode, grid, velocity_of
+from start import Setup, prepare
+from tests.processes import spread
+
+PROMPTS = ["a photo of a red circle", "a photo of three squares"]
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory) -> Config:
+    file = tmp_path_factory.mktemp("prompts") / "few.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return Config(out=Path("/nonexistent"), batch=8, rollout_steps=4, eval_prompts=file, anchor=3.0)
+
+
+# --------------------------------------------------------------------------------------- closed form
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def test_the_gradient_is_the_methods_and_that_of_the_distance_at_a_fixed_state():
+    network, base = small_network(), small_network()
+    with torch.no_grad():
+        network[0].weight += 0.1
+    x, u, sigma = torch.randn(5, 4, 3).double(), torch.randn(5, 4, 3).double(), torch.tensor(0.5).double()
+    distances: list[Tensor] = []
+
+    def velocity(of: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
+        return sigma * of(x)
+
+    vjp = anchored(partial(velocity, network), partial(velocity, base), 0.7, distances.append)
+    into_x = vjp(x, sigma, u, wrt_x=True)
+    ours = torch.cat([p.grad.flatten() for p in network.parameters()])
+    network.zero_grad()
+    assert vjp(x, sigma, u) is None
+    without_x = torch.cat([p.grad.flatten() for p in network.parameters()])
+
+    leaf = x.clone().requires_grad_()
+    v, near = velocity(network, leaf, sigma), velocity(base, x, sigma)
+    distance = (v - near).square().mean((1, 2))
+    (expected_x,) = torch.autograd.grad((u * v).sum(), leaf, retain_graph=True)
+    expected = torch.autograd.grad((u * v).sum() + 0.7 * distance.sum(), list(network.parameters()))
+    torch.testing.assert_close(into_x, expected_x, atol=1e-12, rtol=1e-10)
+    for gradient in (ours, without_x):
+        torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in expected]), atol=1e-12, rtol=1e-10)
+    assert all(torch.allclose(d, distance) for d in distances) and len(distances) == 2
+
+
+# ---------------------------------------------------------------------------------------- in a run
+
+
+def move(flux: nn.Module, by: float) -> None:
+    """Change the trained weights, the same way in every process."""
+    with torch.no_grad():
+        for p in flux.parameters():
+            if p.requires_grad:
+                local(p).add_(by)
+
+
+def gradient(cfg: Config, world: World, by: float = 0.0, **changes) -> tuple[Tensor, dict[str, Tensor], Setup]:
+    """A batch's gradient once the weights have moved, what was logged, and the inputs."""
+    cfg = replace(cfg, **changes)
+    setup = prepare(cfg, world)
+    move(setup.pipe.flux, by)
+    log, _ = train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
+    return whole(p.grad for p in setup.pipe.flux.parameters() if p.requires_grad), log, setup
+
+
+def whole(tensors) -> Tensor:
+    return torch.cat([(t.full_tensor() if hasattr(t, "full_tensor") else t).flatten() for t in tensors])
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_at_the_base_it_changes_nothing(cfg, lora):
+    with join("cpu") as world:
+        ours, log, _ = gradient(cfg, world, lora=lora)
+        plain, _, _ = gradient(cfg, world, lora=lora, anchor=0.0)
+    assert (log["anchor"] == 0).all()
+    torch.testing.assert_close(ours, plain, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_in_a_run_it_adds_the_gradient_of_the_distance_at_the_leap_states(cfg, lora):
+    """By autograd through the distance, written out, with a network of its own for the base."""
+    states: list[tuple[Tensor, Tensor]] = []
+    by = 0.02 if lora else 1e-3  # of a LoRA it is the product of two such matrices that moves the network
+
+    def recording(s: Samples) -> dict[str, Tensor]:
+        def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
+            states.append((x, sigma))
+            return s.vjp(x, sigma, u, wrt_x)
+
+        return leapalign(s._replace(vjp=vjp))
+
+    with join("cpu") as world:
+        ours, log, _ = gradient(cfg, world, by, lora=lora)
+        plain, _, _ = gradient(cfg, world, by, lora=lora, anchor=0.0)
+        setup = prepare(replace(cfg, lora=lora, anchor=0.0), world)
+        move(setup.pipe.flux, by)
+        _, prompts = train.batch_gradient(cfg, replace(setup, method=recording), world, 0, Meter(world.device))
+        setup.pipe.flux.zero_grad()
+        text, base = encode(setup.pipe, prompts), load(cfg.model)
+        size = grid(setup.pipe, 64, 64)
+        distances = [
+            (velocity_of(setup.pipe.flux, text, *size)(x, s) - velocity_of(base.flux, text, *size)(x, s).detach())
+            .square()
+            .mean((1, 2))
+            for x, s in states
+        ]
+        for distance in distances:  # one after the other, as FSDP lets go of weights
+            (cfg.anchor * distance.mean()).backward()
+        added = whole(p.grad for p in setup.pipe.flux.parameters() if p.requires_grad)
+    assert added.norm() > 0.01 * plain.norm()
+    assert (ours - plain - added).norm() < 1e-3 * added.norm()
+    torch.testing.assert_close(log["anchor"], torch.stack(distances).mean(0).detach(), atol=1e-6, rtol=1e-4)
+
+
+def moved_gradient(cfg: Config) -> Tensor:
+    with join("cpu") as world:
+        return gradient(cfg, world, 1e-3)[0]
+
+
+def test_it_is_the_same_on_two_ranks_and_in_parts(cfg):
+    one = spread(1, moved_gradient, cfg)[0]
+    for changes in (dict(), dict(micro_batch=1), dict(keep_gathered=True, rollout_batch=2)):
+        for two in spread(2, moved_gradient, replace(cfg, **changes)):
+            assert (two - one).norm() < 5e-5 * one.norm()
+
+
+def test_an_update_costs_what_is_counted(cfg):
+    flags = "--rollout-steps 4 --batch 8 --anchor 3"
+    with join("cpu") as world:
+        setup, meter = prepare(cfg, world), Meter(world.device)
+        train.batch_gradient(cfg, setup, world, 0, meter)
+    assert cost(meter.counts["forwards"], meter.counts["backwards"]) == spent("leapalign", flags, 1)
+    assert spent("leapalign", flags, 1) == 8 * (4 + 2 * 3 + 2 + 3)  # the base at both leaps, the second one again
+
+
+@pytest.mark.parametrize("flags", [dict(lora=4, lr=3e-3), dict(bf16=True, lean=True)])
+def test_a_run_with_one_stays_nearer_to_the_base(cfg, flags):
+    if "lean" in flags:
+        pytest.importorskip("torchao")
+    near, far = (apart_after(replace(cfg, anchor=anchor, **flags)) for anchor in (100.0, 0.0))
+    assert 0 < near < 0.7 * far
+
+
+def apart_after(cfg: Config, updates: int = 6) -> float:
+    """Mean squared distance of the velocity from the base's, at the states of the base's rollout."""
+    cfg = replace(cfg, decay=False)
+    with join("cpu") as world:
+        setup = prepare(cfg, world)
+        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
+        for step in range(updates):
+            train.update(cfg, setup, world, run, step)
+        base, levels = load(cfg.model), setup.sizes[0].levels
+        text, size = encode(base, PROMPTS), grid(base, 64, 64)
+        noise = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            ro = rollout(velocity_of(base.flux, text, *size), noise, levels)
+            ours = velocity_of(setup.pipe.flux, text, *size, None, setup.pipe.compute)
+            apart = [(ours(x, sigma) - v).square().mean() for x, v, sigma in zip(ro.x, ro.v, ro.sigmas)]
+    return torch.stack(apart).mean().item()
+
+
+def test_a_negative_one_is_refused(cfg):
+    with pytest.raises(ValueError, match="--anchor must not be negative"), join("cpu") as world:
+        check_flags(replace(cfg, anchor=-1.0), world)
