@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from infra.distributed import World
+from infra.distributed import CUT, World
 from infra.trackers import check_trackers
 
 
@@ -41,6 +41,12 @@ def check_flags(cfg: Config, world: World) -> None:
     if cfg.stop_early and not cfg.watch:
         raise ValueError("--stop-early needs a reward to --watch")
     check_trackers(cfg.log)
+    if cfg.bf16 and not (cfg.lora or cfg.lean) and world.device.type not in CUT:
+        raise ValueError(
+            f"--bf16 with --device {cfg.device}: weights that are trained are fp32 there, and compute in it: add --lora"
+        )
+    if cfg.shard_frozen and world.device.type not in CUT:
+        raise ValueError(f"--shard-frozen: nothing is cut on --device {cfg.device}, only on cpu and cuda")
     if cfg.lean and world.size > 1:
         raise ValueError(f"--lean is for one GPU, and there are {world.size} ranks: they share the weights without it")
     if cfg.lean and (cfg.lora or not cfg.bf16):

@@ -7,7 +7,8 @@ fp32; what is gathered and computed is `dtype`; latents, step sizes, connectors 
     whole world       one group: the least memory per rank
     --shard 8         groups of 8 ranks (a node), which hold copies of each other: gathers stay inside of a node (HSDP)
 
-`python train.py` is a world of one and not a special case.
+`python train.py` is a world of one and not a special case; but on a device that FSDP2 does not know, such as Apple's
+GPUs (mps), its weights are not cut, and compute in the dtype they have.
 """
 
 import gc
@@ -31,6 +32,7 @@ from transformers.models.t5.modeling_t5 import T5Block
 from model import Flux
 
 Item = TypeVar("Item")
+CUT = ("cpu", "cuda")  # kinds of devices whose weights FSDP2 cuts
 
 
 class World(NamedTuple):
@@ -60,15 +62,15 @@ def join(device: str, shard: int | None = None, patience: timedelta | None = Non
 
     `shard` is the number of ranks that share a copy of the weights; None: all.  `patience` is how long ranks wait
     for each other.  Raises ValueError if `shard` does not divide the number of ranks, if there is no such device, or if
-    it is neither cpu nor cuda; a rank's own is cuda:LOCAL_RANK, or for one process cuda:N as given.
+    several share one that is neither cpu nor cuda; a rank's own is cuda:LOCAL_RANK, or for one process cuda:N as given.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     group = size if shard is None else shard
     if group < 1 or size % group:
         raise ValueError(f"--shard {shard} does not divide the {size} ranks")
     kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}: processes are joined on cpu or cuda; sample.py takes any device")
+    if kind not in CUT and size > 1:
+        raise ValueError(f"--device {device}: {size} ranks are joined on cpu or cuda; one alone takes any device")
     if kind == "cuda" and number and size > 1:
         raise ValueError(f"--device {device}: with {size} ranks each takes its own, write --device cuda")
     where = device_of(f"cuda:{number or local}" if kind == "cuda" else device)  # of GPUs this rank's own is touched
@@ -79,7 +81,8 @@ def join(device: str, shard: int | None = None, patience: timedelta | None = Non
     dist.init_process_group(backend, timeout=patience, **alone)
     try:
         shape, names = ((size,), ("shard",)) if group == size else ((size // group, group), ("replicate", "shard"))
-        yield World(dist.get_rank(), size, where, init_device_mesh(kind, shape, mesh_dim_names=names))
+        mesh = init_device_mesh(kind if kind in CUT else "cpu", shape, mesh_dim_names=names)
+        yield World(dist.get_rank(), size, where, mesh)
     finally:
         dist.destroy_process_group()
         gc.collect()  # gloo threads still holding work would abort the interpreter at exit
@@ -133,10 +136,12 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def shard_flux(flux: Flux, world: World, dtype: torch.dtype) -> None:
-    """Cut a Flux, block by block: weights and reductions in fp32, gathers and compute in `dtype`.
+    """Cut a Flux, block by block: weights and reductions in fp32, gathers and compute in `dtype`; or leave it as it is.
 
     Inputs are not cast: `velocity_of` gives each its precision, and integer ids and fp32 times must stay so.
     """
+    if world.device.type not in CUT:
+        return
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here is in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*flux.double_blocks, *flux.single_blocks, flux]:

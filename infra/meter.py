@@ -27,8 +27,8 @@ class Meter:
         """Within: a stage, in which the network is evaluated that often, and as often with a backward."""
         began = time.perf_counter()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         self.counts[f"seconds_{stage}"] += time.perf_counter() - began
         self.counts["forwards"] += forwards + backwards
         self.counts["backwards"] += backwards

@@ -117,7 +117,7 @@ def test_a_device_or_a_group_that_cannot_be_is_an_error(flags):
 @pytest.mark.parametrize(
     ("rank", "ranks", "device", "asked"),
     [(0, 1, "cuda", "cuda:0"), (0, 1, "cuda:2", "cuda:2"), (3, 8, "cuda", "cuda:3"), (3, 8, "cuda:2", None),
-     (0, 1, "mps", None)],
+     (0, 1, "mps", "mps"), (0, 2, "mps", None)],
 )  # fmt: skip
 def test_a_rank_touches_no_gpu_but_its_own(rank, ranks, device, asked, monkeypatch):
     """Asking a GPU whether it is there takes some of its memory for the life of the process."""

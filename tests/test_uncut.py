@@ -1,0 +1,131 @@
+"""A device whose weights FSDP2 does not cut, such as Apple's GPUs: simulated, as there is none here.
+
+The CPU stands in for it: FSDP2 is told not to know it, and no tensor may be float64.
+"""
+
+from dataclasses import replace
+from functools import wraps
+from pkgutil import resolve_name
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import train
+from config import Config
+from infra.checks import check_flags
+from infra.distributed import World, join
+from infra.folders import load
+from sample import sample
+from start import Setup, prepare
+
+PROMPTS = ["a photo of a red circle", "a photo of three squares"]
+
+
+@pytest.fixture
+def cfg(tmp_path) -> Config:
+    (tmp_path / "few.txt").write_text("\n".join(PROMPTS) + "\n")
+    return Config(out=tmp_path / "run", batch=4, rollout_steps=3, steps=4, eval_every=2, save_every=2, ema=0.5,
+                  eval_prompts=tmp_path / "few.txt")  # fmt: skip
+
+
+@pytest.fixture
+def uncut(monkeypatch) -> None:
+    monkeypatch.setattr("infra.distributed.CUT", ())
+
+
+def trained(cfg: Config) -> tuple[Setup, list[Tensor]]:
+    with join("cpu") as world:
+        setup = prepare(cfg, world)
+        train.train(cfg, setup, world)
+        weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in setup.pipe.flux.parameters()]
+    return setup, [w.detach().clone() for w in weights]
+
+
+@pytest.mark.parametrize("flags", [{}, dict(lora=4, bf16=True), dict(anchor=1.0)], ids=["all", "LoRA", "anchor"])
+def test_a_run_ends_where_that_of_cut_weights_ends(cfg, flags, monkeypatch):
+    cfg = replace(cfg, **flags)
+    _, cut = trained(cfg)
+    monkeypatch.setattr("infra.distributed.CUT", ())
+    setup, whole = trained(replace(cfg, out=cfg.out.with_name("uncut")))
+    assert not any(isinstance(p, DTensor) for p in setup.pipe.flux.parameters())
+    for a, b in zip(cut, whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    before, after = (sample(load(cfg.model), PROMPTS, [0, 1], 3, 64, 64),
+                     sample(load(cfg.out.with_name("uncut") / "final"), PROMPTS, [0, 1], 3, 64, 64))  # fmt: skip
+    assert 0 < (after - before).abs().mean() < 0.1
+
+
+def test_it_resumes_bit_for_bit(cfg, uncut):
+    cfg = replace(cfg, decay=False)  # so that the number of updates may grow
+    _, undisturbed = trained(cfg)
+    other = replace(cfg, out=cfg.out.with_name("other"))
+    trained(replace(other, steps=2))
+    _, resumed = trained(replace(other, resume=True))
+    assert all(torch.equal(a, b) for a, b in zip(resumed, undisturbed, strict=True))
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a tensor would be float64, which Apple's GPUs have not."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        wide = (torch.float64, torch.complex128)
+        assert not any(isinstance(t, Tensor) and t.dtype in wide for t in tree_leaves(result)), function
+        return result
+
+
+@pytest.mark.parametrize("flags", [{}, dict(lora=4, bf16=True), dict(anchor=1.0)], ids=["all", "LoRA", "anchor"])
+def test_an_update_and_an_evaluation_have_no_float64_but_on_the_cpu(cfg, uncut, flags, monkeypatch):
+    """Where the rotary table and the noise levels are made, before they are moved, and scores are averaged."""
+
+    def on_the_cpu(function):
+        @wraps(function)
+        def call(*args):
+            with _disable_current_modes():
+                return function(*args)
+
+        return call
+
+    for name in ("model.rotary_table", "sample.sigmas", "train.means_of"):
+        monkeypatch.setattr(name, on_the_cpu(resolve_name(name)))
+    cfg = replace(cfg, **flags)
+    with join("cpu") as world:
+        setup = prepare(cfg, world)
+        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+        with NoFloat64():
+            train.update(cfg, setup, world, run, 0)
+            train.evaluate(cfg, setup, world)
+        with pytest.raises(AssertionError), NoFloat64():
+            torch.ones(1).double()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [(dict(bf16=True), "--bf16 with --device mps"), (dict(shard_frozen=True), "--shard-frozen: nothing is cut on")],
+)
+def test_what_needs_cut_weights_is_refused(cfg, flags, words):
+    with pytest.raises(ValueError, match=words):
+        check_flags(replace(cfg, device="mps", **flags), World(0, 1, torch.device("mps"), None))
+
+
+def test_a_lora_may_be_over_a_network_in_bf16(cfg):
+    check_flags(replace(cfg, device="mps", bf16=True, lora=4), World(0, 1, torch.device("mps"), None))
+
+
+def test_several_ranks_need_a_device_that_is_cut(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device mps: 2 ranks are joined on cpu or cuda"), join("mps"):
+        pass
+
+
+def test_a_clock_waits_for_any_device_but_the_cpu(monkeypatch):
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for kind in ("cpu", "mps", "cuda"):
+        with train.Meter(torch.device(kind))("rollout"):
+            pass
+    assert [device.type for device in waited] == ["mps", "cuda"]
