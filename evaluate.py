@@ -179,10 +179,12 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(half)
 
 
-def summarize(scores: dict[str, dict[str, np.ndarray]], tags: list[str] | None) -> dict[str, dict[str, dict[str, Any]]]:
-    """reward -> model -> mean, half, change and change_half against the first model, tasks.
+def summarize(
+    scores: dict[str, dict[str, np.ndarray]], tags: list[str] | None, sizes: Sequence[str] = ()
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """reward -> model -> mean, half, change and change_half against the first model, tasks, and sizes if several.
 
-    scores: model -> reward -> (prompts, num).
+    scores: model -> reward -> (prompts, num), the images at `sizes` in turn.
     """
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for reward in next(iter(scores.values())):
@@ -195,20 +197,23 @@ def summarize(scores: dict[str, dict[str, np.ndarray]], tags: list[str] | None) 
                 entry |= dict(zip(("change", "change_half"), interval(values - first)))
             if tags:
                 entry["tasks"] = {t: float(values[np.array(tags) == t].mean()) for t in dict.fromkeys(tags)}
+            if len(sizes) > 1:
+                turns = enumerate(sizes)
+                entry["sizes"] = {s: float(scores[model][reward][:, i :: len(sizes)].mean()) for i, s in turns}
             summary[reward][model] = entry
     return summary
 
 
 def table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The summary for people; of the tasks only the judge's."""
+    """The summary for people; of the tasks only the judge's, and all sizes."""
     width = max(len(name) for models in summary.values() for name in [*models, *summary])
     lines = []
     for reward, models in summary.items():
-        tasks = list(next(iter(models.values())).get("tasks", {})) if reward == "judge" else []
-        lines.append(f"{reward:{width}}  {'mean':17}{'change':19}" + "".join(f"{t:>9}" for t in tasks))
-        for model, e in models.items():
+        parts = [(e.get("tasks", {}) if reward == "judge" else {}) | e.get("sizes", {}) for e in models.values()]
+        lines.append(f"{reward:{width}}  {'mean':17}{'change':19}" + "".join(f"{name:>9}" for name in parts[0]))
+        for (model, e), values in zip(models.items(), parts):
             change = f"{e['change']:+.4f} ±{e['change_half']:.4f}" if "change" in e else ""
-            cells = "".join(f"{e['tasks'][t]:9.3f}" for t in tasks)
+            cells = "".join(f"{value:9.3f}" for value in values.values())
             lines.append(f"{model:{width}}  {e['mean']:8.4f} ±{e['half']:.4f}  {change:19}{cells}".rstrip())
         lines.append("")
     return "\n".join(lines)
@@ -320,7 +325,7 @@ def report(
     """Print the tables and write results.json and the contact sheets."""
     read = {m: [read_scores(cfg.out / m, i, rewards, cfg) for i in range(len(entries))] for m in models}
     scores = {m: {r.name: np.array([e[r.name] for e in read[m]]) for r in rewards} for m in models}
-    summary = summarize(scores, tags)
+    summary = summarize(scores, tags, cfg.size)
     results = {"summary": summary, "scores": {m: {k: v.tolist() for k, v in scores[m].items()} for m in scores}}
     (cfg.out / "results.json").write_text(json.dumps(results).replace("NaN", "null") + "\n")
     sheets(scores, [e["prompt"] for e in entries], cfg.out)

@@ -87,8 +87,10 @@ def find_folder(name: str | Path, parts: set[str]) -> Path:
     folder = Path(name)
     if not folder.exists():
         # Where the parent exists, this is a path misspelt: only what can be nothing else goes to the network.
-        if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or folder.parent.is_dir():
-            raise ValueError(f"no model folder at {str(name)!r}: give a folder, or a hub id owner/name")
+        is_file = folder.suffix == ".safetensors"
+        if is_file or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or folder.parent.is_dir():
+            kind = "file" if is_file else "model folder"
+            raise ValueError(f"no {kind} at {str(name)!r}: give one that is there, or a hub id owner/name")
         remedy = "check name and network; for a gated model, accept its licence and `hf auth login`"
         # The first says what it is: nobody waits for the weights of another model.
         for files in (["model_index.json"], [*(f"{part}/*" for part in parts), "transformer/config.json"]):

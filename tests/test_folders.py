@@ -41,7 +41,10 @@ def test_a_path_never_goes_to_the_network(tmp_path, monkeypatch, no_network):
     monkeypatch.chdir(tmp_path)
     paths = ["nowhere", "runs/nowhere", "./a/b", "~/flux", "a/b/c", str(tmp_path / "x"), tmp_path / "runs" / "x"]
     for path in paths:
-        with pytest.raises(ValueError, match=f"no model folder at '{path}'.*give a folder, or a hub id"):
+        with pytest.raises(ValueError, match=f"no model folder at '{path}'.*or a hub id owner/name"):
+            find(path)
+    for path in ("flux1-dev.safetensors", "weights/flux1-dev.safetensors"):
+        with pytest.raises(ValueError, match=f"no file at '{path}'.*or a hub id owner/name"):
             find(path)
     assert not no_network
 

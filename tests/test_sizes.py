@@ -101,8 +101,8 @@ def test_the_sample_command_draws_high_by_wide(tmp_path, monkeypatch, capsys):
     assert width > 1.5 * height
 
 
-def test_images_of_a_prompt_take_turns_at_the_sizes_of_an_evaluation(tmp_path):
-    """The n-th image has its noise by n, so an evaluation at one size has every other image."""
+def test_images_of_a_prompt_take_turns_at_the_sizes_of_an_evaluation(tmp_path, capsys):
+    """The n-th image has its noise by n, so an evaluation at one size has every other image; each size has its mean."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a circle\na photo of a red square\n")
     flags = dict(prompts=prompts, rewards=("tiny", "lattice"), num=4, steps=2, keep_images=True)
@@ -116,6 +116,12 @@ def test_images_of_a_prompt_take_turns_at_the_sizes_of_an_evaluation(tmp_path):
         expected = found["square"][reward].copy()
         expected[:, 1::2] = found["wide"][reward][:, 1::2]
         np.testing.assert_allclose(found["both"][reward], expected, atol=1e-4)
+    results = json.loads((tmp_path / "both" / "results.json").read_text())["summary"]
+    for reward in ("tiny", "lattice"):
+        means = {"64": found["square"][reward][:, ::2].mean(), "32x96": found["wide"][reward][:, 1::2].mean()}
+        assert results[reward]["shapes_tiny-flux"]["sizes"] == pytest.approx(means, abs=1e-4)
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny ") and "64" in line)
+    assert told.split() == ["tiny", "mean", "change", "64", "32x96"]
     kept = [Image.open(tmp_path / "both" / "shapes_tiny-flux" / "images" / f"00001_{n}.png").size for n in range(4)]
     assert kept == [(64, 64), (96, 32)] * 2
 
