@@ -182,7 +182,7 @@ class Machine:
     """What only memory and time depend on."""
 
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute."""
+    """Where to compute: cpu, cuda, or mps."""
     rollout_batch: int | None = None
     """Rollouts at a time on a rank; None: all of its share of --batch. Only memory and time depend on it."""
     micro_batch: int | None = None

@@ -88,7 +88,7 @@ class Config:
     batch: int = 8
     """Images at a time."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute."""
+    """Where to compute: cpu, cuda, or mps."""
     bf16: bool = False
     """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published."""
 

@@ -217,7 +217,7 @@ class Config:
     batch: int = 8
     """Images at a time: fewer need less memory, the pictures stay the same."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute: cpu, cuda, or one of several GPUs, cuda:1."""
+    """Where to compute: cpu, mps, cuda, or one of several GPUs, cuda:1."""
     bf16: bool = False
     """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published."""
     seed: int = 0

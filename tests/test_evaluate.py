@@ -1,5 +1,6 @@
 """evaluate.py as a user runs it, on what is shipped, and its numbers against closed forms."""
 
+import itertools
 import json
 import math
 import os
@@ -8,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,11 @@ from PIL import Image
 from scipy import stats
 
 import evaluate
+from infra.distributed import join
 from infra.folders import load
 from rewards import open_reward, score_all
 from sample import sample
+from tests.processes import start
 from tools.prompts import generate
 
 ROOT = Path(evaluate.__file__).parent
@@ -120,18 +122,27 @@ def test_two_ranks_find_what_one_finds(evaluated, few, other, tmp_path):
     assert done.stdout.count("wrote") == 1
 
 
+def killed_after(cfg: evaluate.Config, count: int) -> None:
+    """Evaluate, and die by SIGKILL where the scores of one prompt more would be put in place."""
+    written = itertools.count()
+
+    def hook(event: str, args: tuple) -> None:
+        if event == "os.rename" and str(args[1]).endswith(".json") and next(written) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    with join("cpu") as world:
+        evaluate.run(cfg, world)
+
+
 def test_killed_it_goes_on_where_it_was(evaluated, few, other, tmp_path):
     out = tmp_path / "out"
-    flags = ["--model", str(TINY), str(other), "--prompts", str(few), "--out", str(out)]
-    slow = [sys.executable, "evaluate.py", *flags, "--num", "2", "--steps", "3", "--batch", "2"]
-    process = subprocess.Popen(slow, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(out.glob("*/*.json"))) < 4:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    cfg = evaluate.Config(model=(str(TINY), str(other)), prompts=few, out=out, num=2, steps=3, batch=2)
+    (process,) = start(1, killed_after, cfg, 5)
+    process.join()
     before = {f: f.stat().st_mtime_ns for f in out.glob("*/*.json")}
-    assert 4 <= len(before) < 24 and not (out / "results.json").exists()
-    assert run(*flags, *FLAGS).returncode == 0
+    assert process.exitcode == -signal.SIGKILL and len(before) == 5 and not (out / "results.json").exists()
+    assert run("--model", TINY, other, "--prompts", few, "--out", out, *FLAGS).returncode == 0
     assert all(f.stat().st_mtime_ns == t for f, t in before.items())
     one, two = (json.loads((f / "results.json").read_text())["scores"] for f in (evaluated[0], out))
     for model in one:
