@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 
 from experiments.draw_compare import draw_compare
+from experiments.draw_decided import draw_decided
 from experiments.draw_fidelity import draw_fidelity
 
 
@@ -20,7 +21,7 @@ class Config:
     """Write the tables and pictures of results."""
 
     results: tyro.conf.Positional[tuple[Path, ...]]
-    """Files that experiments.compare or experiments.fidelity wrote."""
+    """Files that compare, fidelity or decided wrote."""
 
 
 def draw(path: Path) -> None:
@@ -29,8 +30,8 @@ def draw(path: Path) -> None:
         result = json.loads(path.read_text())
         kind = result["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of experiments.compare or experiments.fidelity: {error!r}") from error
-    (draw_fidelity if kind == "fidelity" else draw_compare)(result, path)
+        raise ValueError(f"{path} is no result of compare, fidelity or decided: {error!r}") from error
+    dict(fidelity=draw_fidelity, decided=draw_decided).get(kind, draw_compare)(result, path)
     print(path.with_suffix(".md").read_text())
 
 

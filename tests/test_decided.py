@@ -1,0 +1,92 @@
+"""experiments.decided: rollouts that switch captions or networks, against closed forms and plain rollouts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import decided
+from experiments.decided import SIZE, THINGS, Config, networks, pairs, switched
+from experiments.draw_decided import half_way, share
+from infra.folders import Pipeline, load
+from sample import decode, draw_noise, grid, sample, sigmas
+from shapes.judge import judge
+from shapes.world import TASKS, parse, scenes
+
+T = 3
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return load(Config().model)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    lines = (Path(decided.__file__).parent.parent / "shapes" / "eval-prompts.txt").read_text().splitlines()
+    file = tmp_path_factory.mktemp("prompts") / "few.txt"
+    file.write_text("\n".join(lines[::30]) + "\n")
+    return file
+
+
+def levels_of(pipe: Pipeline) -> torch.Tensor:
+    return sigmas(pipe.schedule, T, int(np.prod(grid(pipe, *SIZE))))
+
+
+@pytest.mark.parametrize("task", THINGS)
+def test_captions_of_a_pair_differ_in_one_word_or_in_an_order_and_no_image_fits_both(task):
+    known = pairs(task)
+    assert len(known) == len(set(known)) >= 12
+    for p, q in known[::7]:
+        a, b = p.text.split(), q.text.split()
+        assert sum(x != y for x, y in zip(a, b, strict=True)) == 1 or sorted(a) == sorted(b)
+        images, *_ = scenes([p, q], np.random.default_rng(0))
+        assert judge(images, [p, q]).all() and not judge(images, [q, p]).any()
+
+
+def test_a_switched_rollout_of_constant_velocities_ends_where_it_must(pipe):
+    levels = levels_of(pipe)
+    noise = draw_noise(pipe, [0, 1], *grid(pipe, *SIZE))
+    a, b = 0.3 * torch.randn(2, *noise.shape, generator=torch.Generator().manual_seed(0))
+    found = list(switched(pipe, lambda x, sigma: a, lambda x, sigma: b, noise, levels))
+    assert len(found) == T + 1
+    for images, level in zip(found, levels):
+        torch.testing.assert_close(images, decode(pipe, noise - (1 - level) * a - level * b, *SIZE), atol=1e-4, rtol=0)
+
+
+def test_a_network_switched_with_itself_draws_what_sample_draws(pipe, few):
+    texts = few.read_text().splitlines()
+    prompts, cfg = [parse(text) for text in texts], Config(batch=5, seed=3)
+    found = networks(cfg, pipe, pipe, levels_of(pipe), prompts)
+    right = judge(sample(pipe, texts, range(3, 3 + len(texts)), T, *SIZE), prompts)
+    for task in TASKS:
+        accuracy = np.mean([r.item() for r, p in zip(right, prompts) if p.task == task])
+        assert found[task] == pytest.approx([accuracy] * (T + 1))
+
+
+def test_a_thing_is_decided_where_its_share_falls_to_a_half():
+    shares = share(dict(second=[0.8, 0.6, 0.2, 0.1]))
+    assert shares.tolist() == pytest.approx([1, 0.75, 0.25, 0.125])
+    assert half_way([1.0, 0.9, 0.7, 0.0], shares) == pytest.approx(0.8)
+    assert np.isnan(half_way([1.0, 0.0], np.array([1.0, 0.6])))
+
+
+def test_the_command_measures_captions_and_networks_and_draws_them(few, tmp_path, capsys):
+    flags = dict(num=6, rollout_steps=T, prompts=few, out=tmp_path / "found.json")
+    decided.run(Config(tuned=(Config().model,), **flags))
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert set(result["things"]) == set(THINGS.values()) and len(result["levels"]) == T + 1
+    (model,) = result["tuned"]
+    assert model["tuned_first"] == model["base_first"]  # it is the base
+    for of_thing in result["things"].values():  # all steps have one caption or the other
+        assert len(of_thing["first"]) == len(of_thing["second"]) == T + 1
+    assert "| position |" in capsys.readouterr().out
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("found.png", "found-networks.png"))
+
+
+def test_prompts_without_a_task_are_refused_by_name(tmp_path):
+    (tmp_path / "few.txt").write_text("a photo of a circle\n")
+    with pytest.raises(ValueError, match=r"few\.txt has none of the task two"):
+        decided.run(Config(prompts=tmp_path / "few.txt"))
