@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import Config, parse
+from config import Config, Experiment, Method, parse
 from experiments.record import RESULTS, ROOT, origin
 from infra.files import replacing
 from infra.jsonl import read_log
@@ -49,17 +49,23 @@ class Cell:
     eval_every: int
 
     @property
+    def numbers(self) -> dict[str, float]:
+        """Flags by which cells of a table differ."""
+        return dict(seed=self.seed, lr=self.lr, steps=self.steps, eval_every=self.eval_every, save_every=50)
+
+    @property
     def arguments(self) -> list[str]:
-        numbers = dict(seed=self.seed, lr=self.lr, steps=self.steps, eval_every=self.eval_every, save_every=50)
-        own = [word for name, value in numbers.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        own = [word for name, value in self.numbers.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         return ["shapes", *words(self.spec, self.flags), *own]
 
     @property
     def name(self) -> str:
         """Readable, and another one if anything is other that decides the result."""
         reads = [digest(str(path)) for path in inputs(config_of(self.spec, self.flags))]
-        preset = {k: v for k, v in vars(Config()).items() if isinstance(v, int | float)}  # no paths: they are read
-        decides = json.dumps([self.arguments, {f: preset[f] for f in sorted(preset)}, reads])
+        # Of the preset what is not given above, and no paths: what they hold counts, not where they are.
+        preset = {f.name: getattr(Config(), f.name) for f in (*fields(Experiment), *fields(Method))}
+        others = {k: preset[k] for k in sorted(preset.keys() - self.numbers) if isinstance(preset[k], int | float)}
+        decides = json.dumps([self.arguments, others, reads])
         key = hashlib.sha256(decides.encode()).hexdigest()[:10]
         return re.sub(r"[^\w.]+", "-", f"{Path(self.spec).name}-lr{self.lr:.2g}-seed{self.seed}-{key}")
 

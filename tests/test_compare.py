@@ -183,6 +183,13 @@ def test_a_cell_is_another_one_where_a_flag_or_what_it_reads_is_other(tmp_path):
     assert after[:-2] == names[:-2] and after[-2] != names[-2] and after[-1] != names[-1]
 
 
+def test_a_cell_is_another_one_where_the_preset_is_but_for_what_its_own_flags_say(monkeypatch):
+    name = CELL.name
+    for changed, same in ((dict(ema=0.5), False), (dict(batch=32), False), (dict(lr=1e-3, steps=7, keep=9), True)):
+        monkeypatch.setattr(cells, "Config", partial(TrainConfig, **changed))
+        assert (CELL.name == name) == same
+
+
 @pytest.mark.parametrize("code, diverged", [(3, True), (2, None)])
 def test_a_run_that_ends_early_is_a_result_only_if_its_numbers_were_not_finite(
     tmp_path, started, monkeypatch, code, diverged
