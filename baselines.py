@@ -26,12 +26,13 @@ Log = dict[str, Tensor]
 # ------------------------------------------------------------------------- the paper's baselines, its Algorithm 1
 
 
-def refl(s: Samples) -> Log:
+def refl(s: Samples, *, last: int | None = None) -> Log:
     """ReFL (arXiv 2304.05977): one velocity, that of a late step, and the reward of where it points.
 
-    The step is one of the last 11 of 25, as in LeapAlign's comparison; steps after it are never computed.
+    The step is one of the last 11 of 25, as in LeapAlign's comparison, or of the `last` K; steps after it are never
+    computed.
     """
-    i = late_step(s)
+    i = late_step(s, last)
     ro = rollout(s.velocity, s.noise(0), s.sigmas[: i + 2])
     sweep(s.vjp, ro, [Term(i, -s.sigmas[i])], s.reward(prediction(ro, i)))
     return dict(k=s.sigmas[i])
@@ -70,10 +71,11 @@ def full(s: Samples, *, last: int | None = None) -> Log:
     return {}
 
 
-def late_step(s: Samples) -> int:
-    """A random one of the last 11 of 25 steps, of other T in proportion."""
+def late_step(s: Samples, last: int | None = None) -> int:
+    """A random one of the last 11 of 25 steps, of other T in proportion; or of the `last` K."""
     steps = len(s.sigmas) - 1
-    return steps - 1 - int(torch.randint(max(1, round(steps * 11 / 25)), (), generator=s.generator))
+    window = max(1, round(steps * 11 / 25)) if last is None else min(last, steps)
+    return steps - 1 - int(torch.randint(window, (), generator=s.generator))
 
 
 def euler_terms(sigmas: Tensor, steps: Sequence[int], nested: float = 0.0) -> list[Term]:

@@ -136,7 +136,7 @@ class Method:
     copies: int | None = None
     """draft_lv (2): copies of x_0 with fresh noise, whose last step is differentiated too."""
     last: int | None = None
-    """full: only the last K steps, which is DRaFT-K."""
+    """full: only the last K steps, which is DRaFT-K; refl: one of the last K, by default 11 of 25."""
     group: int | None = None
     """flow_grpo, dance_grpo, mix_grpo (8): samples of one prompt, which are compared with each other."""
     noise: float | None = None

@@ -90,6 +90,8 @@ def test_refl_is_one_step_and_its_prediction(seed):
 def test_refl_and_drtune_stop_at_one_of_the_last_eleven_of_twenty_five():
     sigmas = torch.linspace(1, 0, 26)
     found = {late_step(samples(Field(), seed)._replace(sigmas=sigmas)) for seed in range(200)}
+    short = {late_step(samples(Field(), seed)._replace(sigmas=sigmas), last=2) for seed in range(50)}
+    assert short == {23, 24} and late_step(samples(Field(), 0), last=99) in range(T)
     assert found == set(range(14, 25))
 
 
