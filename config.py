@@ -70,8 +70,8 @@ class Experiment:
     """Weight decay of AdamW."""
     anchor: float = 0.0
     """Weight of an anchor in the loss: the squared distance of the trained velocity from the base's, a mean over the
-    latent, at each state where the network is differentiated. The base is the network without its LoRA, or a frozen
-    copy."""
+    latent, at each state where the network is differentiated (two of leapalign's). The base is the network without its
+    LoRA, or a frozen copy."""
     clip: float = 1.0
     """Largest norm of the whole gradient."""
     ema: float = 0.98

@@ -210,10 +210,11 @@ def table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines = []
     for reward, models in summary.items():
         parts = [(e.get("tasks", {}) if reward == "judge" else {}) | e.get("sizes", {}) for e in models.values()]
-        lines.append(f"{reward:{width}}  {'mean':17}{'change':19}" + "".join(f"{name:>9}" for name in parts[0]))
+        wide = max(9, *(2 + len(name) for name in parts[0])) if parts[0] else 9
+        lines.append(f"{reward:{width}}  {'mean':17}{'change':19}" + "".join(f"{name:>{wide}}" for name in parts[0]))
         for (model, e), values in zip(models.items(), parts):
             change = f"{e['change']:+.4f} ±{e['change_half']:.4f}" if "change" in e else ""
-            cells = "".join(f"{value:9.3f}" for value in values.values())
+            cells = "".join(f"{value:{wide}.3f}" for value in values.values())
             lines.append(f"{model:{width}}  {e['mean']:8.4f} ±{e['half']:.4f}  {change:19}{cells}".rstrip())
         lines.append("")
     return "\n".join(lines)

@@ -42,7 +42,7 @@ LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the pa
 # What is logged under names of its own, which a user's function may not have.
 LOGGED = frozenset(("reward", "loss", "satisfied", "k", "j", "d_j", "d_0", "w", "step", "seconds", "grad_norm",
                     "prompt", "prompts", "by_prompt", "memory", "tflops", "mfu", "forwards", "backwards", "tag",
-                    "single", "two", "count", "color", "position", "attr"))  # fmt: skip
+                    "single", "two", "count", "color", "position", "attr", "anchor"))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -144,9 +144,10 @@ def on_zeros(
         calls[name] += 1
         return value
 
-    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor:
+    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
         calls["nested"] += wrt_x
-        return note("vjp", torch.zeros_like(x))
+        into_x = note("vjp", torch.zeros_like(x))
+        return into_x if wrt_x else None
 
     samples = Samples(
         noise=lambda i: zeros,
@@ -260,7 +261,7 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
         cost = flops_of(cfg, pipe, rows * columns)
         sizes.append(Size(height, width, (rows, columns), of_size.to(world.device), cost))
     base = None
-    if cfg.anchor:
+    if cfg.anchor and not cfg.export:
         base = pipe.flux if cfg.lora else frozen_copy(pipe.flux, world, pipe.compute)
     return Setup(pipe, method, group, rewards, watched, prompts, eval_prompts, sizes, base, out)
 

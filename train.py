@@ -328,11 +328,11 @@ def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log
                 if skipped > cfg.skip_nonfinite:
                     save_checkpoint(out, run, step, cfg.keep)
                     raise
-                log.say(f"warning: {stop.message}; left out")
+                log.say(f"warning: {stop.message}; it is left out")
             else:
                 log.update(entry)
                 # Of a hinge only: a policy gradient has no loss, and goes on.
-                if "loss" in entry and entry["satisfied"] > 1 - 1e-6 and not satisfied:
+                if "loss" in entry and entry["satisfied"] > 1 - 1e-6 and not (satisfied or cfg.anchor):
                     satisfied, lam = True, " ".join(str(r.lam) for r in setup.rewards)
                     log.say(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
             log.bar.update()

@@ -1,8 +1,11 @@
 """A cell of a table is a training run: trained once, in a process of its own, and summed up in a file.
 
-The file is named by all that decides the run: method, flags, seed, the preset's numbers, and the contents of the files
-that it reads.  So a finished cell is not run again, on this machine or another; one that was stopped goes on from its
-checkpoint; and other weights are other cells.
+The file is named by what decides the run: its flags, the method's keywords, and the contents of the files that it
+reads, your method's among them.  So a finished cell is not run again, on this machine or another; one that was stopped
+goes on from its checkpoint; and other weights are other cells.
+
+The code of this repository is not in the name, but its revision is in the file: where you change a method in place,
+remove its cells.  Runs are in a folder that one command at a time may work in.
 """
 
 import hashlib
@@ -30,7 +33,7 @@ from infra.files import replacing
 from infra.jsonl import read_log
 from infra.user_code import is_user_code
 from rewards import resolve
-from start import check_model, keywords, method_of, on_zeros, options_of, try_method
+from start import check_model, keywords, method_of, on_zeros, options_of, recorded, try_method
 
 CELLS = RESULTS / "cells"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable to the bit, and two fit on two cores
@@ -49,23 +52,19 @@ class Cell:
     eval_every: int
 
     @property
-    def numbers(self) -> dict[str, float]:
-        """Flags by which cells of a table differ."""
-        return dict(seed=self.seed, lr=self.lr, steps=self.steps, eval_every=self.eval_every, save_every=50)
-
-    @property
     def arguments(self) -> list[str]:
-        own = [word for name, value in self.numbers.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        numbers = dict(seed=self.seed, lr=self.lr, steps=self.steps, eval_every=self.eval_every, save_every=50)
+        own = [word for name, value in numbers.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         return ["shapes", *words(self.spec, self.flags), *own]
 
     @property
     def name(self) -> str:
         """Readable, and another one if anything is other that decides the result."""
-        reads = [digest(str(path)) for path in inputs(config_of(self.spec, self.flags))]
-        # Of the preset what is not given above, and no paths: what they hold counts, not where they are.
-        preset = {f.name: getattr(Config(), f.name) for f in (*fields(Experiment), *fields(Method))}
-        others = {k: preset[k] for k in sorted(preset.keys() - self.numbers) if isinstance(preset[k], int | float)}
-        decides = json.dumps([self.arguments, others, reads])
+        cfg = parse(self.arguments)[0]
+        # What files hold counts, not where they are.
+        names = {f.name for f in (*fields(Experiment), *fields(Method))} - {"model", "base", "prompts", "eval_prompts"}
+        flags = {name: value for name, value in recorded(cfg).items() if name in names or name == "steps"}
+        decides = json.dumps([flags, [digest(str(path)) for path in inputs(cfg)]], sort_keys=True)
         key = hashlib.sha256(decides.encode()).hexdigest()[:10]
         return re.sub(r"[^\w.]+", "-", f"{Path(self.spec).name}-lr{self.lr:.2g}-seed{self.seed}-{key}")
 
@@ -76,7 +75,9 @@ class Cell:
 
 
 def words(spec: str, flags: str) -> list[str]:
-    return ["--method", *shlex.split(spec), *shlex.split(flags)]
+    """Of a command line: the flags of all cells, then the row's own, which win."""
+    method, *own = shlex.split(spec)
+    return [*shlex.split(flags), "--method", method, *own]
 
 
 @cache
@@ -89,7 +90,8 @@ def inputs(cfg: Config) -> list[Path]:
     """The files and folders that decide a run beside its flags; what is no path, as a hub id, is not among them."""
     specs = [*(resolve(spec)[1] for spec in (*cfg.reward, *cfg.watch)), cfg.method * is_user_code(cfg.method)]
     files = [spec.rpartition(":")[0] if is_user_code(spec) else spec for spec in specs]
-    return [Path(name) for name in (cfg.model, cfg.prompts, cfg.eval_prompts, *files) if name and Path(name).exists()]
+    names = (cfg.model, cfg.base, cfg.prompts, cfg.eval_prompts, *files)
+    return [Path(name) for name in names if name and Path(name).exists()]
 
 
 @cache
@@ -179,13 +181,14 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
         return json.loads(cell.file.read_text())
     work.mkdir(parents=True, exist_ok=True)
     print(f"runs {cell.name}", flush=True)
+    began = origin([*(f"{name}={value}" for name, value in ONE_THREAD.items()), "python", "train.py", *cell.arguments])
     command = [sys.executable, str(ROOT / "train.py"), *cell.arguments, "--out", str(folder), "--resume"]
     code = launch(command, log)
     if code not in (0, NONFINITE):
         tail = "\n".join(log.read_text().splitlines()[-5:])
         raise RuntimeError(f"{shlex.join(command)} ended with {code}; the end of {log}:\n{tail}")
     result = dict(spec=cell.spec, seed=cell.seed, lr=cell.lr, steps=cell.steps, diverged=code == NONFINITE)
-    result |= summary(folder) | origin(["python", "train.py", *cell.arguments])
+    result |= summary(folder) | began
     with replacing(cell.file) as part:
         part.write_text(json.dumps(result, indent=1) + "\n")
     for name in ("checkpoints", "best"):  # final/ stays, 10 MB of the tiny model
@@ -205,9 +208,9 @@ def summary(folder: Path) -> dict[str, Any]:
     Seconds are those of updates alone; memory is the most that the process held, in GB.
     """
     updates, evals = read_log(folder / "metrics.jsonl"), read_log(folder / "eval.jsonl")
-    total = [0, *itertools.accumulate(cost(u["forwards"], u["backwards"]) for u in updates)]
+    costs = [(u["step"], cost(u["forwards"], u["backwards"])) for u in updates]  # an update left out is not among them
     curve = [{k: v for k, v in e.items() if isinstance(v, int | float) and k != "seconds"} for e in evals]
     for entry in curve:
-        entry["evaluations"] = total[entry["step"]]
-    seconds, memory = sum(u["seconds"] for u in updates), max(u["memory"] for u in updates)
-    return dict(curve=curve, evaluations=total[-1], seconds=seconds, memory=memory)
+        entry["evaluations"] = sum(spent for step, spent in costs if step < entry["step"])
+    seconds, memory = sum(u["seconds"] for u in updates), max((u["memory"] for u in updates), default=0.0)
+    return dict(curve=curve, evaluations=sum(spent for _, spent in costs), seconds=seconds, memory=memory)

@@ -21,6 +21,7 @@ tables and pictures of them.  What a table costs is told by --plan, in evaluatio
 
 import itertools
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from config import Config as TrainConfig
 from experiments.cells import Cell, at_once, config_of, opened, run_cell, spent, updates_within
 from experiments.draw import draw
 from experiments.record import RESULTS, record
+from rewards import name_of
+from shapes.world import TASKS
 
 GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds are 0, 1, 2, ...
 POINTS = 4  # evaluations of a run after its base
@@ -112,11 +115,26 @@ def check(cfg: Config) -> None:
     """Raise ValueError naming the flag if the table cannot be made."""
     if min(cfg.seeds, cfg.steps, cfg.jobs) < 1 or cfg.seeds > GRID_SEED:
         raise ValueError(f"--seeds {cfg.seeds}, --steps {cfg.steps} and --jobs {cfg.jobs} must be at least 1")
+    taken = {f"--{name}" for name in ("seed", "lr", "steps", "eval-every", "save-every", "out", "resume", "watch")}
+    for text in (cfg.flags, *cfg.methods, *cfg.also):
+        if own := taken & {word.partition("=")[0] for word in shlex.split(text)}:
+            raise ValueError(f"{own.pop()} in {text!r}: every run has its own; compare has flags for some of them")
+    if not cfg.equal:
+        raise ValueError("--equal: give evaluations, updates, or both")
     if not cfg.grid or min(cfg.grid) <= 0:
         raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: give one multiple or more, above 0")
 
 
 # -------------------------------------------------------------------------------------- which runs
+
+
+def check_select(cfg: Config, rewards: Sequence[str]) -> None:
+    """Raise ValueError if no evaluation has the number that learning rates are chosen by."""
+    names = {"reward", *map(name_of, (*rewards, *cfg.watch))}
+    if "judge" in names:
+        names |= set(TASKS)
+    if cfg.select not in names:
+        raise ValueError(f"--select {cfg.select} is not evaluated; there are {', '.join(sorted(names))}")
 
 
 def cell(spec: str, flags: str, seed: int, lr: float, steps: int) -> Cell:
@@ -161,10 +179,11 @@ def choose(cfg: Config, trial: Callable[[str, float], Cell], spec: str) -> tuple
 def run(cfg: Config) -> None:
     """Run what is not there yet, write the results, the tables and the pictures."""
     check(cfg)
-    flags = f"{cfg.flags} --watch {' '.join(cfg.watch)}"
+    flags = f"{cfg.flags} --watch {shlex.join(cfg.watch)}"
     rows = rows_of(cfg, flags)
     for spec in rows:
         opened(spec, flags)  # all are tried before any is run
+    check_select(cfg, config_of(rows[0], flags).reward)
     equals = cfg.equal if cfg.table == "methods" else ("updates",)
     steps = {equal: steps_at(equal, rows, flags, cfg.steps) for equal in equals}
 
@@ -180,7 +199,8 @@ def run(cfg: Config) -> None:
     choosing = [] if len(cfg.grid) == 1 else rows if cfg.table == "methods" else rows[:1]
     if cfg.plan:
         trials = [trial(spec, multiple) for spec in choosing for multiple in sorted(cfg.grid, key=nearest_to_one)[:3]]
-        return say_plan(flags, steps, list(dict.fromkeys([*trials, *cells_of(dict.fromkeys(rows, 1.0)).values()])))
+        likely = dict.fromkeys(rows, 1.0 if choosing else cfg.grid[0])
+        return say_plan(flags, steps, list(dict.fromkeys([*trials, *cells_of(likely).values()])))
     chosen = at_once(partial(choose, cfg, trial), choosing, cfg.jobs)
     reference = chosen[rows[0]][0] if chosen else cfg.grid[0]
     cells = cells_of({spec: chosen[spec][0] if spec in chosen else reference for spec in rows})

@@ -25,7 +25,9 @@ from torch import Tensor
 from config import Config as TrainConfig
 from config import sides
 from experiments.draw import draw
+from experiments.draw_decided import name_of
 from experiments.record import RESULTS, record
+from infra.distributed import device_of
 from infra.folders import Pipeline, load
 from infra.prompts import read_prompts
 from leaps import Velocity, rollout
@@ -130,13 +132,16 @@ def networks(
 
 
 def run(cfg: Config) -> None:
-    """Measure, and write what was found as it comes."""
+    """Measure, and write what was found: of captions, then of each tuned model as it comes."""
     if min(cfg.num, cfg.batch, cfg.rollout_steps) < 1:
         raise ValueError(f"--num {cfg.num}, --batch {cfg.batch} and --rollout-steps {cfg.rollout_steps}: at least 1")
     prompts = [parse(text) for text in read_prompts(cfg.prompts)]
     if absent := [task for task in TASKS if task not in {p.task for p in prompts}]:
         raise ValueError(f"--prompts {cfg.prompts} has none of the task {absent[0]}")
-    base, *tuned = (load(model, torch.device(cfg.device), torch.float32) for model in (cfg.model, *cfg.tuned))
+    if twice := [m for m in cfg.tuned if sum(name_of(m) == name_of(other) for other in cfg.tuned) > 1]:
+        raise ValueError(f"--tuned {' '.join(twice)}: these would all be called {name_of(twice[0])}")
+    device = device_of(cfg.device)
+    base, *tuned = (load(model, device, torch.float32) for model in (cfg.model, *cfg.tuned))
     levels = sigmas(base.schedule, cfg.rollout_steps, int(np.prod(grid(base, *SIZE)))).to(cfg.device)
     result = dict(kind="decided", model=cfg.model, num=cfg.num, prompts=len(prompts), levels=levels.tolist(), tuned=[])
 
@@ -144,12 +149,13 @@ def run(cfg: Config) -> None:
     for task, thing in THINGS.items():
         result["things"][thing] = captions(cfg, base, levels, task)
         print(f"captions: {thing}", flush=True)
+    record(cfg.out, **result)
     for model, pipe in zip(cfg.tuned, tuned):
         orders = dict(tuned_first=(pipe, base), base_first=(base, pipe))
         found = {order: networks(cfg, *pipes, levels, prompts) for order, pipes in orders.items()}
         result["tuned"].append(dict(model=model, **found))
         print(f"networks: {model}", flush=True)
-    record(cfg.out, **result)
+        record(cfg.out, **result)
     draw(cfg.out)
 
 

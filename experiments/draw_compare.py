@@ -95,9 +95,11 @@ def rate(result: dict, spec: str, cells: Cells) -> str:
 def report(result: dict) -> str:
     """All tables of a result, with where it is from."""
     seeds = len(next(iter(next(iter(result["tables"].values())).values())))
+    runs = [cell for rows in result["tables"].values() for cells in rows.values() for cell in cells]
+    made = {what: ", ".join(sorted({run[what] for run in runs})) for what in ("revision", "hardware")}
     parts = [
-        f"{origin(result)} Mean and 95% interval over {seeds} seeds. A learning rate with * is at the edge of what was "
-        "tried.\n"
+        f"{origin(result)} Its runs are of revision {made['revision']}, on {made['hardware']}. Mean and 95% interval "
+        f"over {seeds} seeds. A learning rate with * is at the edge of what was tried.\n"
     ]
     for equal, rows in result["tables"].items():
         parts += [f"At equal {equal}:\n", table(result, rows)]

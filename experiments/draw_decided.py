@@ -15,8 +15,9 @@ GROUPS = {"all": None, "layout": LAYOUT, "color": ("color",)}  # of tasks, None:
 
 
 def share(of_thing: dict[str, list[float]]) -> np.ndarray:
-    """How often the second caption wins, in units of how often it does without a switch."""
-    return np.array(of_thing["second"]) / of_thing["second"][0]
+    """How often the second caption wins, in units of how often it does without a switch; NaN where it never does."""
+    second = np.array(of_thing["second"])
+    return second / second[0] if second[0] else np.full_like(second, np.nan)
 
 
 def half_way(levels: list[float], shares: np.ndarray) -> float:
@@ -45,8 +46,8 @@ def captions_table(result: dict[str, Any]) -> str:
     for thing, of_thing in result["things"].items():
         rate, shares = of_thing["second"][0], share(of_thing)
         half = 1.96 * (rate * (1 - rate) / result["num"]) ** 0.5
-        row = [thing, shown(rate, half), f"{half_way(result['levels'], shares):.2f}"]
-        lines.append([*row, *(f"{x:.2f}" for x in shares)])
+        numbers = [half_way(result["levels"], shares), *shares]
+        lines.append([thing, shown(rate, half), *("-" if np.isnan(x) else f"{x:.2f}" for x in numbers)])
     return markdown(["", "without a switch", "decided at", *(f"{x:.2f}" for x in result["levels"])], lines)
 
 

@@ -37,6 +37,7 @@ from config import sides
 from experiments.cells import opened, spent
 from experiments.draw import draw
 from experiments.record import RESULTS, record
+from infra.distributed import device_of
 from infra.folders import Pipeline, load
 from infra.prompts import read_prompts
 from leaps import Samples, Velocity, hinge, leapalign, rollout, vjp_of
@@ -245,7 +246,10 @@ def check(cfg: Config) -> None:
 def run(cfg: Config) -> None:
     """Measure every model at every T; what is finished is written as it comes."""
     check(cfg)
-    prompts, bases, reward = read_prompts(cfg.prompts), [], open_reward(cfg.reward, cfg.device)
+    prompts, bases, device = read_prompts(cfg.prompts), [], device_of(cfg.device)
+    if len(prompts) < cfg.batch // GROUP:
+        raise ValueError(f"--prompts {cfg.prompts} has {len(prompts)}, and --batch {cfg.batch} takes one for {GROUP}")
+    reward = open_reward(cfg.reward, cfg.device)
     flags = {
         (model, steps): f"--model {shlex.quote(model)} --rollout-steps {steps} --batch {cfg.batch}"
         for model in cfg.model
@@ -254,7 +258,7 @@ def run(cfg: Config) -> None:
     opened_methods = {key: {spec: opened(spec, words) for spec in cfg.methods} for key, words in flags.items()}
     for (model, steps), methods in opened_methods.items():
         print(f"{model}, {steps} steps", flush=True)
-        pipe = load(Path(model), torch.device(cfg.device), torch.float32)
+        pipe = load(Path(model), device, torch.float32)
         levels = next(iter(methods.values()))[1]
         batches = [batch_of(cfg, pipe, reward, prompts, levels, n) for n in range(cfg.noises)]
         numbers = measure(cfg, {spec: method for spec, (method, _) in methods.items()}, pipe.flux, batches)

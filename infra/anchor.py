@@ -4,6 +4,8 @@ Wherever a method differentiates the network, at a state x that is held fixed, t
 
     BETA x mean over samples of mean |v(x) - v_base(x)|^2        the inner mean over all entries of a latent
 
+A method that differentiates at more states is held by as many terms.  What is logged is their mean, without BETA.
+
 With a LoRA the base is the same network without it; with all weights it is a frozen copy.
 """
 

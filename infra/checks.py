@@ -45,6 +45,8 @@ def check_flags(cfg: Config, world: World) -> None:
         raise ValueError(
             f"--bf16 with --device {cfg.device}: weights that are trained are fp32 there, and compute in it: add --lora"
         )
+    if cfg.fp8 and world.device.type not in CUT:
+        raise ValueError(f"--fp8 with --device {cfg.device}: only cpu and cuda have numbers of eight bits")
     if cfg.shard_frozen and world.device.type not in CUT:
         raise ValueError(f"--shard-frozen: nothing is cut on --device {cfg.device}, only on cpu and cuda")
     if cfg.lean and world.size > 1:

@@ -73,7 +73,10 @@ def note_nonfinite(out: Path, step: int, seed: int, norm: float, ranks: Sequence
     file = out / "nonfinite.jsonl"
     if speaks:
         append(file, dict(step=step, seed=seed, grad_norm=norm, ranks=notes))
+    values, _, prompts = ranks[(bad or [0])[0]]
+    sound = torch.stack([v.isfinite() for v in values.values()]).all(0)  # (b,)
+    which = f"prompts such as {prompts[int(sound.int().argmin())]!r}"  # the first that is not, or of all
     return (
-        f"step {step}: a number is not finite {where}; prompts such as {notes[(bad or [0])[0]]['prompts'][0]!r}. "
-        f"{file} has all of them. The step would be the same again: --skip-nonfinite 1 leaves it out"
+        f"step {step}: a number is not finite {where}; {which}. {file} has all of them. The step would be the same "
+        "again: --skip-nonfinite 1 leaves it out"
     )

@@ -28,7 +28,7 @@ PROMPTS = ["a photo of a red circle", "a photo of three squares"]
 def cfg(tmp_path_factory) -> Config:
     file = tmp_path_factory.mktemp("prompts") / "few.txt"
     file.write_text("\n".join(PROMPTS) + "\n")
-    return Config(out=Path("/nonexistent"), batch=8, rollout_steps=4, eval_prompts=file, anchor=3.0)
+    return Config(out=Path("nonexistent"), batch=8, rollout_steps=4, eval_prompts=file, anchor=3.0)
 
 
 # --------------------------------------------------------------------------------------- closed form

@@ -29,6 +29,7 @@ from infra.checks import check_flags
 from infra.distributed import join
 from infra.folders import load
 from infra.jsonl import append, read_log, truncate
+from infra.logs import note_nonfinite
 from infra.trackers import open_trackers
 from start import prepare
 from tests.processes import spread, start
@@ -385,6 +386,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, 
     assert folders(cfg.out)[-1].name == "step_000005"  # the weights before the step, to replay it
     assert whole(1, replace(cfg, resume=True)) == ""
     assert [e["step"] for e in read_log(cfg.out / "metrics.jsonl")] == list(range(8))
+
+
+def test_what_is_told_names_a_prompt_whose_number_is_not_finite(tmp_path):
+    sound, bad = (dict(loss=torch.tensor([0.1, x]), k=torch.ones(2)) for x in (0.2, float("inf")))
+    ranks = [(sound, {}, ["a", "b"]), (bad, {}, ["c", "d"])]
+    assert "on rank 1; prompts such as 'd'" in note_nonfinite(tmp_path, 3, 0, 1.0, ranks, speaks=False)
+    said = note_nonfinite(tmp_path, 3, 0, float("nan"), ranks[:1], speaks=True)
+    assert "in the gradient, though every loss is finite; prompts such as 'a'" in said
+    assert [rank["prompts"] for rank in read_log(tmp_path / "nonfinite.jsonl")[0]["ranks"]] == [["a", "b"]]
 
 
 def test_some_that_are_not_finite_can_be_left_out(base, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 import train
+from config import PRESETS
 from config import Config as TrainConfig
 from experiments import cells, compare
 from experiments.cells import Cell, cost, opened, spent, updates_within
@@ -32,7 +33,9 @@ NUMBERS = {"judge": 0.4, "position": 0.1, "count": 0.3, "color": 0.5, "reward": 
 def run_of(seed: int, spec: str = "leapalign", diverged: bool = False, **final: float) -> dict:
     """A finished run that went from NUMBERS to `final`."""
     curve = [dict(step=0, evaluations=0, **NUMBERS), dict(step=9, evaluations=900, **NUMBERS | final)]
-    took = dict(evaluations=900, seconds=12.0, memory=1.5, steps=9, lr=1e-4, diverged=diverged)
+    took = dict(
+        evaluations=900, seconds=12.0, memory=1.5, steps=9, lr=1e-4, diverged=diverged, revision="r", hardware="h"
+    )
     return dict(spec=spec, seed=seed, curve=curve, **took)
 
 
@@ -77,7 +80,7 @@ def counted():
     """What the training loop's meter counts in one update: method -> evaluations."""
     cfg = cells.config_of("leapalign", SMALL)
     with join("cpu") as world:
-        setup = prepare(replace(cfg, out=Path("/nonexistent")), world)
+        setup = prepare(replace(cfg, out=Path("nonexistent")), world)
 
         def count(spec: str, step: int = 0) -> int:
             meter = Meter(world.device)
@@ -185,9 +188,41 @@ def test_a_cell_is_another_one_where_a_flag_or_what_it_reads_is_other(tmp_path):
 
 def test_a_cell_is_another_one_where_the_preset_is_but_for_what_its_own_flags_say(monkeypatch):
     name = CELL.name
-    for changed, same in ((dict(ema=0.5), False), (dict(batch=32), False), (dict(lr=1e-3, steps=7, keep=9), True)):
-        monkeypatch.setattr(cells, "Config", partial(TrainConfig, **changed))
+    for changed, same in (
+        (dict(ema=0.5), False), (dict(size=("64", "32x96")), False), (dict(reward=("tiny:0.5",)), False),
+        (dict(batch=32), True), (dict(lr=1e-3, steps=7, keep=9, device="cuda"), True),
+    ):  # fmt: skip
+        monkeypatch.setitem(PRESETS, "shapes", ("", replace(PRESETS["shapes"][1], **changed)))
         assert (CELL.name == name) == same
+        monkeypatch.undo()
+
+
+def test_a_rows_own_flags_win_over_those_of_all_rows():
+    assert cells.config_of("leapalign --batch 16", "--batch 8 --alpha 0.1").batch == 16
+    assert cells.config_of("leapalign", "--batch 8 --alpha 0.1").alpha == 0.1
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [(dict(also=("refl --lr 1e-5",)), "--lr in 'refl --lr 1e-5'"), (dict(flags="--seed=3"), "--seed in '--seed=3'"),
+     (dict(select="jugde"), "--select jugde is not evaluated; there are attr"), (dict(equal=()), "--equal: give"),
+     (dict(watch=("tiny",), flags="--reward judge", methods=("flow_grpo",), select="vivid"), "--select vivid")],
+)  # fmt: skip
+def test_what_would_fail_after_hours_is_refused_before_any_run(changes, words, tmp_path, started):
+    with pytest.raises(ValueError, match=words):
+        compare.run(replace(Config(methods=("leapalign",), flags=SMALL, work=tmp_path), **changes))
+    assert not started
+
+
+def test_a_run_that_was_not_finite_at_once_or_left_updates_out_is_summed_up(tmp_path):
+    entries = [dict(step=i, **NUMBERS) for i in (0, 4)]
+    (tmp_path / "eval.jsonl").write_text(json.dumps(entries[0]) + "\n")
+    empty = cells.summary(tmp_path)
+    assert empty["evaluations"] == empty["memory"] == 0 and empty["curve"][0]["evaluations"] == 0
+    update = dict(forwards=20, backwards=5, seconds=0.5, memory=1.0)
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(dict(step=i, **update)) + "\n" for i in (0, 1, 3)))
+    assert [e["evaluations"] for e in cells.summary(tmp_path)["curve"]] == [0, 90]
 
 
 @pytest.mark.parametrize("code, diverged", [(3, True), (2, None)])
@@ -265,7 +300,7 @@ def test_a_plan_runs_nothing(tmp_path, started, capsys):
     compare.run(Config(methods=("leapalign", "refl"), seeds=2, steps=6, flags=SMALL, work=tmp_path, plan=True))
     told = capsys.readouterr().out
     assert not started and not list(tmp_path.iterdir())
-    assert "14 runs of 14 are to do" not in told and "12 runs of 12 are to do" in told  # 6 of the grid, 2 of leapalign
+    assert "12 runs of 12 are to do" in told  # 6 of the grid; leapalign has as many updates in both tables
 
 
 def test_a_table_shows_what_ended_early_and_a_rate_at_the_edge(tmp_path):

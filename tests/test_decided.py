@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments import decided
-from experiments.decided import SIZE, THINGS, Config, networks, pairs, switched
+from experiments.decided import SIZE, THINGS, Config, captions, networks, pairs, switched
 from experiments.draw_decided import half_way, share
 from infra.folders import Pipeline, load
 from sample import decode, draw_noise, grid, sample, sigmas
@@ -66,6 +66,37 @@ def test_a_network_switched_with_itself_draws_what_sample_draws(pipe, few):
         assert found[task] == pytest.approx([accuracy] * (T + 1))
 
 
+def test_a_network_then_another_ends_with_each_alone_and_differs_between(pipe, few):
+    texts = few.read_text().splitlines()
+    prompts, other = [parse(text) for text in texts], load(Config().model)
+    with torch.no_grad():
+        for p in other.flux.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
+    found = networks(Config(batch=64), pipe, other, levels_of(pipe), prompts)
+    for model, switch in ((other, 0), (pipe, T)):  # its first steps are `pipe`'s, of which there are none, or all
+        right = judge(sample(model, texts, range(len(texts)), T, *SIZE), prompts)
+        for task in TASKS:
+            accuracy = np.mean([r.item() for r, p in zip(right, prompts) if p.task == task])
+            assert found[task][switch] == pytest.approx(accuracy)
+    assert any(row[0] != row[-1] for row in found.values())
+
+
+def test_captions_at_the_ends_are_judged_as_plain_rollouts(pipe):
+    cfg = Config(num=12, batch=5)
+    found = captions(cfg, pipe, levels_of(pipe), "single")
+    known = pairs("single")
+    chosen = [known[i] for i in np.random.default_rng(cfg.seed).integers(len(known), size=cfg.num)]
+    for i, (name, switch) in enumerate((("first", T), ("second", 0))):
+        prompts = [pair[i] for pair in chosen]
+        right = judge(sample(pipe, [p.text for p in prompts], range(12), T, *SIZE), prompts)
+        assert found[name][switch] == pytest.approx(right.float().mean().item())
+    assert found["second"][T] < found["second"][0] > 0.5  # a shape is not drawn that was never asked for
+
+
+def test_what_never_occurs_has_no_share_and_a_dash_in_the_table():
+    assert np.isnan(share(dict(second=[0.0, 0.0]))).all()
+
+
 def test_a_thing_is_decided_where_its_share_falls_to_a_half():
     shares = share(dict(second=[0.8, 0.6, 0.2, 0.1]))
     assert shares.tolist() == pytest.approx([1, 0.75, 0.25, 0.125])
@@ -80,10 +111,15 @@ def test_the_command_measures_captions_and_networks_and_draws_them(few, tmp_path
     assert set(result["things"]) == set(THINGS.values()) and len(result["levels"]) == T + 1
     (model,) = result["tuned"]
     assert model["tuned_first"] == model["base_first"]  # it is the base
-    for of_thing in result["things"].values():  # all steps have one caption or the other
+    for of_thing in result["things"].values():
         assert len(of_thing["first"]) == len(of_thing["second"]) == T + 1
     assert "| position |" in capsys.readouterr().out
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("found.png", "found-networks.png"))
+
+
+def test_models_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="would all be called x"):
+        decided.run(Config(tuned=("runs/x/final", "runs/x/best")))
 
 
 def test_prompts_without_a_task_are_refused_by_name(tmp_path):

@@ -43,7 +43,7 @@ def as_the_preset(cfg: Config) -> tuple[bool, int, int]:
 
 
 def test_a_lora_trains_in_bf16_recomputing_on_two_ranks_and_saves_only_itself():
-    cfg = Config(out=Path("/nonexistent"), lora=4, bf16=True, recompute=True, rollout_batch=2, micro_batch=1, batch=4)
+    cfg = Config(out=Path("nonexistent"), lora=4, bf16=True, recompute=True, rollout_batch=2, micro_batch=1, batch=4)
     (fine, gathered, every), (fine_too, nothing, _) = spread(2, as_the_preset, cfg)
     assert fine and fine_too and nothing == 0 < gathered < 0.2 * every
 
@@ -95,7 +95,7 @@ def test_the_file_names_what_published_loras_of_flux_do(trained):
 
 def test_a_lora_starts_as_the_network_that_it_changes_and_trains_nothing_else():
     with join("cpu") as world:
-        cfg = Config(out=Path("/nonexistent"), lora=4, bf16=True)
+        cfg = Config(out=Path("nonexistent"), lora=4, bf16=True)
         flux = prepare(cfg, world).pipe.flux
         trained = [n for n, p in flux.named_parameters() if p.requires_grad]
         assert all(".a." in n or ".b." in n for n in trained)
@@ -130,7 +130,7 @@ def start_of(cfg: Config) -> dict[str, Tensor]:
 def test_a_run_of_all_weights_goes_on_from_a_lora(trained):
     merged, base = load(trained).flux.state_dict(), load(TINY).flux.state_dict()
     assert any(not torch.equal(merged[k], base[k]) for k in base)
-    start = spread(2, start_of, Config(out=Path("/nonexistent"), model=str(trained)))[0]  # gathered on rank 0
+    start = spread(2, start_of, Config(out=Path("nonexistent"), model=str(trained)))[0]  # gathered on rank 0
     assert all(torch.equal(start[k], merged[k]) for k in merged)
 
 
@@ -143,7 +143,7 @@ def velocity_at(flux: torch.nn.Module) -> Tensor:
 @pytest.mark.parametrize(("rank", "alpha"), [(4, None), (6, 3.0)])
 def test_a_lora_goes_on_from_a_lora_of_its_rank_or_less(trained, rank, alpha):
     with join("cpu") as world:
-        cfg = Config(out=Path("/nonexistent"), model=str(trained), lora=rank, lora_alpha=alpha)
+        cfg = Config(out=Path("nonexistent"), model=str(trained), lora=rank, lora_alpha=alpha)
         flux = prepare(cfg, world).pipe.flux
         with torch.no_grad():
             there, base = velocity_at(load(trained).flux), velocity_at(load(TINY).flux)

@@ -86,6 +86,7 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
     "code, words",
     [
         ("    return {}", "makes no gradient"),
+        ("    return dict(k=s.vjp(s.noise(0), s.sigmas[0], s.noise(0)).mean())", "fails on zeros"),  # without wrt_x
         ("    s.vjp(s.noise(0), s.sigmas[0], s.noise(0))\n    return {}", "asks for no reward"),
         ("    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return 3", "must return a dict of tensors"),
         (

@@ -23,7 +23,7 @@ from tests.processes import spread
 
 ROOT = Path(train.__file__).parent
 BASE = Config(
-    out=Path("/nonexistent"), batch=8, rollout_steps=3, steps=10, eval_every=100, eval_prompts=ROOT / "few.txt", ema=0.9
+    out=Path("nonexistent"), batch=8, rollout_steps=3, steps=10, eval_every=100, eval_prompts=ROOT / "few.txt", ema=0.9
 )
 
 

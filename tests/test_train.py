@@ -100,7 +100,7 @@ def test_a_short_run_writes_all_its_files(short_run):
 def test_what_cannot_be_is_told_before_any_weights_are_read(flags, words, monkeypatch):
     monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=words), join("cpu") as world:
-        prepare(Config(**{"out": Path("/nonexistent")} | flags), world)
+        prepare(Config(**{"out": Path("nonexistent")} | flags), world)
 
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -190,7 +190,7 @@ def test_sample_draws_from_the_final_folder(short_run, tmp_path):
 
 
 def gradient_of_a_step(cfg: Config) -> torch.Tensor:
-    cfg = replace(cfg, out=Path("/nonexistent"), batch=4)
+    cfg = replace(cfg, out=Path("nonexistent"), batch=4)
     with join("cpu") as world:
         setup = prepare(cfg, world)
         train.batch_gradient(cfg, setup, world, 4, Meter(world.device))  # two long leaps, from steps 0 and 2 of 5

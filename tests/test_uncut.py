@@ -105,7 +105,11 @@ def test_an_update_and_an_evaluation_have_no_float64_but_on_the_cpu(cfg, uncut, 
 
 @pytest.mark.parametrize(
     "flags, words",
-    [(dict(bf16=True), "--bf16 with --device mps"), (dict(shard_frozen=True), "--shard-frozen: nothing is cut on")],
+    [
+        (dict(bf16=True), "--bf16 with --device mps"),
+        (dict(fp8=True, lora=4), "--fp8 with --device mps"),
+        (dict(shard_frozen=True), "--shard-frozen: nothing is cut on"),
+    ],
 )
 def test_what_needs_cut_weights_is_refused(cfg, flags, words):
     with pytest.raises(ValueError, match=words):
