@@ -17,7 +17,7 @@ HEIGHT = {  # a module may import what is lower, or of its own package
     "rewards": 3, "sample": 3, "baselines": 3,
     "start": 4,
     "train": 5, "evaluate": 5,
-    "shapes.world": 0, "shapes.judge": 0, "shapes.models": 2, "shapes": 6, "tools": 6, "experiments": 6, "tests": 7,
+    "shapes.world": 0, "shapes.judge": 0, "shapes.models": 2, "shapes": 6, "tools": 6, "experiments": 7, "tests": 8,
 }  # fmt: skip
 POPULAR = (
     "clip", "hpsv2", "hpsv3", "ImageReward", "imagereward", "pickscore", "judge", "files", "logs", "logger", "utils",
