@@ -6,18 +6,17 @@
 Both have the layout of the shipped base, whose autoencoder and text encoders they share.  Every step resumes.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 import shapes.fit
 from config import Config as TrainConfig
+from experiments.command import main
 from infra.folders import Pipeline, load
 from infra.saving import save
 from leaps import rollout
@@ -109,13 +108,5 @@ def run(cfg: Config) -> None:
         print(f"wrote {cfg.out / name}")
 
 
-def main() -> None:
-    try:
-        run(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    main(run, Config, __doc__)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,18 @@ class Cell:
     eval_every: int
 
     @property
+    def numbers(self) -> dict[str, float]:
+        return dict(seed=self.seed, lr=self.lr, steps=self.steps, eval_every=self.eval_every, save_every=50)
+
+    @property
     def arguments(self) -> list[str]:
-        numbers = dict(seed=self.seed, lr=self.lr, steps=self.steps, eval_every=self.eval_every, save_every=50)
-        own = [word for name, value in numbers.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        own = [word for name, value in self.numbers.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         return ["shapes", *words(self.spec, self.flags), *own]
 
     @property
     def name(self) -> str:
         """Readable, and another one if anything is other that decides the result."""
-        cfg = parse(self.arguments)[0]
+        cfg = replace(config_of(self.spec, self.flags), **self.numbers)
         # What files hold counts, not where they are.
         names = {f.name for f in (*fields(Experiment), *fields(Method))} - {"model", "base", "prompts", "eval_prompts"}
         flags = {name: value for name, value in recorded(cfg).items() if name in names or name == "steps"}
@@ -80,7 +83,7 @@ def words(spec: str, flags: str) -> list[str]:
     return [*shlex.split(flags), "--method", method, *own]
 
 
-@cache
+@cache  # tyro is not for several threads: all rows are read before any runs
 def config_of(spec: str, flags: str) -> Config:
     """The flags of a method's runs; train.py's own message and SystemExit for one that there is not."""
     return parse(["shapes", *words(spec, flags)])[0]
@@ -175,7 +178,10 @@ def at_once(function: Callable[[Any], Any], items: Iterable[Any], jobs: int) -> 
 
 
 def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
-    """What a cell came to, from its file, or from running it first, in a folder of `work`. Raises RuntimeError."""
+    """What a cell came to, from its file, or from running it first, in a folder of `work`.
+
+    Raises ChildProcessError if it fails.
+    """
     folder, log = work / cell.name, work / f"{cell.name}.log"
     if cell.file.exists():
         return json.loads(cell.file.read_text())
@@ -186,7 +192,7 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
     code = launch(command, log)
     if code not in (0, NONFINITE):
         tail = "\n".join(log.read_text().splitlines()[-5:])
-        raise RuntimeError(f"{shlex.join(command)} ended with {code}; the end of {log}:\n{tail}")
+        raise ChildProcessError(f"{shlex.join(command)} ended with {code}; the end of {log}:\n{tail}")
     result = dict(spec=cell.spec, seed=cell.seed, lr=cell.lr, steps=cell.steps, diverged=code == NONFINITE)
     result |= summary(folder) | began
     with replacing(cell.file) as part:

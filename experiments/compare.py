@@ -22,17 +22,15 @@ tables and pictures of them.  What a table costs is told by --plan, in evaluatio
 import itertools
 import math
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from config import Config as TrainConfig
 from experiments.cells import Cell, at_once, config_of, opened, run_cell, spent, updates_within
+from experiments.command import main
 from experiments.draw import draw
 from experiments.record import RESULTS, record
 from rewards import name_of
@@ -226,13 +224,5 @@ def say_plan(flags: str, steps: dict[str, dict[str, int]], cells: list[Cell]) ->
     print(f"{len(todo)} runs of {len(cells)} are to do, {total:,} evaluations, if train.py's learning rate is best")
 
 
-def main() -> None:
-    try:
-        run(tyro.cli(Config))
-    except (ValueError, RuntimeError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
-
-
 if __name__ == "__main__":
-    main()
+    main(run, Config, __doc__)

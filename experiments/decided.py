@@ -12,18 +12,17 @@ alone bring the judge's gain, it lies in the first steps, whichever steps the gr
 by all of them.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from config import Config as TrainConfig
 from config import sides
+from experiments.command import main
 from experiments.draw import draw
 from experiments.draw_decided import name_of
 from experiments.record import RESULTS, record
@@ -159,13 +158,5 @@ def run(cfg: Config) -> None:
     draw(cfg.out)
 
 
-def main() -> None:
-    try:
-        run(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    main(run, Config, __doc__)

@@ -5,12 +5,12 @@ running anything again.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from experiments.command import main
 from experiments.draw_compare import draw_compare
 from experiments.draw_decided import draw_decided
 from experiments.draw_fidelity import draw_fidelity
@@ -35,14 +35,10 @@ def draw(path: Path) -> None:
     print(path.with_suffix(".md").read_text())
 
 
-def main() -> None:
-    try:
-        for path in tyro.cli(Config).results:
-            draw(path)
-    except ValueError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def run(cfg: Config) -> None:
+    for path in cfg.results:
+        draw(path)
 
 
 if __name__ == "__main__":
-    main()
+    main(run, Config, __doc__)

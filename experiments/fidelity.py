@@ -20,7 +20,6 @@ Numbers are kept a batch of noise, and intervals are over batches (draw.py, draw
 
 import itertools
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +27,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 
 from baselines import full
 from config import Config as TrainConfig
 from config import sides
 from experiments.cells import opened, spent
+from experiments.command import main
 from experiments.draw import draw
 from experiments.record import RESULTS, record
 from infra.distributed import device_of
@@ -268,13 +267,5 @@ def run(cfg: Config) -> None:
     draw(cfg.out)
 
 
-def main() -> None:
-    try:
-        run(tyro.cli(Config))
-    except ValueError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    main(run, Config, __doc__)

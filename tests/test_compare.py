@@ -193,8 +193,10 @@ def test_a_cell_is_another_one_where_the_preset_is_but_for_what_its_own_flags_sa
         (dict(batch=32), True), (dict(lr=1e-3, steps=7, keep=9, device="cuda"), True),
     ):  # fmt: skip
         monkeypatch.setitem(PRESETS, "shapes", ("", replace(PRESETS["shapes"][1], **changed)))
+        cells.config_of.cache_clear()
         assert (CELL.name == name) == same
         monkeypatch.undo()
+    cells.config_of.cache_clear()
 
 
 def test_a_rows_own_flags_win_over_those_of_all_rows():
@@ -240,7 +242,7 @@ def test_a_run_that_ends_early_is_a_result_only_if_its_numbers_were_not_finite(
     if diverged:
         assert cells.run_cell(CELL, tmp_path)["diverged"]
     else:
-        with pytest.raises(RuntimeError, match=r"(?s)ended with 2.*--lr is wrong"):
+        with pytest.raises(ChildProcessError, match=r"(?s)ended with 2.*--lr is wrong"):
             cells.run_cell(CELL, tmp_path)
         assert not CELL.file.exists()
 
