@@ -11,8 +11,8 @@ A method is a name or FILE.py:FUNCTION, and then any flags of train.py.  The fir
 evaluations of the network as the reference takes (forward 1, forward and backward 3), and at as many updates (--equal).
 
 A learning rate is chosen for each method, from the same grid, on a seed that no table uses, by the judge at the end of
-a run at equal evaluations: from train.py's rate on, uphill, until both rates beside it do worse.  The tables of
-ablations and ranges have the reference's rate throughout.
+a run at equal evaluations: from train.py's rate on, uphill, until the next one does worse.  The tables of ablations and
+ranges have the reference's rate throughout.
 
 What a run came to is a file in experiments/results/cells, and is not measured again (cells.py): a table that is there
 already takes seconds, and a row more takes its own runs.  The results are in --out, and experiments/draw.py makes
@@ -151,15 +151,16 @@ def nearest_to_one(multiple: float) -> float:
 
 
 def climb(score: Callable[[float], tuple[Any, ...]], rates: Sequence[float]) -> float:
-    """The rate at which going uphill from 1 ends: the rates beside it score lower, or are not there.
+    """The rate where going uphill from 1 ends: the next one scores lower, or is not there; upwards first, then down.
 
     score: of a rate, called once each.  Of two that score alike the lower one is better.
     """
     rates, score = sorted(rates), cache(score)
-    best, before = min(range(len(rates)), key=lambda i: nearest_to_one(rates[i])), None
-    while best != before:
-        around = range(max(best - 1, 0), min(best + 2, len(rates)))
-        before, best = best, max(around, key=lambda i: (score(rates[i]), -i))
+    best = min(range(len(rates)), key=lambda i: nearest_to_one(rates[i]))
+    while best + 1 < len(rates) and score(rates[best + 1]) > score(rates[best]):
+        best += 1
+    while best > 0 and score(rates[best - 1]) >= score(rates[best]):
+        best -= 1
     return rates[best]
 
 

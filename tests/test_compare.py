@@ -260,7 +260,7 @@ def test_rates_are_chosen_on_a_seed_of_their_own_and_used_at_all_others(tmp_path
     table = Config(methods=("leapalign", "refl"), seeds=2, steps=6, grid=grid, flags=SMALL, work=tmp_path / "work")
     compare.run(replace(table, out=tmp_path / "methods.json"))
     tried = {(seed, round(rate, 9)) for seed, rate in seeds_and_rates(started)}
-    assert tried == {(GRID_SEED, rate) for rate in (0.4e-4, lr, 1e-4, 2e-4)} | {(0, 1e-4), (1, 1e-4)}
+    assert tried == {(GRID_SEED, rate) for rate in (lr, 1e-4, 2e-4)} | {(0, 1e-4), (1, 1e-4)}
     result = json.loads((tmp_path / "methods.json").read_text())
     assert list(result["tables"]) == ["evaluations", "updates"] and set(result["grid"]) == {"leapalign", "refl"}
     assert [r["steps"] for r in result["tables"]["updates"]["refl"]] == [6, 6]
@@ -281,7 +281,7 @@ def test_ablations_and_ranges_have_the_references_rate(tmp_path, started):
         assert list(result["grid"]) == ["leapalign"] and (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("peak, tried", [(1, 3), (4, 5), (8, 5), (0.25, 4), (0.0625, 4)])
+@pytest.mark.parametrize("peak, tried", [(1, 3), (4, 4), (8, 4), (0.25, 4), (0.0625, 4)])
 def test_a_climb_ends_at_the_peak_or_at_the_grids_edge(peak, tried):
     asked = []
 
