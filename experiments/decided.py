@@ -25,7 +25,7 @@ from config import sides
 from experiments.command import main
 from experiments.draw import draw
 from experiments.draw_decided import name_of
-from experiments.record import RESULTS, record
+from experiments.record import RESULTS, named, record
 from infra.distributed import device_of
 from infra.folders import Pipeline, load
 from infra.prompts import read_prompts
@@ -142,7 +142,9 @@ def run(cfg: Config) -> None:
     device = device_of(cfg.device)
     base, *tuned = (load(model, device, torch.float32) for model in (cfg.model, *cfg.tuned))
     levels = sigmas(base.schedule, cfg.rollout_steps, int(np.prod(grid(base, *SIZE)))).to(cfg.device)
-    result = dict(kind="decided", model=cfg.model, num=cfg.num, prompts=len(prompts), levels=levels.tolist(), tuned=[])
+    result = dict(
+        kind="decided", model=named(cfg.model), num=cfg.num, prompts=len(prompts), levels=levels.tolist(), tuned=[]
+    )
 
     result["things"] = {}
     for task, thing in THINGS.items():
@@ -152,7 +154,7 @@ def run(cfg: Config) -> None:
     for model, pipe in zip(cfg.tuned, tuned):
         orders = dict(tuned_first=(pipe, base), base_first=(base, pipe))
         found = {order: networks(cfg, *pipes, levels, prompts) for order, pipes in orders.items()}
-        result["tuned"].append(dict(model=model, **found))
+        result["tuned"].append(dict(model=named(model), **found))
         print(f"networks: {model}", flush=True)
         record(cfg.out, **result)
     draw(cfg.out)

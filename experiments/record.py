@@ -32,6 +32,12 @@ def origin(command: Sequence[str]) -> dict[str, str]:
     return dict(command=shlex.join(command), hardware=hardware(), date=today, revision=revision())
 
 
+def named(model: str) -> str:
+    """A model as results name it: from the repository's root on, if it lies there."""
+    path = Path(model).absolute()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else model
+
+
 def hardware() -> str:
     """The processor and how many of its cores may be used, the GPU if there is one, and torch's version."""
     info = Path("/proc/cpuinfo")  # of Linux; elsewhere platform tells the name
