@@ -92,12 +92,12 @@ def draw_decided(result: dict[str, Any], path: Path) -> None:
     save_row([partial(chart, lines=lines, title="the later caption wins, relative")], path.with_suffix(".png"))
     charts = []
     for model in result["tuned"]:
-        orders = {"it first": model["tuned_first"], "base first": model["base_first"]}
+        orders = dict(early=model["tuned_first"], late=model["base_first"])  # the steps that the tuned network makes
         lines = {
-            f"{group}, {order}": (levels, accuracy(of_task, GROUPS[group]))
+            f"{group} {order}": (levels, accuracy(of_task, GROUPS[group]))
             for order, of_task in orders.items()
             for group in ("layout", "color")
         }
-        charts.append(partial(chart, lines=lines, title=f"judge, {name_of(model['model'])} and the base"))
+        charts.append(partial(chart, lines=lines, title=f"judge, steps by {name_of(model['model'])}: early, late"))
     if charts:
         save_row(charts, path.with_name(f"{path.stem}-networks.png"))

@@ -19,14 +19,14 @@ def title_of(base: Base) -> str:
 
 def table(base: Base) -> str:
     """A row a method: all weights first, then the cosine of single draws by layer, then evaluations a sample."""
-    numbers = ("cosine", "norm", "mean_cosine", "spread", "agreement")
+    numbers = ("cosine", "norm", "mean_cosine", "spread")
     layers = [layer for layer in next(iter(base["methods"].values())) if layer != "all"]
     lines = []
     for spec, of_layer in base["methods"].items():
         own = [shown(*interval(of_layer["all"][name])) for name in numbers]
         parts = [shown(*interval(of_layer[layer]["cosine"])) for layer in layers]
         lines.append([spec, *own, *parts, f"{base['evaluations'][spec]:.1f}"])
-    head = ["", "cosine", "norm", "cosine of the mean", "spread", "agreement of batches", *layers, "evaluations"]
+    head = ["", "cosine", "norm", "cosine of the mean", "spread", *layers, "evaluations"]
     return markdown(head, lines)
 
 

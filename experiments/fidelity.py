@@ -10,7 +10,6 @@ tells bias and variance apart:
     cosine       of a single draw and the true gradient, and norm, their ratio of lengths: what an update sees
     mean_cosine  of the mean over all draws and the true gradient: 1 is no bias but of length
     spread       of the draws about their mean, relative to its length: the standard deviation
-    agreement    cosine of draws in different batches: how much of an update all prompts and noises share
 
 The mean is of finitely many draws, so its squared length is too large by the variance of a draw, divided by their
 number: that is taken off.  Where nothing is left, mean_cosine is NaN: more --draws are needed.  All is told by layer
@@ -50,7 +49,7 @@ LAYERS = {"double_blocks": "double", "single_blocks": "single", "final_layer": "
 METHODS = (
     "leapalign", "leapalign --weight none", "leapalign --alpha 0", "leapalign --alpha 1", "leapalign --leaps 1",
     "leapalign --leaps 3", "leapalign --leaps 3 --alpha 1",
-    "refl", "draft_lv", "drtune", "full", "full --last 1", "full --last 2",
+    "refl", "draft_lv", "drtune", "full --last 1", "full --last 2",
     "flowbp_sparse", "flowbp_sparse --bias 0", "flowbp_bridge", "flowbp_lagrange",
     "flow_grpo", "dance_grpo", "mix_grpo",
 )  # fmt: skip
@@ -202,7 +201,6 @@ def once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def measure(cfg: Config, methods: dict[str, Callable], network: nn.Module, batches: list[Batch]) -> dict[str, Any]:
     """All numbers of one model and T, each a list with one entry a batch."""
     result: dict[str, Any] = dict(straightness=[], methods={spec: {} for spec in methods}, places=[])
-    firsts: dict[str, list[Tensor]] = {spec: [] for spec in methods}  # a draw a batch
     for n, batch in enumerate(batches):
         true, _ = gradient_of(network, full, samples_of(batch, cfg.seed, n))
         if not whole(true).norm() > 0:
@@ -213,22 +211,12 @@ def measure(cfg: Config, methods: dict[str, Callable], network: nn.Module, batch
         for spec, method in methods.items():
             keys = [(cfg.seed, n, draw) for draw in range(1, cfg.draws + 1)]  # (seed, n, 0) is (seed, n) to numpy
             draws = [gradient_of(network, method, samples_of(batch, *key))[0] for key in keys]
-            firsts[spec].append(whole(draws[0]))
             for layer, numbers in by_layer(draws, true).items():
                 for name, value in numbers.items():
                     result["methods"][spec].setdefault(layer, {}).setdefault(name, []).append(value)
         result["places"].append(places(network, batch, true))
         print(f"batch {n + 1} of {len(batches)}", flush=True)
-    for spec, gradients in firsts.items():
-        result["methods"][spec]["all"]["agreement"] = agreement(gradients)
     return result
-
-
-def agreement(gradients: list[Tensor]) -> list[float]:
-    """The mean cosine of each gradient with all others; NaN for a single one."""
-    units = torch.stack([g.double() / g.norm() for g in gradients])
-    n = len(units)
-    return ((units @ units.T).sum(1).sub(1) / (n - 1)).tolist() if n > 1 else [float("nan")]
 
 
 def places(network: nn.Module, batch: Batch, true: Gradient) -> list[Numbers]:

@@ -15,7 +15,6 @@ from experiments.cells import opened
 from experiments.fidelity import (
     Batch,
     Config,
-    agreement,
     batch_of,
     compare,
     gradient_of,
@@ -61,12 +60,6 @@ def test_few_draws_of_an_unbiased_gradient_have_no_bias_on_average():
     assert np.mean([compare(draws, g)["spread"] for draws in sets]) == pytest.approx(
         500**0.5 / g.norm().item(), rel=0.02
     )
-
-
-def test_batches_agree_by_the_cosine_of_each_with_all_others():
-    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 3.0])
-    assert agreement([a, 5 * a, b]) == pytest.approx([0.5, 0.5, 0.0])
-    assert agreement([a, -a]) == pytest.approx([-1, -1]) and np.isnan(agreement([a])).all()
 
 
 def test_a_mean_that_the_draws_do_not_show_is_not_a_number():
