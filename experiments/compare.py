@@ -39,8 +39,8 @@ from shapes.world import TASKS
 GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds are 0, 1, 2, ...
 POINTS = 4  # evaluations of a run after its base
 METHODS = (
-    "leapalign", "refl", "draft_lv", "drtune", "full", "flowbp_sparse", "flowbp_bridge", "flowbp_lagrange", "flow_grpo",
-    "dance_grpo", "mix_grpo",
+    "leapalign", "leapalign --reward-input xhat_0", "refl", "draft_lv", "drtune", "full", "flowbp_sparse",
+    "flowbp_bridge", "flowbp_lagrange", "flow_grpo", "dance_grpo", "mix_grpo",
 )  # fmt: skip
 ABLATIONS = (  # the paper's Fig. 4; the first has alpha 0.3, two leaps from random steps, and x_0 rewarded
     "leapalign",

@@ -48,7 +48,7 @@ GROUP = 8  # samples of a prompt, neighbours: policy gradients compare them, and
 LAYERS = {"double_blocks": "double", "single_blocks": "single", "final_layer": "final"}  # all others embed
 METHODS = (
     "leapalign", "leapalign --weight none", "leapalign --alpha 0", "leapalign --alpha 1", "leapalign --leaps 1",
-    "leapalign --leaps 3", "leapalign --leaps 3 --alpha 1",
+    "leapalign --leaps 3", "leapalign --leaps 3 --alpha 1", "leapalign --reward-input xhat_0",
     "refl", "draft_lv", "drtune", "full --last 1", "full --last 2",
     "flowbp_sparse", "flowbp_sparse --bias 0", "flowbp_bridge", "flowbp_lagrange",
     "flow_grpo", "dance_grpo", "mix_grpo",
