@@ -1,4 +1,4 @@
-"""When is what decided, and in which steps does a gain lie?  Rollouts that change horses midway.
+"""When is what decided, and in which steps does a gain lie?  Rollouts that switch midway.
 
     python -m experiments.decided                                     # of the base that the repository ships
     python -m experiments.decided --tuned runs/leapalign-seed0/final runs/refl-seed0/final
