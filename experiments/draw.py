@@ -21,7 +21,7 @@ class Config:
     """Write the tables and pictures of results."""
 
     results: tyro.conf.Positional[tuple[Path, ...]]
-    """Files that compare, fidelity or decided wrote."""
+    """Files that compare, experts, fidelity or decided wrote."""
 
 
 def draw(path: Path) -> None:
@@ -30,7 +30,7 @@ def draw(path: Path) -> None:
         result = json.loads(path.read_text())
         kind = result["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of compare, fidelity or decided: {error!r}") from error
+        raise ValueError(f"{path} is no result of compare, experts, fidelity or decided: {error!r}") from error
     dict(fidelity=draw_fidelity, decided=draw_decided).get(kind, draw_compare)(result, path)
     print(path.with_suffix(".md").read_text())
 

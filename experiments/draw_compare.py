@@ -1,4 +1,4 @@
-"""Tables and pictures of what experiments.compare wrote: NAME.md, NAME.png and NAME-changes.png beside NAME.json.
+"""Tables and pictures of what compare and experts wrote: NAME.md, NAME.png, NAME-changes.png beside NAME.json.
 
 A difference is that of two runs of the same seed.
 """
@@ -123,17 +123,28 @@ def curves_chart(rows: Rows, name: str) -> Callable[[Axes], None]:
     return partial(line_chart, lines=lines, title=name, across="1000 evaluations of the network")
 
 
-def forest(axes: Axes, rows: Rows, name: str, title: str) -> None:
-    """A point and an interval for each row but the first, from which they differ, below one another."""
-    reference, *others = rows.items()
-    for y, (_, cells) in enumerate(others):
-        mean, half = change_of(cells, reference[1], last(name))
+def forest(axes: Axes, points: dict[str, tuple[float, float]], title: str, across: str) -> None:
+    """A point and an interval for each row, below one another."""
+    for y, (mean, half) in enumerate(points.values()):
         axes.errorbar(mean, y, xerr=None if np.isnan(half) else half, fmt="o", markersize=4, color=PALETTE[1])
     axes.axvline(0, color=INK, linewidth=0.8)
-    dress(axes, title, f"{name}, minus {reference[0]}")
-    axes.set_yticks(range(len(others)), [spec.removeprefix("leapalign ") for spec, _ in others])
-    axes.set_ylim(len(others) - 0.5, -0.5)
+    dress(axes, title, across)
+    axes.set_yticks(range(len(points)), points)
+    axes.set_ylim(len(points) - 0.5, -0.5)
     axes.grid(axis="y", color=GRID, linewidth=0.4)
+
+
+def changes_chart(rows: Rows, name: str, equal: str) -> Callable[[Axes], None]:
+    """How far every row but the first is from that one."""
+    (reference, first), *others = rows.items()
+    points = {spec.removeprefix("leapalign "): change_of(cells, first, last(name)) for spec, cells in others}
+    return partial(forest, points=points, title=f"at equal {equal}", across=f"{name}, minus {reference}")
+
+
+def gains_chart(rows: Rows, tasks: tuple[str, ...]) -> Callable[[Axes], None]:
+    """How far every row has come from the base in some tasks."""
+    points = {spec: mean_of(cells, gain(*tasks)) for spec, cells in rows.items()}
+    return partial(forest, points=points, title=" and ".join(tasks), across="gain over the base")
 
 
 def ranges_chart(axes: Axes, rows: Rows) -> None:
@@ -162,14 +173,15 @@ def draw_compare(result: dict, path: Path) -> None:
     """Write a table's markdown and its picture beside the JSON file."""
     path.with_suffix(".md").write_text(report(result))
     first = next(iter(result["tables"].values()))
-    if result["kind"] == "ranges" and all(k in measures(result, first) for k in (*LAYOUT, "color")):
+    by_task = all(k in measures(result, first) for k in (*LAYOUT, "color"))
+    if result["kind"] == "ranges" and by_task:
         charts = [partial(ranges_chart, rows=first)]
     else:
         charts = [curves_chart(first, name) for name in (result["select"], "reward")]
     save_row(charts, path.with_suffix(".png"), height=max(2.8, 0.17 * len(first) + 1))
+    if result["kind"] == "experts" and by_task:
+        charts = [gains_chart(first, tasks) for tasks in (LAYOUT, ("color",))]
+        save_row(charts, path.with_name(f"{path.stem}-gains.png"), height=0.25 * len(first) + 1.2, left=1.9)
     if len(first) > 1:
-        compared = [
-            partial(forest, rows=rows, name=result["select"], title=f"at equal {equal}")
-            for equal, rows in result["tables"].items()
-        ]
+        compared = [changes_chart(rows, result["select"], equal) for equal, rows in result["tables"].items()]
         save_row(compared, path.with_name(f"{path.stem}-changes.png"), height=0.25 * len(first) + 1, left=1.9)

@@ -1,0 +1,95 @@
+"""experiments.experts: the network of a step is its level's, and what no gradient reaches is not changed."""
+
+import json
+from datetime import timedelta
+
+import pytest
+import torch
+
+from config import parse
+from experiments import cells, experts
+from experiments.cells import config_of
+from experiments.experts import Config, Experts, train_experts
+from infra.distributed import join
+from infra.folders import load
+
+TINY = "--rollout-steps 5 --batch 4"
+EVAL_PROMPTS = config_of("leapalign", "").eval_prompts
+
+
+@pytest.fixture
+def few(tmp_path):
+    """An evaluation prompt of each task."""
+    file = tmp_path / "few.txt"
+    file.write_text("".join(EVAL_PROMPTS.read_text().splitlines(keepends=True)[::60]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return load(config_of("leapalign", "").model).flux.state_dict()
+
+
+def trained(method: str, few, tmp_path) -> Experts:
+    words = [*TINY.split(), "--steps", "2", "--eval-prompts", str(few), "--out", str(tmp_path / "run"), "--watch"]
+    cfg = parse(["shapes", *words, "judge", *method.split()])[0]
+    with join("cpu", None, timedelta(hours=1)) as world:
+        result, networks = train_experts(cfg, 0.7, world)
+    assert [entry["step"] for entry in result["curve"]] == [0, 2]
+    return networks
+
+
+def same(network, weights) -> bool:
+    return all(torch.equal(p.full_tensor(), weights[name]) for name, p in network.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "early", "late"),
+    [("--method refl --last 1", True, False), ("--low 0.7", False, True), ("--high 0.7", True, False)],
+)
+def test_only_the_network_of_the_levels_that_gradients_come_through_is_changed(
+    method, early, late, few, tmp_path, weights
+):
+    networks = trained(method, few, tmp_path)
+    assert (same(networks.early, weights), same(networks.late, weights)) == (early, late)
+
+
+def test_a_step_is_made_by_the_network_of_its_level():
+    class Named(torch.nn.Module):
+        config = None
+
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, *inputs) -> str:
+            return self.name
+
+    networks = Experts(Named("early"), Named("late"), 0.7)
+    assert [networks(*[None] * 4, torch.full((3,), level)) for level in (1.0, 0.75, 0.7, 0.1)] == [
+        "early", "early", "late", "late",
+    ]  # fmt: skip
+
+
+def test_the_command_sets_runs_with_one_and_two_networks_side_by_side_and_runs_none_twice(
+    few, tmp_path, monkeypatch, capsys
+):
+    for module in (cells, experts):
+        monkeypatch.setattr(module, "CELLS", tmp_path / "cells")
+    (tmp_path / "cells").mkdir()
+    flags = f"{TINY} --eval-prompts {few}"
+    cfg = Config(lr=(1e-4, 2e-4), seeds=1, steps=1, flags=flags, work=tmp_path / "work", out=tmp_path / "experts.json")
+    experts.run(cfg)
+    rows = json.loads(cfg.out.read_text())["tables"]["evaluations"]
+    assert list(rows) == ["leapalign", "leapalign, two networks", "refl", "refl, two networks"]
+    assert [run["lr"] for runs in rows.values() for run in runs] == [1e-4, 1e-4, 2e-4, 2e-4]
+    base = [runs[0]["curve"][0]["reward"] for runs in rows.values()]
+    assert base == pytest.approx([base[0]] * 4, abs=1e-4)
+    monkeypatch.setattr(experts, "train_experts", None)
+    experts.run(cfg)
+    assert "two networks" in capsys.readouterr().out and (tmp_path / "experts-gains.png").exists()
+
+
+def test_a_rate_is_needed_for_each_method():
+    with pytest.raises(ValueError, match=r"--lr 0.1: give one for each of 2 methods"):
+        experts.run(Config(lr=(0.1,)))
