@@ -151,7 +151,7 @@ class Method:
 class Run:
     """How long, what is written where, and when it ends."""
 
-    steps: int = 200
+    steps: int = 150
     """Updates."""
     out: Path | None = None
     """Run folder; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""

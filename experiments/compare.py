@@ -1,6 +1,6 @@
 """Methods side by side: every one from the same base, on the same prompts and noises, over several seeds.
 
-    python -m experiments.compare --seeds 5 --jobs 2                                 # all methods
+    python -m experiments.compare --jobs 2                                           # all methods
     python -m experiments.compare --methods leapalign refl "full --last 2" --seeds 3
     python -m experiments.compare --also my_method.py:noisy_steps                    # yours, in the table
     python -m experiments.compare --table ablations                                  # the paper's Fig. 4
@@ -28,11 +28,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from config import Config as TrainConfig
 from experiments.cells import Cell, at_once, config_of, opened, run_cell, spent, updates_within
 from experiments.command import main
 from experiments.draw import draw
-from experiments.record import RESULTS, record
+from experiments.record import file_of, record
 from rewards import name_of
 from shapes.world import TASKS
 
@@ -65,7 +64,7 @@ class Config:
     """Rows to add to the table."""
     seeds: int = 5
     """Runs of each row, with seeds 0, 1, 2, ..."""
-    steps: int = TrainConfig.steps
+    steps: int = 100
     """Updates of the reference."""
     equal: tuple[Literal["evaluations", "updates"], ...] = ("evaluations", "updates")
     """Of the table of methods: what all rows take as much of as the reference does."""
@@ -82,7 +81,8 @@ class Config:
     work: Path = Path("runs/compare")
     """Folder of the runs, which only pictures and final models are in once they are finished."""
     out: Path | None = None
-    """File of the results; the default is experiments/results/TABLE.json. Tables and pictures are written beside it."""
+    """File of the results, beside which tables and pictures are written; the default is experiments/results/TABLE.json,
+    and runs/TABLE.json for rows that you name."""
     plan: bool = False
     """Say which runs there would be and how many evaluations they take, and stop."""
 
@@ -210,7 +210,7 @@ def run(cfg: Config) -> None:
         spec: [dict(lr=t["lr"], steps=t["steps"], score=t["curve"][-1][cfg.select]) for t in tried]
         for spec, (_, tried) in chosen.items()
     }
-    out = cfg.out or RESULTS / f"{cfg.table}.json"
+    out = file_of(cfg.out, cfg.table, own=bool(cfg.methods or cfg.also))
     record(out, kind=cfg.table, rewards=config_of(rows[0], flags).reward, select=cfg.select, grid=grid, tables=tables)
     draw(out)
 

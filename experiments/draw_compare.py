@@ -147,11 +147,17 @@ def gains_chart(rows: Rows, tasks: tuple[str, ...]) -> Callable[[Axes], None]:
     return partial(forest, points=points, title=" and ".join(tasks), across="gain over the base")
 
 
+def ranges_of(rows: Rows) -> list[tuple[float, str]]:
+    """The rows with leaps from a range of noise levels, by its middle."""
+    bounds = {spec: words_after(spec, ("--low", "--high")) for spec in rows}
+    return sorted((sum(b) / 2, spec) for spec, b in bounds.items() if b)
+
+
 def ranges_chart(axes: Axes, rows: Rows) -> None:
     """Gain in layout and in color by the range of noise levels that leaps start from; all levels as dashed lines."""
-    bounds = {spec: words_after(spec, ("--low", "--high")) for spec in rows}
-    parts = sorted((sum(b) / 2, spec) for spec, b in bounds.items() if b)
-    whole = next((cells for spec, cells in rows.items() if not bounds[spec]), None)
+    parts = ranges_of(rows)
+    named_parts = {spec for _, spec in parts}
+    whole = next((cells for spec, cells in rows.items() if spec not in named_parts), None)
     lines = {}
     for color, (name, tasks) in zip(PALETTE, {"layout": LAYOUT, "color": ("color",)}.items()):
         points = [mean_of(rows[spec], gain(*tasks)) for _, spec in parts]
@@ -174,7 +180,7 @@ def draw_compare(result: dict, path: Path) -> None:
     path.with_suffix(".md").write_text(report(result))
     first = next(iter(result["tables"].values()))
     by_task = all(k in measures(result, first) for k in (*LAYOUT, "color"))
-    if result["kind"] == "ranges" and by_task:
+    if by_task and ranges_of(first):
         charts = [partial(ranges_chart, rows=first)]
     else:
         charts = [curves_chart(first, name) for name in (result["select"], "reward")]

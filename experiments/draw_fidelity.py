@@ -1,16 +1,19 @@
 """Tables and pictures of what experiments.fidelity wrote: NAME.md, NAME.png and NAME-places.png beside NAME.json."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from scipy import stats
 
 from experiments.tables import interval, markdown, origin, shown
 from infra.pictures import PALETTE, dress, line_chart, name_ends, save_row
 
 Base = dict[str, Any]  # a model at a T
+TAU = 0.1  # of Eq. 12, the paper's
 
 
 def title_of(base: Base) -> str:
@@ -30,6 +33,27 @@ def table(base: Base) -> str:
     return markdown(head, lines)
 
 
+def trust(d_j: np.ndarray, d_0: np.ndarray) -> dict[str, np.ndarray]:
+    """What may tell how far two leaps can be trusted: the weight of Eq. 12, and less of a distance."""
+    weight = 1 / (np.maximum(d_j, TAU) + np.maximum(d_0, TAU))
+    return {"weight of Eq. 12": weight, "-d_j": -d_j, "-d_0": -d_0, "-(d_j + d_0)": -d_j - d_0}
+
+
+def trust_table(bases: list[Base]) -> str:
+    """A row a base: how well each of `trust` ranks the pairs of steps by their cosine, over batches."""
+    lines = []
+    for base in bases:
+        found = pairs(base)
+        with warnings.catch_warnings():  # where all weights are at their bound, none is greater: NaN, a dash
+            warnings.simplefilter("ignore", stats.ConstantInputWarning)
+            ranked = [
+                {name: stats.spearmanr(values, cosine).statistic for name, values in trust(d_j, d_0).items()}
+                for d_j, d_0, cosine in zip(found["d_j"], found["d_0"], found["cosine"])
+            ]
+        lines.append([title_of(base), *(shown(*interval([of[name] for of in ranked])) for name in ranked[0])])
+    return markdown(["", *ranked[0]], lines)
+
+
 def report(result: dict[str, Any]) -> str:
     """All tables, with where they are from."""
     bases = result["bases"]
@@ -41,6 +65,9 @@ def report(result: dict[str, Any]) -> str:
         straight = shown(*interval(base["straightness"]))
         parts += [f"{title_of(base)}; mean squared distance of velocities from x_1 - x_0, relative: {straight}\n"]
         parts += [table(base)]
+    if long := [base for base in bases if base["rollout_steps"] > 2]:  # of two steps there is one pair
+        parts += ["Two leaps from each pair of steps: rank correlation, over pairs, of their gradient's cosine with\n"]
+        parts += [trust_table(long)]
     return "\n".join(parts)
 
 
@@ -50,15 +77,15 @@ def pairs(base: Base) -> dict[str, np.ndarray]:
     return {name: np.array([[pair[name] for pair in batch] for batch in places]) for name in places[0][0]}
 
 
-def scatter(axes: Axes, bases: list[Base], names: tuple[str, ...], title: str) -> None:
-    """A point for each pair of steps, the mean over batches: distances, summed, against cosine; a color a base."""
+def scatter(axes: Axes, bases: list[Base], name: str) -> None:
+    """A point for each pair of steps, a mean over batches: a distance or the weight, and the cosine; a color a base."""
     ends = []
     for color, base in zip(PALETTE[1:], bases):
-        found = pairs(base)
-        x, y = sum(found[name] for name in names).mean(0), found["cosine"].mean(0)
+        found = {of: values.mean(0) for of, values in pairs(base).items()}
+        x, y = (found | trust(found["d_j"], found["d_0"]))[name], found["cosine"]
         axes.plot(x, y, "o", markersize=4, color=color, alpha=0.7, linewidth=0)
         ends.append((float(y.mean()), title_of(base), color))
-    dress(axes, title, " + ".join(names))
+    dress(axes, "cosine of two leaps", name)
     name_ends(axes, ends)
 
 
@@ -78,9 +105,7 @@ def draw_fidelity(result: dict[str, Any], path: Path) -> None:
     """Write the tables and the pictures beside the JSON file."""
     path.with_suffix(".md").write_text(report(result))
     bases = result["bases"]
-    sums = {("d_j",): "cosine against d_j", ("d_0",): "against d_0", ("d_j", "d_0"): "against both"}
-    charts = [partial(scatter, bases=bases, names=names, title=title) for names, title in sums.items()]
+    charts = [partial(scatter, bases=bases, name=name) for name in ("d_j", "d_0", "weight of Eq. 12")]
     save_row(charts, path.with_suffix(".png"))
-    long = [base for base in bases if base["rollout_steps"] > 2]  # of two steps there is one pair
-    if long:
+    if long := [base for base in bases if base["rollout_steps"] > 2]:
         save_row([partial(place_chart, base=base) for base in long], path.with_name(f"{path.stem}-places.png"))

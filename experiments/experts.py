@@ -26,7 +26,7 @@ from experiments.cells import CELLS, Cell, config_of, cost, run_cell, updates_wi
 from experiments.command import main
 from experiments.compare import cell, spent
 from experiments.draw import draw
-from experiments.record import RESULTS, origin, record
+from experiments.record import file_of, origin, record
 from infra.checkpoints import Run
 from infra.distributed import World, join, swapped
 from infra.files import replacing
@@ -37,11 +37,14 @@ from train import evaluate, update
 FLAGS = "--watch judge shapes/vivid.py:vivid"  # as compare has them, so that its runs are found
 
 
+METHODS = ("leapalign", "refl")
+
+
 @dataclass(frozen=True)
 class Config:
     """Train methods where early and late steps share weights, and where they do not."""
 
-    methods: tuple[str, ...] = ("leapalign", "refl")
+    methods: tuple[str, ...] = METHODS
     """Rows, each a method and its flags; the first one sets the budget of evaluations."""
     lr: tuple[float, ...] = (1.4e-4, 2.8e-4)
     """Learning rate of each row: those that compare chose."""
@@ -55,8 +58,9 @@ class Config:
     """Further flags of train.py for all runs, in one string."""
     work: Path = Path("runs/compare")
     """Folder of the runs with shared weights, as compare's."""
-    out: Path = RESULTS / "experts.json"
-    """File of the results; tables and pictures are written beside it."""
+    out: Path | None = None
+    """File of the results, beside which tables and pictures are written; the default is
+    experiments/results/experts.json, and runs/experts.json for methods that you name."""
 
 
 class Experts(nn.Module):
@@ -124,8 +128,9 @@ def run(cfg: Config) -> None:
             rows[spec] = [run_cell(each, cfg.work) for each in cells]
             rows[f"{spec}, two networks"] = [with_experts(each, cfg.split, world) for each in cells]
     rewards = config_of(cfg.methods[0], flags).reward
-    record(cfg.out, kind="experts", rewards=rewards, select="judge", grid={}, tables=dict(evaluations=rows))
-    draw(cfg.out)
+    out = file_of(cfg.out, "experts", own=cfg.methods != METHODS)
+    record(out, kind="experts", rewards=rewards, select="judge", grid={}, tables=dict(evaluations=rows))
+    draw(out)
 
 
 if __name__ == "__main__":

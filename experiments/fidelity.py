@@ -35,7 +35,7 @@ from config import sides
 from experiments.cells import opened, spent
 from experiments.command import main
 from experiments.draw import draw
-from experiments.record import RESULTS, named, record
+from experiments.record import file_of, named, record
 from infra.distributed import device_of
 from infra.folders import Pipeline, load
 from infra.prompts import read_prompts
@@ -81,8 +81,9 @@ class Config:
     """Seed of prompts, noise and draws."""
     device: str = TRAIN.device
     """Where to compute."""
-    out: Path = RESULTS / "fidelity.json"
-    """File of the results; a table and pictures are written beside it."""
+    out: Path | None = None
+    """File of the results, beside which tables and pictures are written; the default is
+    experiments/results/fidelity.json, and runs/fidelity.json for methods that you name."""
 
 
 # ------------------------------------------------------------------------------------ the numbers
@@ -246,6 +247,7 @@ def run(cfg: Config) -> None:
     """Measure every model at every T; what is finished is written as it comes."""
     check(cfg)
     prompts, bases, device = read_prompts(cfg.prompts), [], device_of(cfg.device)
+    out = file_of(cfg.out, "fidelity", own=cfg.methods != METHODS)
     if len(prompts) < cfg.batch // GROUP:
         raise ValueError(f"--prompts {cfg.prompts} has {len(prompts)}, and --batch {cfg.batch} takes one for {GROUP}")
     reward = open_reward(cfg.reward, cfg.device)
@@ -263,8 +265,8 @@ def run(cfg: Config) -> None:
         numbers = measure(cfg, {spec: method for spec, (method, _) in methods.items()}, pipe.flux, batches)
         took = {spec: spent(spec, flags[model, steps], 100) / 100 / cfg.batch for spec in methods}
         bases.append(dict(model=named(model), rollout_steps=steps, evaluations=took, **numbers))
-        record(cfg.out, kind="fidelity", draws=cfg.draws, batch=cfg.batch, bases=bases)
-    draw(cfg.out)
+        record(out, kind="fidelity", draws=cfg.draws, batch=cfg.batch, bases=bases)
+    draw(out)
 
 
 if __name__ == "__main__":

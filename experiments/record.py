@@ -26,6 +26,14 @@ def record(path: Path, **content: Any) -> None:
         part.write_text(json.dumps(origin(command) | content, indent=1) + "\n")
 
 
+def file_of(out: Path | None, name: str, own: bool) -> Path:
+    """Where a result goes: to --out, else to experiments/results, or to runs/ if it is of rows that the user named.
+
+    So what the repository shows is not lost to a try.
+    """
+    return out or (Path("runs") if own else RESULTS) / f"{name}.json"
+
+
 def origin(command: Sequence[str]) -> dict[str, str]:
     """Where a result is from: the command that made it, hardware, date and revision."""
     today = datetime.now().strftime("%Y-%m-%d")

@@ -20,6 +20,7 @@ from experiments.cells import Cell, cost, opened, spent, updates_within
 from experiments.compare import ABLATIONS, GRID_SEED, METHODS, Config, climb, windows
 from experiments.draw import draw
 from experiments.draw_compare import change_of, gain, last, mean_of
+from experiments.record import RESULTS, file_of
 from infra.distributed import join
 from infra.meter import Meter
 from sample import sigmas
@@ -272,6 +273,12 @@ def test_rates_are_chosen_on_a_seed_of_their_own_and_used_at_all_others(tmp_path
     assert "| full |" in capsys.readouterr().out
 
 
+def test_a_table_of_rows_that_one_names_does_not_replace_what_the_repository_shows(tmp_path):
+    assert file_of(None, "methods", own=False) == RESULTS / "methods.json"
+    assert file_of(None, "methods", own=True) == Path("runs/methods.json")
+    assert file_of(tmp_path / "mine.json", "methods", own=True) == tmp_path / "mine.json"
+
+
 def test_ablations_and_ranges_have_the_references_rate(tmp_path, started):
     for name in ("ablations", "ranges"):
         table = Config(table=name, seeds=1, steps=2, flags="--batch 8", work=tmp_path)
@@ -305,10 +312,11 @@ def test_a_plan_runs_nothing(tmp_path, started, capsys):
     assert "12 runs of 12 are to do" in told  # 6 of the grid; leapalign has as many updates in both tables
 
 
-def test_a_table_shows_what_ended_early_and_a_rate_at_the_edge(tmp_path):
+@pytest.mark.parametrize("kind", ["methods", "ranges"])  # of rows that one names, perhaps none has a range
+def test_a_table_shows_what_ended_early_and_a_rate_at_the_edge(tmp_path, kind):
     rows = {"leapalign": [run_of(0), run_of(1)], "full": [run_of(0, "full", True), run_of(1, "full", judge=0.6)]}
     grid = {"full": [dict(lr=lr, steps=9, score=0.5) for lr in (1e-4, 2e-4)]}
-    origin = dict(command="c", hardware="h", date="d", revision="r", kind="methods", rewards=["tiny"], select="judge")
+    origin = dict(command="c", hardware="h", date="d", revision="r", kind=kind, rewards=["tiny"], select="judge")
     (tmp_path / "m.json").write_text(json.dumps(origin | dict(grid=grid, tables=dict(updates=rows))))
     draw(tmp_path / "m.json")
     text = (tmp_path / "m.md").read_text()

@@ -12,6 +12,7 @@ from config import Config as TrainConfig
 from config import sides
 from experiments import fidelity
 from experiments.cells import opened
+from experiments.draw_fidelity import TAU, trust
 from experiments.fidelity import (
     Batch,
     Config,
@@ -26,7 +27,7 @@ from experiments.fidelity import (
 )
 from infra.folders import load
 from infra.prompts import read_prompts
-from leaps import hinge, leapalign, pick_leaps
+from leaps import Rollout, hinge, leapalign, pick_leaps, similarity_weight
 from rewards import open_reward
 from sample import decode, encode, grid, sigmas, velocity_of
 from tests.test_leaps import SIGMAS, T, gaussian
@@ -229,6 +230,14 @@ def test_a_small_measurement_writes_its_table_and_pictures(tmp_path, capsys):
     assert {f.name for f in tmp_path.iterdir()} == {
         "fidelity.json", "fidelity.md", "fidelity.png", "fidelity-places.png",
     }  # fmt: skip
+
+
+def test_what_the_picture_calls_the_weight_of_eq_12_is_what_leapalign_weighs_with():
+    ro = Rollout(gaussian(0, T + 1, B, N, C), gaussian(1, T, B, N, C), SIGMAS)
+    for scale in (1.0, 0.05):  # distances near 1, and around tau, where some are clamped
+        small = Rollout(ro.x * scale, ro.v * scale, ro.sigmas)
+        weight, (d_j, d_0) = similarity_weight(small, (1, 3), TAU)
+        torch.testing.assert_close(torch.tensor(trust(d_j.numpy(), d_0.numpy())["weight of Eq. 12"]), weight)
 
 
 @pytest.mark.parametrize("flags, words", [(dict(draws=1), "--draws 1"), (dict(batch=12), "--batch 12")])
