@@ -37,7 +37,7 @@ from train import evaluate, update
 FLAGS = "--watch judge shapes/vivid.py:vivid"  # as compare has them, so that its runs are found
 
 
-METHODS = ("leapalign", "refl")
+METHODS = ("leapalign", "leapalign --reward-input xhat_0", "refl")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Config:
 
     methods: tuple[str, ...] = METHODS
     """Rows, each a method and its flags; the first one sets the budget of evaluations."""
-    lr: tuple[float, ...] = (1.4e-4, 2.8e-4)
+    lr: tuple[float, ...] = (1.4e-4, 5.6e-4, 2.8e-4)
     """Learning rate of each row: those that compare chose."""
     seeds: int = 3
     """Runs of each row, with seeds 0, 1, 2, ..."""

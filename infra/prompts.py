@@ -35,7 +35,7 @@ def read_entries(path: Path) -> list[Entry]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from error
+        raise ValueError(f"cannot read the prompt file {path}, {error.strerror}: give one, a prompt a line") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     entries = from_array(text, path)
