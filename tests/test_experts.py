@@ -78,7 +78,15 @@ def test_the_command_sets_runs_with_one_and_two_networks_side_by_side_and_runs_n
         monkeypatch.setattr(module, "CELLS", tmp_path / "cells")
     (tmp_path / "cells").mkdir()
     flags = f"{TINY} --eval-prompts {few}"
-    cfg = Config(methods=("leapalign", "refl"), lr=(1e-4, 2e-4), seeds=1, steps=1, flags=flags, work=tmp_path / "work", out=tmp_path / "experts.json")
+    cfg = Config(
+        methods=("leapalign", "refl"),
+        lr=(1e-4, 2e-4),
+        seeds=1,
+        steps=1,
+        flags=flags,
+        work=tmp_path / "work",
+        out=tmp_path / "experts.json",
+    )
     experts.run(cfg)
     rows = json.loads(cfg.out.read_text())["tables"]["evaluations"]
     assert list(rows) == ["leapalign", "leapalign, two networks", "refl", "refl, two networks"]
