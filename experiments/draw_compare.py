@@ -17,6 +17,7 @@ from infra.pictures import GRID, INK, PALETTE, dress, line_chart, save_row
 LAYOUT = ("position", "count")  # the tasks that early steps decide, if the paper is right
 Cells = list[dict[str, Any]]  # the runs of a row, seed by seed
 Rows = dict[str, Cells]
+TWO = ", two networks"  # ends the name of experts' rows with weights that are not shared
 HIDDEN = {"step", "evaluations"}  # of an evaluation's numbers: not measures
 
 
@@ -105,6 +106,9 @@ def report(result: dict) -> str:
         parts += [f"At equal {equal}:\n", table(result, rows)]
         if len(rows) > 1:
             parts += ["Differences, seed by seed:\n", changes(result, rows)]
+        if result["kind"] == "experts":  # to the last method, too
+            apart = {spec: cells for spec, cells in reversed(rows.items()) if spec.endswith(TWO)}
+            parts += [changes(result, apart)]
     return "\n".join(parts)
 
 
@@ -141,10 +145,12 @@ def changes_chart(rows: Rows, name: str, equal: str) -> Callable[[Axes], None]:
     return partial(forest, points=points, title=f"at equal {equal}", across=f"{name}, minus {reference}")
 
 
-def gains_chart(rows: Rows, tasks: tuple[str, ...]) -> Callable[[Axes], None]:
-    """How far every row has come from the base in some tasks."""
-    points = {spec: mean_of(cells, gain(*tasks)) for spec, cells in rows.items()}
-    return partial(forest, points=points, title=" and ".join(tasks), across="gain over the base")
+def gains_chart(axes: Axes, rows: Rows, task: str, named: bool) -> None:
+    """How far every row has come from the base in a task; the rows' names are beside the first of several charts."""
+    points = {spec: mean_of(cells, gain(task)) for spec, cells in rows.items()}
+    forest(axes, points, task, "gain over the base")
+    if not named:
+        axes.set_yticklabels([])
 
 
 def ranges_of(rows: Rows) -> list[tuple[float, str]]:
@@ -186,8 +192,9 @@ def draw_compare(result: dict, path: Path) -> None:
         charts = [curves_chart(first, name) for name in (result["select"], "reward")]
     save_row(charts, path.with_suffix(".png"), height=max(2.8, 0.17 * len(first) + 1))
     if result["kind"] == "experts" and by_task:
-        charts = [gains_chart(first, tasks) for tasks in (LAYOUT, ("color",))]
-        save_row(charts, path.with_name(f"{path.stem}-gains.png"), height=0.25 * len(first) + 1.2, left=1.9)
+        tasks = (*LAYOUT, "color")
+        charts = [partial(gains_chart, rows=first, task=task, named=task == tasks[0]) for task in tasks]
+        save_row(charts, path.with_name(f"{path.stem}-gains.png"), height=0.25 * len(first) + 1.2, left=3.2)
     if len(first) > 1:
         compared = [changes_chart(rows, result["select"], equal) for equal, rows in result["tables"].items()]
         save_row(compared, path.with_name(f"{path.stem}-changes.png"), height=0.25 * len(first) + 1, left=1.9)

@@ -26,6 +26,7 @@ from experiments.cells import CELLS, Cell, config_of, cost, run_cell, updates_wi
 from experiments.command import main
 from experiments.compare import cell, spent
 from experiments.draw import draw
+from experiments.draw_compare import TWO
 from experiments.record import file_of, origin, record
 from infra.checkpoints import Run
 from infra.distributed import World, join, swapped
@@ -126,7 +127,7 @@ def run(cfg: Config) -> None:
             steps = cfg.steps if spec == cfg.methods[0] else updates_within(spec, flags, budget)
             cells = [cell(spec, flags, seed, lr, steps) for seed in range(cfg.seeds)]
             rows[spec] = [run_cell(each, cfg.work) for each in cells]
-            rows[f"{spec}, two networks"] = [with_experts(each, cfg.split, world) for each in cells]
+            rows[spec + TWO] = [with_experts(each, cfg.split, world) for each in cells]
     rewards = config_of(cfg.methods[0], flags).reward
     out = file_of(cfg.out, "experts", own=cfg.methods != METHODS)
     record(out, kind="experts", rewards=rewards, select="judge", grid={}, tables=dict(evaluations=rows))
