@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import tyro
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from experiments.command import main
 from infra.pictures import INK, PALETTE, save_row
 from leaps import Rollout, leap_terms, one_step, rollout, similarity_weight, spans, sweep, vjp_of
 
@@ -126,4 +126,4 @@ def run(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(run, Config, __doc__)
+    run(tyro.cli(Config, description=__doc__))
