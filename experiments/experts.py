@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from config import Config as TrainConfig
-from experiments.cells import CELLS, Cell, config_of, cost, run_cell, updates_within
+from experiments.cells import CELLS, Cell, config_of, cost, opened, run_cell, updates_within
 from experiments.command import main
 from experiments.compare import cell, spent
 from experiments.draw import draw
@@ -118,8 +118,14 @@ def with_experts(at: Cell, split: float, world: World) -> dict[str, Any]:
 def run(cfg: Config) -> None:
     if len(cfg.lr) != len(cfg.methods):
         raise ValueError(f"--lr {shlex.join(map(str, cfg.lr))}: give one for each of {len(cfg.methods)} methods")
+    if not 0 < cfg.split < 1 or min(cfg.seeds, cfg.steps) < 1:
+        raise ValueError(
+            f"--split {cfg.split} is between 0 and 1, --seeds {cfg.seeds} and --steps {cfg.steps} at least 1"
+        )
     torch.set_num_threads(1)  # as compare's runs
     flags = f"{FLAGS} {cfg.flags}"
+    for spec in cfg.methods:
+        opened(spec, flags)  # all are tried before any is run
     budget = spent(cfg.methods[0], flags, cfg.steps)
     rows: dict[str, list[dict[str, Any]]] = {}
     with join("cpu", None, timedelta(hours=1)) as world:

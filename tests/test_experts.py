@@ -98,6 +98,13 @@ def test_the_command_sets_runs_with_one_and_two_networks_side_by_side_and_runs_n
     assert "two networks" in capsys.readouterr().out and (tmp_path / "experts-gains.png").exists()
 
 
+def test_what_cannot_be_is_refused_before_anything_is_run():
+    with pytest.raises(ValueError, match=r"--split 1\.5 is between 0 and 1"):
+        experts.run(Config(split=1.5))
+    with pytest.raises(ValueError, match="--alpha means nothing"):
+        experts.run(Config(methods=("leapalign", "refl --alpha 1"), lr=(0.1, 0.1)))
+
+
 def test_a_rate_is_needed_for_each_method():
     with pytest.raises(ValueError, match=r"--lr 0.1: give one for each of 3 methods"):
         experts.run(Config(lr=(0.1,)))
