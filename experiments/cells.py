@@ -50,6 +50,7 @@ class Cell:
     lr: float
     steps: int
     eval_every: int
+    program: tuple[str, ...] = ("train.py",)  # what takes these flags, from the repository's root, and its own words
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -69,7 +70,9 @@ class Cell:
         flags = {name: value for name, value in recorded(cfg).items() if name in names or name == "steps"}
         decides = json.dumps([flags, [digest(str(path)) for path in inputs(cfg)]], sort_keys=True)
         key = hashlib.sha256(decides.encode()).hexdigest()[:10]
-        return re.sub(r"[^\w.]+", "-", f"{Path(self.spec).name}-lr{self.lr:.2g}-seed{self.seed}-{key}")
+        name = re.sub(r"[^\w.]+", "-", f"{Path(self.spec).name}-lr{self.lr:.2g}-seed{self.seed}-{key}")
+        program, *own = self.program
+        return name if program == "train.py" else f"{Path(program).stem}{'-'.join(own)}-{name}"
 
     @property
     def file(self) -> Path:
@@ -187,8 +190,11 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
         return json.loads(cell.file.read_text())
     work.mkdir(parents=True, exist_ok=True)
     print(f"runs {cell.name}", flush=True)
-    began = origin([*(f"{name}={value}" for name, value in ONE_THREAD.items()), "python", "train.py", *cell.arguments])
-    command = [sys.executable, str(ROOT / "train.py"), *cell.arguments, "--out", str(folder), "--resume"]
+    began = origin(
+        [*(f"{name}={value}" for name, value in ONE_THREAD.items()), "python", *cell.program, *cell.arguments]
+    )
+    program, *own = cell.program
+    command = [sys.executable, str(ROOT / program), *own, *cell.arguments, "--out", str(folder), "--resume"]
     code = launch(command, log)
     if code not in (0, NONFINITE):
         tail = "\n".join(log.read_text().splitlines()[-5:])

@@ -1,19 +1,20 @@
 """experiments.experts: the network of a step is its level's, and what no gradient reaches is not changed."""
 
 import json
-from datetime import timedelta
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from config import parse
 from experiments import cells, experts
 from experiments.cells import config_of
-from experiments.experts import Config, Experts, train_experts
-from infra.distributed import join
+from experiments.experts import Config
+from experiments.two_networks import Experts
 from infra.folders import load
 
 TINY = "--rollout-steps 5 --batch 4"
+PROGRAM = cells.ROOT / "experiments" / "two_networks.py"
 EVAL_PROMPTS = config_of("leapalign", "").eval_prompts
 
 
@@ -30,19 +31,6 @@ def weights():
     return load(config_of("leapalign", "").model).flux.state_dict()
 
 
-def trained(method: str, few, tmp_path) -> Experts:
-    words = [*TINY.split(), "--steps", "2", "--eval-prompts", str(few), "--out", str(tmp_path / "run"), "--watch"]
-    cfg = parse(["shapes", *words, "judge", *method.split()])[0]
-    with join("cpu", None, timedelta(hours=1)) as world:
-        result, networks = train_experts(cfg, 0.7, world)
-    assert [entry["step"] for entry in result["curve"]] == [0, 2]
-    return networks
-
-
-def same(network, weights) -> bool:
-    return all(torch.equal(p.full_tensor(), weights[name]) for name, p in network.named_parameters())
-
-
 @pytest.mark.parametrize(
     ("method", "early", "late"),
     [("--method refl --last 1", True, False), ("--low 0.7", False, True), ("--high 0.7", True, False)],
@@ -50,8 +38,12 @@ def same(network, weights) -> bool:
 def test_only_the_network_of_the_levels_that_gradients_come_through_is_changed(
     method, early, late, few, tmp_path, weights
 ):
-    networks = trained(method, few, tmp_path)
-    assert (same(networks.early, weights), same(networks.late, weights)) == (early, late)
+    out = tmp_path / "run"
+    flags = f"{TINY} --steps 2 --eval-prompts {few} --out {out} {method}"
+    subprocess.run([sys.executable, PROGRAM, "0.7", "shapes", *flags.split()], check=True, capture_output=True)
+    found = {name: load(out / "final" / name).flux.state_dict() for name in ("early", "late")}
+    same = [all(torch.equal(value, weights[name]) for name, value in found[n].items()) for n in ("early", "late")]
+    assert same == [early, late]
 
 
 def test_a_step_is_made_by_the_network_of_its_level():
@@ -74,8 +66,7 @@ def test_a_step_is_made_by_the_network_of_its_level():
 def test_the_command_sets_runs_with_one_and_two_networks_side_by_side_and_runs_none_twice(
     few, tmp_path, monkeypatch, capsys
 ):
-    for module in (cells, experts):
-        monkeypatch.setattr(module, "CELLS", tmp_path / "cells")
+    monkeypatch.setattr(cells, "CELLS", tmp_path / "cells")
     (tmp_path / "cells").mkdir()
     flags = f"{TINY} --eval-prompts {few}"
     cfg = Config(
@@ -93,7 +84,7 @@ def test_the_command_sets_runs_with_one_and_two_networks_side_by_side_and_runs_n
     assert [run["lr"] for runs in rows.values() for run in runs] == [1e-4, 1e-4, 2e-4, 2e-4]
     base = [runs[0]["curve"][0]["reward"] for runs in rows.values()]
     assert base == pytest.approx([base[0]] * 4, abs=1e-4)
-    monkeypatch.setattr(experts, "train_experts", None)
+    monkeypatch.setattr(cells, "launch", None)
     experts.run(cfg)
     assert "two networks" in capsys.readouterr().out and (tmp_path / "experts-gains.png").exists()
 
