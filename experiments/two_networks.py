@@ -58,4 +58,8 @@ def main(split: float) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv.pop(1)))
+    try:
+        level = float(sys.argv.pop(1))
+    except (IndexError, ValueError):
+        raise SystemExit("error: give a noise level between 0 and 1, and then train.py's flags") from None
+    main(level)
