@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import infra.saving  # noqa: E402
 import start  # noqa: E402
 from config import Config  # noqa: E402
+from infra.checkpoints import Run  # noqa: E402
 from infra.distributed import World  # noqa: E402
 from infra.folders import Pipeline  # noqa: E402
 from model import Flux  # noqa: E402
@@ -43,7 +44,7 @@ class Experts(nn.Module):
 
 def main(split: float) -> None:
     """Run train.py, where a model is loaded twice and written twice."""
-    load, write = start.load_pipeline, infra.saving.write_model
+    load, write, begin = start.load_pipeline, infra.saving.write_model, Run.__init__
 
     def load_two(cfg: Config, world: World) -> Pipeline:
         pipe = load(cfg, world)
@@ -53,6 +54,11 @@ def main(split: float) -> None:
         for name in ("early", "late"):
             write(folder / name, replace(pipe, flux=getattr(pipe.flux, name)), world)
 
+    def begin_whole(run: Run, *args: Any) -> None:
+        begin(run, *args)
+        run.state(0)  # makes moments for all weights: a checkpoint needs those of a network without gradient, too
+
+    Run.__init__ = begin_whole
     start.load_pipeline, infra.saving.write_model = load_two, write_two
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
