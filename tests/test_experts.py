@@ -46,6 +46,17 @@ def test_only_the_network_of_the_levels_that_gradients_come_through_is_changed(
     assert same == [early, late]
 
 
+def test_a_run_in_which_one_network_gets_no_gradient_goes_on_as_if_undisturbed(few, tmp_path):
+    def run(name: str, *flags: str) -> bytes:
+        words = f"{TINY} --no-decay --method refl --last 1 --eval-prompts {few} --out {tmp_path / name}".split()
+        command = [sys.executable, PROGRAM, "0.7", "shapes", *words, *flags]
+        subprocess.run(command, check=True, capture_output=True)
+        return (tmp_path / name / "final/late/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+
+    run("stopped", "--steps", "1")
+    assert run("stopped", "--steps", "2", "--resume") == run("whole", "--steps", "2")
+
+
 def test_a_step_is_made_by_the_network_of_its_level():
     class Named(torch.nn.Module):
         config = None
