@@ -83,7 +83,7 @@ def grid_of(
 
 def save_png(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, optimize=True)
+    picture.save(path)
 
 
 # ------------------------------------------------------------------------------------------ curves

@@ -152,8 +152,12 @@ def stage_text(cfg: Config) -> nn.ModuleDict:
 @torch.no_grad()
 def captions(cfg: Config) -> Text:
     """What Flux is given for every prompt of the world: (p, tokens, 96) and (p, 64)."""
-    (t5_ids, clip_ids), text = tokens(cfg), stage_text(cfg)
-    return Text(text["t5"](t5_ids)[0], text["clip"](clip_ids).pooler_output)
+    done = cfg.work / "captions.pt"
+    if not done.exists():
+        (t5_ids, clip_ids), text = tokens(cfg), stage_text(cfg)
+        with replacing(done) as part:
+            torch.save([text["t5"](t5_ids)[0], text["clip"](clip_ids).pooler_output], part)
+    return Text(*torch.load(done, weights_only=True))
 
 
 # -------------------------------------------------------------------------------------------- flux

@@ -4,8 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny_folders import DEV_LIKE, SCHNELL_LIKE, write_checkpoint
+
+torch.set_num_threads(1)  # two workers, and the ranks of a test, share two cores
 
 
 @pytest.fixture(scope="session")

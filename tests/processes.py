@@ -1,15 +1,21 @@
-"""Several gloo processes within a test: forked from a server that has imported everything and computed nothing."""
+"""Processes of a test, ranks or commands: forked from a server that has imported everything and computed nothing."""
 
 import io
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parent.parent
 # A fork of pytest itself would inherit locks of threads that it does not have, and hang.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train", "evaluate", "diffusers", "pytest"])
@@ -53,3 +59,27 @@ def spread(world: int, function: Callable, *args: Any) -> list[Any]:
         if isinstance(result, RuntimeError):
             raise result
     return [result for _, result in sorted(results, key=lambda r: r[0])]
+
+
+def run_script(words: list[str], files: list[Path]) -> None:
+    """Be `python SCRIPT WORDS` in the repository's root, with one thread; what it prints goes to the files."""
+    for stream, file in zip((1, 2), files):
+        os.dup2(os.open(file, os.O_WRONLY), stream)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def script(*words: str | Path) -> subprocess.CompletedProcess:
+    """`python SCRIPT WORDS`, without the seconds that imports take: its exit code, and what it printed."""
+    words = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        for file in files:
+            file.touch()
+        process = CONTEXT.Process(target=run_script, args=(words, files))
+        process.start()
+        process.join(400)
+        process.kill()
+        return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in files))

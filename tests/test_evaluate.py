@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from infra.distributed import join
 from infra.folders import load
 from rewards import open_reward, score_all
 from sample import sample
-from tests.processes import start
+from tests.processes import script, start
 from tools.prompts import generate
 
 ROOT = Path(evaluate.__file__).parent
@@ -51,15 +50,15 @@ def other(tmp_path_factory) -> Path:
     return folder
 
 
-def run(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess:
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as s:
-            s.bind(("", 0))
-            port = s.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", "--"]
+def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    return script("evaluate.py", *arguments)
+
+
+def run_on_two_ranks(*arguments: str | Path) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    launcher += ["--rdzv-endpoint=localhost:0", "--"]
     return subprocess.run(
-        [*command, "evaluate.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [*launcher, "evaluate.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
         check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -113,7 +112,7 @@ def test_contact_sheets_are_written(evaluated):
 
 
 def test_two_ranks_find_what_one_finds(evaluated, few, other, tmp_path):
-    done = run("--model", TINY, other, "--prompts", few, "--out", tmp_path / "out", *FLAGS, processes=2)
+    done = run_on_two_ranks("--model", TINY, other, "--prompts", few, "--out", tmp_path / "out", *FLAGS)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((f / "results.json").read_text()) for f in (evaluated[0], tmp_path / "out"))
     for model in one["scores"]:

@@ -1,8 +1,6 @@
 """experiments.experts: the network of a step is its level's, and what no gradient reaches is not changed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from experiments.cells import config_of
 from experiments.experts import Config
 from experiments.two_networks import Experts
 from infra.folders import load
+from tests.processes import script
 
 TINY = "--rollout-steps 5 --batch 4"
 PROGRAM = cells.ROOT / "experiments" / "two_networks.py"
@@ -40,7 +39,7 @@ def test_only_the_network_of_the_levels_that_gradients_come_through_is_changed(
 ):
     out = tmp_path / "run"
     flags = f"{TINY} --steps 2 --eval-prompts {few} --out {out} {method}"
-    subprocess.run([sys.executable, PROGRAM, "0.7", "shapes", *flags.split()], check=True, capture_output=True)
+    script(PROGRAM, "0.7", "shapes", *flags.split()).check_returncode()
     found = {name: load(out / "final" / name).flux.state_dict() for name in ("early", "late")}
     same = [all(torch.equal(value, weights[name]) for name, value in found[n].items()) for n in ("early", "late")]
     assert same == [early, late]
@@ -49,8 +48,7 @@ def test_only_the_network_of_the_levels_that_gradients_come_through_is_changed(
 def test_a_run_in_which_one_network_gets_no_gradient_goes_on_as_if_undisturbed(few, tmp_path):
     def run(name: str, *flags: str) -> bytes:
         words = f"{TINY} --no-decay --method refl --last 1 --eval-prompts {few} --out {tmp_path / name}".split()
-        command = [sys.executable, PROGRAM, "0.7", "shapes", *words, *flags]
-        subprocess.run(command, check=True, capture_output=True)
+        script(PROGRAM, "0.7", "shapes", *words, *flags).check_returncode()
         return (tmp_path / name / "final/late/transformer/diffusion_pytorch_model.safetensors").read_bytes()
 
     run("stopped", "--steps", "1")
@@ -78,6 +76,7 @@ def test_the_command_sets_runs_with_one_and_two_networks_side_by_side_and_runs_n
     few, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(cells, "CELLS", tmp_path / "cells")
+    monkeypatch.setattr(cells, "launch", lambda command, log: script(*command[1:]).returncode)
     (tmp_path / "cells").mkdir()
     flags = f"{TINY} --eval-prompts {few}"
     cfg = Config(

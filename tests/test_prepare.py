@@ -1,4 +1,4 @@
-"""The recipe of the shapes world, all its stages, at a five-hundredth of its length."""
+"""The recipe of the shapes world, all its stages, at a thousandth of its length."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def config(folder: Path, out: str) -> fit.Config:
-    return fit.Config(work=folder / "work", out=folder / out, scale=0.002, threads=torch.get_num_threads())
+    return fit.Config(work=folder / "work", out=folder / out, scale=0.001, threads=torch.get_num_threads())
 
 
 def test_the_recipe_makes_a_checkpoint_and_a_reward_that_load(made):

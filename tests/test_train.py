@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from rewards import LAMBDA, WEIGHTS
 from shapes.models import make_tokenizers
 from shapes.world import TASKS
 from start import Setup, keywords, prepare
+from tests.processes import script
 from tests.tiny_rewards import write_hpsv2, write_hpsv3
 
 ROOT = Path(train.__file__).parent
@@ -39,12 +39,6 @@ def trained(cfg: Config) -> Setup:
     return setup
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def few_prompts(tmp_path_factory) -> Path:
     """A handful of evaluation prompts, all tasks among them, so that a test need not draw 360 images."""
@@ -57,7 +51,7 @@ def few_prompts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory, few_prompts) -> Path:
     out = tmp_path_factory.mktemp("runs") / "short"
-    done = run("train.py", "shapes", *SHORT, "--eval-prompts", str(few_prompts), "--out", str(out))
+    done = script("train.py", "shapes", *SHORT, "--eval-prompts", few_prompts, "--out", out)
     assert done.returncode == 0, done.stderr
     assert str(out) in done.stdout
     return out
@@ -144,8 +138,8 @@ def test_an_error_of_ones_own_code_in_a_run_shows_where_it_was(few_prompts, tmp_
         "    if len(calls) > 4: raise ValueError('deep inside')\n"
         "    return images.mean((1, 2, 3))\n"
     )
-    done = run("train.py", "--reward", f"{tmp_path / 'mine.py'}:f", "--steps", "3", "--batch", "4", "--out",
-               str(tmp_path / "run"), "--eval-prompts", str(few_prompts))  # fmt: skip
+    done = script("train.py", "--reward", f"{tmp_path / 'mine.py'}:f", "--steps", "3", "--batch", "4", "--out",
+                  tmp_path / "run", "--eval-prompts", few_prompts)  # fmt: skip
     assert done.returncode == 1 and 'mine.py", line 4, in f' in done.stderr, done.stderr
 
 
@@ -181,8 +175,8 @@ def test_the_final_folder_is_a_checkpoint_that_was_trained(short_run):
 
 def test_sample_draws_from_the_final_folder(short_run, tmp_path):
     out = tmp_path / "deep" / "grid.png"
-    done = run(
-        "sample.py", "--model", str(short_run / "final"), "--prompt", "a photo of two circles", "--out", str(out),
+    done = script(
+        "sample.py", "--model", short_run / "final", "--prompt", "a photo of two circles", "--out", out,
         "--num", "3", "--steps", "4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
