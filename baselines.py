@@ -198,7 +198,7 @@ def draw_pair(sigmas: Tensor, generator: torch.Generator, draw: str) -> tuple[in
     before, between, after = (torch.randn(n, generator=generator).square().sum() for n in (4, 12, 5))
     total = before + between + after
     k = 1 + round(((steps - 3) * before / total).item())
-    return k, k + 1 + round(((steps - 3) * (before + between) / total).item()) - (k - 1)
+    return k, 2 + round(((steps - 3) * (before + between) / total).item())
 
 
 # ------------------------------------------------------------------------------------ policy gradients
@@ -210,8 +210,8 @@ def flow_grpo(s: Samples, *, group: int = 8, noise: float = 0.7) -> Log:
     The paper's group has 24 samples of a prompt.  With one update a rollout the ratio of probabilities is one, so
     there is nothing to clip; nor is there a KL term.
     """
-    sigma = s.sigmas.where(s.sigmas < 1, s.sigmas[1])  # at pure noise s would be infinite
-    level = noise * (sigma / (1 - sigma)).sqrt()
+    below = s.sigmas.where(s.sigmas < 1, s.sigmas[1])  # at pure noise s would be infinite
+    level = noise * (s.sigmas / (1 - below)).sqrt()
     x0, moves = random_walk(s, s.noise(0), level, range(len(s.sigmas) - 2))
     return policy_gradient(s, x0, moves, group)
 

@@ -264,7 +264,6 @@ def flow_density(x: Tensor, v: Tensor, i: int) -> torch.distributions.Normal:
     """A step of Flow-GRPO, as its paper has it."""
     sigma, delta = SIGMAS[i].item(), dsigma(i)
     s = 0.7 * (sigma / (1 - (sigma if sigma < 1 else SIGMAS[1].item()))) ** 0.5
-    s = 0.7 * (SIGMAS[1] / (1 - SIGMAS[1])).item() ** 0.5 if sigma == 1 else s
     mean = x * (1 + s**2 / (2 * sigma) * delta) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * delta
     return torch.distributions.Normal(mean, s * (-delta) ** 0.5)
 
