@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from leaps import Rollout, Samples, Term, one_step, pick_leaps, rollout, sweep
+from leaps import Samples, Term, one_step, pick_leaps, prediction, rollout, sweep
 
 Log = dict[str, Tensor]
 
@@ -49,9 +49,10 @@ def draft_lv(s: Samples, *, copies: int = 2) -> Log:
 
 
 def drtune(s: Samples, *, active: int = 2) -> Log:
-    """DRTune (arXiv 2405.00760): `active` equally spaced steps with detached inputs, K = 2 in the paper.
+    """DRTune (arXiv 2405.00760): equally spaced steps and a late one, all with detached inputs.
 
-    The first of them is random; a late step (see ReFL) ends the rollout, and its prediction is rewarded.
+    The late step, drawn as ReFL's, ends the rollout, and its prediction is rewarded.  Up to `active` others come before
+    it, K = 2 in the paper; the first of them is random.
     """
     stop, steps = late_step(s), len(s.sigmas) - 1
     apart = max(1, steps // active)
@@ -81,11 +82,6 @@ def late_step(s: Samples, last: int | None = None) -> int:
 def euler_terms(sigmas: Tensor, steps: Sequence[int], nested: float = 0.0) -> list[Term]:
     """The rollout's own dependence on the velocities of `steps`; nothing lies before the first."""
     return [Term(i, sigmas[i + 1] - sigmas[i], nested if i != steps[0] else 0.0) for i in steps]
-
-
-def prediction(ro: Rollout, step: int) -> Tensor:
-    """xhat_{0|k}: where one leap from a step of the rollout to level 0 lands (Eq. 3)."""
-    return ro.x[step] - ro.sigmas[step] * ro.v[step]
 
 
 # --------------------------------------------------------------------------------- FlowBP, arXiv 2606.11075

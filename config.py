@@ -128,11 +128,12 @@ class Method:
     nodes: int | None = None
     """flowbp_lagrange (3): velocities that a leap's polynomial goes through."""
     active: int | None = None
-    """drtune (2), flowbp_sparse (3), flowbp_bridge (5): steps that carry gradient."""
+    """drtune (2, and its late step), flowbp_sparse (3), flowbp_bridge (5): steps that carry gradient."""
     bias: float | None = None
     """flowbp_sparse, flowbp_bridge (2): steps are drawn with odds (i + 1)^bias, so 0 is uniform."""
     rho: float | None = None
-    """flowbp_sparse, flowbp_bridge (1), flowbp_lagrange (0.5): how far the active steps stand for all."""
+    """flowbp_sparse, flowbp_bridge (1), flowbp_lagrange (0.5): 1 scales the active steps' weights up to the length of
+    the whole trajectory, or leap, 0 leaves them."""
     copies: int | None = None
     """draft_lv (2): copies of x_0 with fresh noise, whose last step is differentiated too."""
     last: int | None = None
@@ -267,7 +268,7 @@ PRESETS = {
     "flux-dev-hpsv2": (
         f"FLUX.1-dev and HPSv2.1 as in the paper. {NEEDS}, weights/HPS_v2.1_compressed.pt, and weights/PickScore_v1 to "
         "watch.",
-        replace(PAPER, out=Path("runs/flux-dev-hpsv2"), reward=("hpsv2",), watch=("pickscore",), alpha=0.3),
+        replace(PAPER, out=Path("runs/flux-dev-hpsv2"), reward=("hpsv2",), watch=("pickscore",)),
     ),
     "flux-dev-pickscore": (
         f"FLUX.1-dev and PickScore as in the paper. {NEEDS}, weights/PickScore_v1, and weights/HPS_v2.1_compressed.pt "

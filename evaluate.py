@@ -14,6 +14,7 @@ The interval is Student's over prompts: images of one prompt are averaged first,
 """
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -41,7 +42,7 @@ from infra.folders import describe, load
 from infra.lora_files import lora_file
 from infra.pictures import grid_of, save_png, to_pil
 from infra.prompts import read_entries, shard
-from rewards import Reward, check_rewards, name_of, open_reward, open_rewards, score_all
+from rewards import Reward, check_rewards, name_of, open_reward, score_all
 from sample import Pipeline, grid, sample, too_long
 
 HERE = Path(__file__).parent
@@ -266,10 +267,21 @@ def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
     return entries, tags if all(tags) else None
 
 
-def claim(cfg: Config, entries: list[dict[str, Any]], sources: dict[str, Path]) -> None:
-    """Take the folder for these flags. Raises ValueError if it holds results of other flags or weights."""
+def flags_of(cfg: Config, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What an evaluation's numbers depend on, as config.json has it."""
     flags = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in RUNTIME}, default=str))
-    flags["prompts"] = [e["prompt"] for e in entries]
+    return flags | dict(prompts=[e["prompt"] for e in entries])
+
+
+def weights_of(source: Path) -> list[list[Any]]:
+    """Names, sizes and times of a model's files, by which one sees that it was written again."""
+    inner = sorted((source / "transformer").glob("*.safetensors"))
+    files = [source] if source.is_file() else inner or sorted(source.glob("*.safetensors"))
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def check_out(cfg: Config, flags: dict[str, Any], sources: dict[str, Path]) -> None:
+    """Raise ValueError if the folder holds results of other flags or weights, or something else."""
     file = cfg.out / "config.json"
     if file.exists():
         before = asdict(Config()) | json.loads(file.read_text())  # flags that it did not know yet
@@ -277,26 +289,34 @@ def claim(cfg: Config, entries: list[dict[str, Any]], sources: dict[str, Path]) 
             raise ValueError(f"--out {cfg.out} holds an evaluation with another --{other[0].replace('_', '-')}")
     elif cfg.out.exists() and any(cfg.out.iterdir()):
         raise ValueError(f"--out {cfg.out} is occupied by something else")
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(flags, indent=2) + "\n")
     for name, source in sources.items():
-        inner = sorted((source / "transformer").glob("*.safetensors"))
-        files = [source] if source.is_file() else inner or sorted(source.glob("*.safetensors"))
-        weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        (cfg.out / name).mkdir(exist_ok=True)
-        if (file := cfg.out / name / "weights").exists() and json.loads(file.read_text()) != weights:
+        file = cfg.out / name / "weights"
+        if file.exists() and json.loads(file.read_text()) != weights_of(source):
             raise ValueError(f"{source} was written again since {cfg.out / name} was evaluated: remove that folder")
-        file.write_text(json.dumps(weights))
+
+
+def claim(cfg: Config, flags: dict[str, Any], sources: dict[str, Path]) -> None:
+    """Take the folder for these flags and weights."""
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    (cfg.out / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
+    for name, source in sources.items():
+        (cfg.out / name).mkdir(exist_ok=True)
+        (cfg.out / name / "weights").write_text(json.dumps(weights_of(source)))
 
 
 def run(cfg: Config, world: World) -> None:
     entries, tags = prepare(cfg)
     rewards: list[Reward] = []
     check_rewards(cfg.rewards)
-    found = {m: describe(m, cfg.base).location for m in cfg.model}  # all are checked before one is drawn
+    found = {m: describe(m, cfg.base) for m in cfg.model}  # all are checked before one is read
+    for size, description in itertools.product(map(sides, cfg.size), found.values()):
+        grid(description, *size)
+        check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
     if cfg.strength != 1 and not cfg.base and (whole := [m for m in cfg.model if not lora_file(m)]):
         raise ValueError(f"--strength {cfg.strength} needs --base FOLDER: {whole[0]} is no LoRA")
-    sources = {label(m): Path(m) if Path(m).exists() else place.folder for m, place in found.items()}  # a hub id's
+    places = {m: Path(m) if Path(m).exists() else d.location.folder for m, d in found.items()}  # the latter a hub id's
+    sources, flags = {label(m): place for m, place in places.items()}, flags_of(cfg, entries)
+    on_first_rank(partial(check_out, cfg, flags, sources))
     for name, source in sources.items():
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         pipe = load(source, world.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
@@ -305,8 +325,8 @@ def run(cfg: Config, world: World) -> None:
             grid(pipe, *size)
             check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
         if not rewards:
-            rewards = open_rewards(cfg.rewards, pipe.device, pipe.clip_tokenizer, False, sizes[0])
-            on_first_rank(partial(claim, cfg, entries, sources))
+            rewards = [open_reward(s, pipe.device, pipe.clip_tokenizer, False, sizes[0]) for s in cfg.rewards]
+            on_first_rank(partial(claim, cfg, flags, sources))
         if world.rank == 0 and (warning := too_long(pipe, [entry["prompt"] for entry in entries])):
             print(warning, file=sys.stderr)
         folder = cfg.out / name
@@ -342,8 +362,7 @@ def main() -> None:
         with join(cfg.device, patience=timedelta(days=1)) as world:  # ranks wait for the slowest
             run(cfg, world)
     except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -48,11 +48,13 @@ class Rollout(NamedTuple):
 
 
 def one_step(x_k: Tensor, v_k: Tensor, k: Tensor, j: Tensor) -> Tensor:
-    """Eq. 3: the latent at noise level j, predicted from level k by one velocity; also the Euler step.
-
-    With j = 0 it is xhat_{0|k}, which an ablation of the paper and ReFL reward instead of x_0 (--reward-input).
-    """
+    """Eq. 3: the latent at noise level j, predicted from level k by one velocity; also the Euler step."""
     return x_k - (k - j) * v_k
+
+
+def prediction(ro: Rollout, step: int) -> Tensor:
+    """xhat_{0|k}: where a leap from a step to level 0 lands; an ablation of the paper and ReFL reward it, not x_0."""
+    return one_step(ro.x[step], ro.v[step], ro.sigmas[step], torch.zeros_like(ro.sigmas[step]))
 
 
 @torch.no_grad()  # not inference_mode: the states become inputs of differentiated networks
@@ -215,7 +217,8 @@ def similarity_weight(
         w = 1 / (max(d_j, tau) + max(d_0, tau))
 
     d is the mean absolute difference, over all entries of a latent, between where the rollout is at the end
-    of a leap and where the leap lands; each further leap adds a term.  tau > 0 bounds w by 1 / (leaps * tau).
+    of a leap and where the leap lands; each further leap adds a term.  tau > 0 bounds w by 1 / tau over the
+    number of terms.
     `use` is an ablation of the paper: d_0 is the last leap's term alone, d_j those of the leaps before it,
     and none means w = 1.  Raises ValueError for the d_j of a single leap.
     """
@@ -249,8 +252,8 @@ class Samples(NamedTuple):
     generator: torch.Generator  # on the CPU, alike on all ranks and parts: for what all samples share, such as steps
     velocity: Velocity  # without gradient
     vjp: VJP  # x, sigma, u: adds (dv/dtheta)^T u to the weights' .grad; with wrt_x=True returns (dv/dx)^T u
-    reward: Callable[..., Tensor]  # x_0, weight (b,) = 1: dL/dx_0, L the batch's mean of weight x hinge (Eq. 11, 13)
-    score: Callable[[Tensor], Tensor]  # x_0 -> (b,), the weighted rewards, without gradient: they need have none
+    reward: Callable[..., Tensor]  # x_0, weight (b,) = 1 -> dL/dx_0, L the batch's mean of weight x hinge (Eq. 11, 13)
+    score: Callable[[Tensor], Tensor]  # x_0 -> (b,), the sum of weighted rewards; works for those without a gradient
     total: int  # samples that the batch's mean is over, on this rank: these and perhaps others
     update: int  # number of the update, from 0
 
@@ -272,10 +275,9 @@ def leapalign(
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
     picks = pick_leaps(ro.sigmas, s.generator, leaps, low, high, distance)
     w, d = similarity_weight(ro, picks, tau, weight)  # Eq. 12, from cached velocities: no network call
-    last = picks[-1]
-    x0 = ro.x[-1] if reward_input == "x_0" else one_step(ro.x[last], ro.v[last], ro.sigmas[last], ro.sigmas[-1])
+    x0 = ro.x[-1] if reward_input == "x_0" else prediction(ro, picks[-1])
     grad = s.reward(x0, w)  # Eq. 11, 13: dL/dx_0, through reward and VAE
     backward = sweep_nested_only if nested_only else sweep
     backward(s.vjp, ro, leap_terms(ro, picks, alpha), grad)  # Eq. 10, leap by leap
     d_j = d[:-1].mean(0) if leaps > 1 else torch.zeros_like(w)
-    return dict(k=ro.sigmas[picks[0]], j=ro.sigmas[last], d_j=d_j, d_0=d[-1], w=w)
+    return dict(k=ro.sigmas[picks[0]], j=ro.sigmas[picks[-1]], d_j=d_j, d_0=d[-1], w=w)

@@ -9,7 +9,7 @@ fp32, because a PIL image has no gradient.  On the command line a reward is NAME
     clip         any CLIPModel: a folder or a hub id                     hpsv2        HPS_v2.1_compressed.pt
     hpsv3        a folder, see scorers/hpsv3.py                          imagereward  see scorers/imagereward.py
     judge        the rules of the shapes world; no gradient: to watch, to evaluate, for policy gradients
-    lattice      no pattern with the period of a token? 0, and below it the stronger; to watch and to evaluate
+    lattice      0 without a pattern that repeats with every token, lower the stronger it is; to watch, to evaluate
 
 Without a path, weights are looked for in WEIGHTS.  A weight may follow: `pickscore:0.5 hpsv2:0.5`.
 """
@@ -113,7 +113,7 @@ def open_reward(
 
     `tokenizer` is FLUX's CLIP tokenizer, which hpsv2 shares; `recompute` trades time for memory in the backward;
     `size` is height and width of the images that a user's function is tried on.
-    Raises ValueError, before anything is on the device, naming the spec and what is wrong with it.
+    Raises ValueError naming the spec and what is wrong with it.
     """
     name, path, weight = resolve(spec)
     if not name:
@@ -179,12 +179,6 @@ def check_rewards(
         check(prompts, size, source)
 
 
-def open_rewards(specs: Sequence[str], *options) -> list[Reward]:
-    """All of them, checked."""
-    check_rewards(specs)
-    return [open_reward(spec, *options) for spec in specs]
-
-
 @torch.no_grad()
 def score_all(reward: Reward, images: Tensor, prompts: Sequence[str], device: Device, batch: int = 64) -> Tensor:
     """Reported scores of images that lie on the CPU, without a gradient: (n, 3, h, w) to (n,)."""
@@ -193,8 +187,12 @@ def score_all(reward: Reward, images: Tensor, prompts: Sequence[str], device: De
 
 
 def reported(rewards: list[Reward], means: dict[str, float]) -> dict[str, float]:
-    """What is logged of the trained rewards: their weighted sum, and each by name."""
-    return {"reward": sum(r.weight * means[r.name] for r in rewards), **means}
+    """What is logged of the trained rewards: each by name as it is reported, and `reward`.
+
+    That is the only one; or, of several, the weighted sum of their scores in the loss, which is what training raises.
+    """
+    several = len(rewards) > 1
+    return {"reward": sum(r.weight * means[r.name] / (r.scale if several else 1) for r in rewards), **means}
 
 
 def means_of(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[str, float]:

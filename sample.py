@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import tyro
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -232,9 +233,12 @@ def main() -> None:
             raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
         if min(cfg.num, cfg.steps, cfg.batch) < 1:
             raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
-        device, dtype = device_of(cfg.device), torch.bfloat16 if cfg.bf16 else torch.float32
+        if cfg.out.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"--out {cfg.out}: give a picture's name, such as {cfg.out.with_suffix('.png')}")
+        size, device = cfg.size and sides(cfg.size), device_of(cfg.device)
+        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         pipe = load(cfg.model, device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
-        height, width = sides(cfg.size or str(pipe.vae.config.sample_size))
+        height, width = size or sides(str(pipe.vae.config.sample_size))
         grid(pipe, height, width)
         if warning := too_long(pipe, prompts):
             print(warning, file=sys.stderr)

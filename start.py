@@ -35,7 +35,7 @@ from infra.reading import flux_file
 from infra.user_code import is_user_code, load_function, where
 from leaps import Samples
 from model import Flux, FluxConfig
-from rewards import Reward, check_rewards, name_of, open_rewards
+from rewards import RULES, Reward, check_rewards, name_of, open_reward
 from sample import grid, sigmas, too_long
 
 
@@ -198,9 +198,7 @@ def check_model(cfg: Config) -> list[Tensor]:
     if description.weights.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
     if cfg.lora and (changes := earlier_lora(cfg, description.weights.config)):
-        with torch.device("meta"):
-            flux = Flux(description.weights.config)
-            add_lora(flux, cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
+        flux = empty_flux(cfg, description.weights.config)
         try:
             for _ in first_values(flux, cfg.seed, changes):
                 pass
@@ -211,7 +209,7 @@ def check_model(cfg: Config) -> list[Tensor]:
 
 
 def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
-    """Read and check all inputs; `preset` holds what the flags changed.
+    """Read and check all inputs; `preset` is what the flags started from: what differs from it was asked for.
 
     Raises ValueError naming the flag or the file, what is wrong and what to do.
     """
@@ -226,6 +224,7 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
             say(f"warning: --prompts or --eval-prompts say something else than when {out} was started")
     for size in cfg.size:
         check_rewards([*cfg.reward, *cfg.watch], eval_prompts, sides(size), f"--eval-prompts {cfg.eval_prompts}")
+        check_rewards(cfg.reward, prompts, sides(size), f"--prompts {cfg.prompts}")
     levels = check_model(cfg)
     group = options.get("group", keywords(method).get("group", 1))
     check_groups(cfg, world, group)
@@ -234,26 +233,24 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
         needs_gradient = try_method(method, of_size, group)
     if needs_gradient and "judge" in map(name_of, cfg.reward):
         raise ValueError(f"--reward judge has no gradient, which {cfg.method} needs: flow_grpo does without")
+    if cfg.lam and not needs_gradient:
+        raise ValueError(f"--lam means nothing with --method {cfg.method}, which takes the rewards as they are")
+    specs, first = [*cfg.reward, *cfg.watch], sides(cfg.size[0])
+    # Functions are tried before weights are read; of networks it is known that they have a gradient.
+    functions = {s: open_reward(s, world.device, size=first) for s in specs if is_user_code(s) or name_of(s) in RULES}
+    for reward in (functions[s] for s in cfg.reward if s in functions and needs_gradient):
+        check_gradient(reward, prompts[:1], first, world.device)
 
     pipe = load_pipeline(cfg, world)
     if warning := too_long(pipe, [*prompts, *eval_prompts]):
         say(warning)
-    specs, first = [*cfg.reward, *cfg.watch], sides(cfg.size[0])
-    rewards = open_rewards(specs, pipe.device, pipe.clip_tokenizer, cfg.recompute, first)
+    rewards = [functions.get(s) or open_reward(s, pipe.device, pipe.clip_tokenizer, cfg.recompute) for s in specs]
     if cfg.shard_frozen:
         for model in (pipe.t5, *(r.model for r in rewards if r.model)):
             shard_frozen(model, world)
     rewards, watched = rewards[: len(cfg.reward)], rewards[len(cfg.reward) :]
-    if needs_gradient:
-        for reward in rewards:
-            image = torch.rand(1, 3, *first, device=world.device).requires_grad_()
-            if not reward.score(image, prompts[:1]).requires_grad:
-                raise ValueError(
-                    f"--reward {reward.name} has no gradient in the images: watch it, or take a method that needs "
-                    "none, such as flow_grpo"
-                )
-    if cfg.lam:
-        rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam, strict=True)]
+    if cfg.lam or not needs_gradient:
+        rewards = [replace(r, lam=lam) for r, lam in zip(rewards, cfg.lam or [None] * len(rewards), strict=True)]
     sizes = []
     for size, of_size in zip(cfg.size, levels, strict=True):
         height, width = sides(size)
@@ -264,6 +261,25 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     if cfg.anchor and not cfg.export:
         base = pipe.flux if cfg.lora else frozen_copy(pipe.flux, world, pipe.compute)
     return Setup(pipe, method, group, rewards, watched, prompts, eval_prompts, sizes, base, out)
+
+
+def check_gradient(reward: Reward, prompts: list[str], size: tuple[int, int], device: torch.device) -> None:
+    """Raise ValueError if a reward has no gradient in an image."""
+    image = torch.rand(1, 3, *size, device=device).requires_grad_()
+    if not reward.score(image, prompts).requires_grad:
+        raise ValueError(
+            f"--reward {reward.name} has no gradient in the images: watch it, or take a method that needs none, such "
+            "as flow_grpo"
+        )
+
+
+def empty_flux(cfg: Config, config: FluxConfig) -> Flux:
+    """The network that the flags ask for, without memory."""
+    with torch.device("meta"):
+        flux = Flux(config)
+        if cfg.lora:
+            add_lora(flux, cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
+    return flux
 
 
 def load_pipeline(cfg: Config, world: World) -> Pipeline:
@@ -298,11 +314,8 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
 
 
 def flops_of(cfg: Config, pipe: Pipeline, tokens: int) -> Flops:
-    """What an evaluation of the network costs, counted on one without memory, as the flags have it."""
-    with torch.device("meta"):
-        flux = Flux(pipe.flux.config)
-        if cfg.lora:
-            add_lora(flux, cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
+    """What an evaluation of the network costs."""
+    flux = empty_flux(cfg, pipe.flux.config)
     flux.recompute = cfg.recompute
     return network_flops(flux, tokens, pipe.text_length)
 

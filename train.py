@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from config import Config, parse
 from infra.anchor import anchored, without_lora
-from infra.checkpoints import Run, folders, load_newest, save_checkpoint
+from infra.checkpoints import Run, load_newest, save_checkpoint
 from infra.distributed import (
     Stop,
     World,
@@ -135,16 +135,15 @@ def gradient(
     # What all samples share is drawn after x_1, from the same generator, alike for all parts of a batch.
     shared = draw_noise(cfg, setup, step, 0)[1]
     log = setup.method(Samples(noise, size.levels, shared, velocity, vjp, reward, score, total, step))
-    log = {**log, **{name: torch.cat(values) for name, values in measured.items()}}
-    if distances:
-        log["anchor"] = torch.cat(distances).view(-1, b).mean(0)
+    measured |= dict(anchor=distances) if distances else {}
+    log = {**log, **{name: torch.cat(values).view(-1, b).mean(0) for name, values in measured.items()}}
     return {
         name: value.detach().float().cpu().expand(value.numel() if value.ndim else b) for name, value in log.items()
     }
 
 
 def generator_of(*key: int) -> torch.Generator:
-    """A CPU generator for everything random in one step, of key (seed, step), independent of that of other keys."""
+    """A CPU generator, another one for each key: a run's seed, a step, and numbers for what else the step draws."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -257,10 +256,6 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         first = load_newest(out, run, cfg.at) if cfg.resume else 0
     except ValueError as error:
         raise Stop(2, f"error: {error}") from None
-    if cfg.export and not folders(out):
-        raise Stop(2, f"error: --export: there is no checkpoint in {out} yet")
-    if first > cfg.steps and not cfg.export:
-        raise Stop(2, f"error: --steps {cfg.steps}, but the run in {out} is at {first}: --at takes an older checkpoint")
     log, evals = None, []
     if not cfg.export:
         evals = on_first_rank(lambda: open_folder(cfg, setup, first))

@@ -63,12 +63,14 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Readable, and another one if anything is other that decides the result."""
+        """Readable, and another one wherever something differs that decides the result."""
         cfg = replace(config_of(self.spec, self.flags), **self.numbers)
         # What files hold counts, not where they are.
         names = {f.name for f in (*fields(Experiment), *fields(Method))} - {"model", "base", "prompts", "eval_prompts"}
         flags = {name: value for name, value in recorded(cfg).items() if name in names or name == "steps"}
-        decides = json.dumps([flags, [digest(str(path)) for path in inputs(cfg)]], sort_keys=True)
+        hub_ids = [name for name in (cfg.model, cfg.base) if name and not Path(name).exists()]
+        found = [digest(str(path)) for path in inputs(cfg)] + hub_ids
+        decides = json.dumps([flags, found], sort_keys=True)
         key = hashlib.sha256(decides.encode()).hexdigest()[:10]
         name = re.sub(r"[^\w.]+", "-", f"{Path(self.spec).name}-lr{self.lr:.2g}-seed{self.seed}-{key}")
         program, *own = self.program

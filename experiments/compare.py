@@ -67,7 +67,7 @@ class Config:
     steps: int = 100
     """Updates of the reference."""
     equal: tuple[Literal["evaluations", "updates"], ...] = ("evaluations", "updates")
-    """Of the table of methods: what all rows take as much of as the reference does."""
+    """Of the table of methods: give every row the reference's number of network evaluations, or of updates."""
     grid: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
     """Learning rates to choose from, as multiples of train.py's; a single one is not chosen but taken."""
     select: str = "judge"
@@ -79,10 +79,10 @@ class Config:
     jobs: int = 1
     """Runs at a time, each a process with one thread."""
     work: Path = Path("runs/compare")
-    """Folder of the runs, which only pictures and final models are in once they are finished."""
+    """Folder of the runs; a finished one keeps its logs, pictures and final model."""
     out: Path | None = None
-    """File of the results, beside which tables and pictures are written; the default is experiments/results/TABLE.json,
-    and runs/TABLE.json for rows that you name."""
+    """File of the results, beside which tables and pictures are written. The default is experiments/results/TABLE.json
+    of a whole table, and runs/TABLE.json where you name rows or set anything else that results depend on."""
     plan: bool = False
     """Say which runs there would be and how many evaluations they take, and stop."""
 
@@ -210,7 +210,7 @@ def run(cfg: Config) -> None:
         spec: [dict(lr=t["lr"], steps=t["steps"], score=t["curve"][-1][cfg.select]) for t in tried]
         for spec, (_, tried) in chosen.items()
     }
-    out = file_of(cfg.out, cfg.table, own=bool(cfg.methods or cfg.also))
+    out = file_of(cfg, cfg.table)
     record(out, kind=cfg.table, rewards=config_of(rows[0], flags).reward, select=cfg.select, grid=grid, tables=tables)
     draw(out)
 

@@ -48,7 +48,7 @@ class Config:
     """Folder of the runs, as compare's."""
     out: Path | None = None
     """File of the results, beside which tables and pictures are written; the default is
-    experiments/results/experts.json, and runs/experts.json for methods that you name."""
+    experiments/results/experts.json, and runs/experts.json where you set anything that results depend on."""
 
 
 def run(cfg: Config) -> None:
@@ -70,7 +70,7 @@ def run(cfg: Config) -> None:
         rows[spec] = [run_cell(each, cfg.work) for each in one]
         rows[spec + TWO] = [run_cell(each, cfg.work) for each in two]
     rewards = config_of(cfg.methods[0], flags).reward
-    out = file_of(cfg.out, "experts", own=cfg.methods != METHODS)
+    out = file_of(cfg, "experts")
     record(out, kind="experts", rewards=rewards, select="judge", grid={}, tables=dict(evaluations=rows))
     draw(out)
 

@@ -83,7 +83,7 @@ class Config:
     """Where to compute."""
     out: Path | None = None
     """File of the results, beside which tables and pictures are written; the default is
-    experiments/results/fidelity.json, and runs/fidelity.json for methods that you name."""
+    experiments/results/fidelity.json, and runs/fidelity.json where you set anything that results depend on."""
 
 
 # ------------------------------------------------------------------------------------ the numbers
@@ -247,7 +247,7 @@ def run(cfg: Config) -> None:
     """Measure every model at every T; what is finished is written as it comes."""
     check(cfg)
     prompts, bases, device = read_prompts(cfg.prompts), [], device_of(cfg.device)
-    out = file_of(cfg.out, "fidelity", own=cfg.methods != METHODS)
+    out = file_of(cfg, "fidelity")
     if len(prompts) < cfg.batch // GROUP:
         raise ValueError(f"--prompts {cfg.prompts} has {len(prompts)}, and --batch {cfg.batch} takes one for {GROUP}")
     reward = open_reward(cfg.reward, cfg.device)

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from infra.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
+FREE = {"table", "jobs", "work", "out", "plan", "device"}  # flags that change nothing of a table but its name or place
 
 
 def record(path: Path, **content: Any) -> None:
@@ -26,12 +28,13 @@ def record(path: Path, **content: Any) -> None:
         part.write_text(json.dumps(origin(command) | content, indent=1) + "\n")
 
 
-def file_of(out: Path | None, name: str, own: bool) -> Path:
-    """Where a result goes: to --out, else to experiments/results, or to runs/ if it is of rows that the user named.
+def file_of(cfg: Any, name: str) -> Path:
+    """Where a result goes: to --out, else to experiments/results, or to runs/ if a flag changes what is measured.
 
-    So what the repository shows is not lost to a try.
+    So what the repository shows is not lost to a try.  cfg is a command's dataclass of flags.
     """
-    return out or (Path("runs") if own else RESULTS) / f"{name}.json"
+    own = any(getattr(cfg, f.name) != f.default for f in fields(cfg) if f.name not in FREE)
+    return cfg.out or (Path("runs") if own else RESULTS) / f"{name}.json"
 
 
 def origin(command: Sequence[str]) -> dict[str, str]:

@@ -188,11 +188,9 @@ def load_newest(out: Path, run: Run, at: int | None = None) -> int:
     """Fill `run` from the newest checkpoint that can be read, and return its step; 0 if there is none.
 
     One that cannot be read is passed over with a warning, for the one before; `at` takes that of one step only.
-    Raises ValueError if none can be read, or there is none at `at`.
+    Raises ValueError if there are some and none can be read.
     """
     found = [f for f in folders(out) if at is None or f.name == f"step_{at:06d}"]
-    if at is not None and not found:
-        raise ValueError(f"--at {at}: {out} has only {', '.join(f.name for f in folders(out)) or 'no checkpoint'}")
     for folder in reversed(found):
         state, reason = run.state(0), None
         try:

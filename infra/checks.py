@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
+from infra.checkpoints import folders
 from infra.distributed import CUT, World
 from infra.trackers import check_trackers
 
@@ -19,9 +20,11 @@ def check_flags(cfg: Config, world: World) -> None:
     for name in (*counts, *of_methods, "rollout_batch", "micro_batch", "check_every"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("lr", "weight_decay", "seed", "clip", "anchor"):
-        if getattr(cfg, name) < 0:
+    for name in ("lr", "weight_decay", "seed", "clip", "anchor", "copies"):
+        if (getattr(cfg, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(cfg, name)}")
+    if cfg.noise is not None and cfg.noise <= 0:
+        raise ValueError(f"--noise must be positive, got {cfg.noise}: a random walk without it has no probabilities")
     if cfg.lora_alpha is not None and (not cfg.lora or cfg.lora_alpha <= 0):
         raise ValueError(f"--lora-alpha {cfg.lora_alpha} must be positive, and is for --lora")
     if cfg.tau is not None and cfg.tau <= 0:
@@ -104,3 +107,16 @@ def check_folder(cfg: Config, out: Path, now: dict[str, Any], defaults: dict[str
         if now[name] != earlier:
             flag = name.replace("_", "-")
             raise ValueError(f"--resume with --{flag} {now[name]}, but {out} was started with {earlier}")
+    check_checkpoints(cfg, out, [f.name for f in folders(out)])
+
+
+def check_checkpoints(cfg: Config, out: Path, names: Sequence[str]) -> None:
+    """Raise ValueError if a run has no such checkpoint as is asked for, or goes on from one beyond --steps."""
+    has = f"{out} has {', '.join(names) or 'no checkpoint yet'}"
+    if cfg.at is not None and f"step_{cfg.at:06d}" not in names:
+        raise ValueError(f"--at {cfg.at}: {has}")
+    if cfg.export and not names:
+        raise ValueError(f"--export: {has}")
+    first = cfg.at if cfg.at is not None else max((int(name[-6:]) for name in names), default=0)
+    if first > cfg.steps and not cfg.export:
+        raise ValueError(f"--steps {cfg.steps}, but the run in {out} is at {first}: --at takes an older checkpoint")

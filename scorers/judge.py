@@ -27,6 +27,6 @@ def check(prompts: Sequence[str], size: tuple[int, int], source: str) -> None:
         try:
             parse(prompt)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}; --watch without judge takes any") from None
+            raise ValueError(f"{source}: {error}; without judge any prompts do") from None
     if size != (SIZE, SIZE):
         raise ValueError(f"--size {size[0]}x{size[1]}: the judge reads {SIZE}x{SIZE} pixels, no others")

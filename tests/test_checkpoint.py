@@ -131,7 +131,7 @@ def test_other_flags_than_the_runs_are_refused_but_not_those_that_only_cost_time
     again = replace(undisturbed, resume=True)
     assert whole(1, replace(again, lr=1.0)).startswith("2 --resume with --lr 1.0, but")
     assert whole(1, replace(again, steps=9)).startswith("2 --resume with --steps 9")  # lr falls over all of them
-    assert whole(1, replace(again, at=3)) == f"2 error: --at 3: {again.out} has only step_000006, step_000008"
+    assert whole(1, replace(again, at=3)) == f"2 --at 3: {again.out} has step_000006, step_000008"
     assert whole(1, replace(again, micro_batch=2, keep=3)) == ""
 
 
@@ -157,13 +157,13 @@ def test_export_spares_what_is_there_and_needs_a_checkpoint(undisturbed, tmp_pat
     assert "is there already" in whole(1, replace(again, export=tmp_path / "mine"))
     cfg = replace(again, out=shutil.copytree(undisturbed.out, tmp_path / "run"), export=tmp_path / "new")
     shutil.rmtree(cfg.out / "checkpoints")
-    assert "there is no checkpoint" in whole(1, cfg) and not (tmp_path / "new").exists()
+    assert "has no checkpoint yet" in whole(1, cfg) and not (tmp_path / "new").exists()
 
 
 def test_fewer_steps_than_a_run_has_made_are_refused(base, tmp_path):
     cfg = replace(base, out=tmp_path / "run", decay=False, steps=4, resume=True)
     assert whole(1, cfg) == ""
-    assert whole(1, replace(cfg, steps=3)).startswith("2 error: --steps 3, but the run in")
+    assert whole(1, replace(cfg, steps=3)).startswith("2 --steps 3, but the run in")
     assert whole(1, replace(cfg, steps=3, export=tmp_path / "new")) == ""
     assert whole(1, replace(cfg, steps=5)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 5
 

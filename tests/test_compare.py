@@ -177,6 +177,7 @@ def test_a_cell_is_another_one_where_a_flag_or_what_it_reads_is_other(tmp_path):
     (tmp_path / "m.py").write_text("from baselines import full\n")
     changed = [CELL, replace(CELL, seed=1), replace(CELL, lr=2e-4), replace(CELL, steps=5), replace(CELL, spec="full")]
     changed += [replace(CELL, flags=f"{SMALL} --prompts {tmp_path / 'p.txt'}")]
+    changed[:0] = [replace(CELL, flags=f"{SMALL} --model hub/{name}") for name in "ab"]
     changed += [replace(CELL, spec=f"{tmp_path / 'm.py'}:full")]
     names = [cell.name for cell in changed]
     assert len(set(names)) == len(names)
@@ -273,10 +274,11 @@ def test_rates_are_chosen_on_a_seed_of_their_own_and_used_at_all_others(tmp_path
     assert "| full |" in capsys.readouterr().out
 
 
-def test_a_table_of_rows_that_one_names_does_not_replace_what_the_repository_shows(tmp_path):
-    assert file_of(None, "methods", own=False) == RESULTS / "methods.json"
-    assert file_of(None, "methods", own=True) == Path("runs/methods.json")
-    assert file_of(tmp_path / "mine.json", "methods", own=True) == tmp_path / "mine.json"
+def test_a_table_with_flags_of_ones_own_does_not_replace_what_the_repository_shows(tmp_path):
+    assert file_of(Config(jobs=2), "methods") == RESULTS / "methods.json"
+    for own in (Config(also=("refl",)), Config(seeds=1), Config(flags="--batch 32")):
+        assert file_of(own, "methods") == Path("runs/methods.json")
+        assert file_of(replace(own, out=tmp_path / "mine.json"), "methods") == tmp_path / "mine.json"
 
 
 def test_ablations_and_ranges_have_the_references_rate(tmp_path, started):

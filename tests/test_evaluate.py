@@ -180,6 +180,7 @@ def test_geneval_folders_are_what_its_evaluator_reads(tmp_path):
 )
 def test_a_bad_flag_is_named(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evaluate, "load", None)  # no weights are read before
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as exit_:
         evaluate.main()
@@ -217,7 +218,9 @@ def test_a_folder_of_other_settings_or_of_a_model_since_rewritten_is_not_mixed_i
     with pytest.raises(SystemExit):  # a mistake leaves nothing behind that the next try would stumble over
         evaluate.main()
     assert again() == "" and again("--batch", "3") == ""
-    assert "another --steps" in again("--steps", "2") and "another --seed" in again("--seed", "1")
+    with monkeypatch.context() as refusing:
+        refusing.setattr(evaluate, "load", None)  # no weights are read before
+        assert "another --steps" in again("--steps", "2") and "another --seed" in again("--seed", "1")
     (out / evaluate.label(str(model)) / "00001.json").write_text('{"prompt": "a ph')
     assert again() == "" and json.loads((out / "results.json").read_text())["summary"]["tiny"]
     (weights,) = (model / "transformer").glob("*.safetensors")

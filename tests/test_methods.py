@@ -118,6 +118,11 @@ def test_options_are_for_keywords_of_ones_own_and_typed_by_their_value(tmp_path)
             options_of(replace(cfg, option=(option,)), Config())
 
 
+def test_a_preset_of_the_paper_leaves_other_methods_their_own_defaults():
+    _, preset = PRESETS["flux-dev-hpsv2"]
+    assert "alpha" not in options_of(replace(preset, method="flowbp_bridge"), preset)  # 0.1 there, 0.3 in the paper
+
+
 # --------------------------------------------------------------------------------- older runs, and signals
 
 # config.json before flags were grouped and a method had keywords of its own; model and prompts are the preset's.

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import sample
+import start
 import train
 from config import PRESETS, Config
 from infra.distributed import join
@@ -19,11 +20,10 @@ from infra.folders import load
 from infra.jsonl import read_log
 from infra.meter import Meter
 from infra.watch import is_hacked, which_folder
-from leaps import leapalign
 from rewards import LAMBDA, WEIGHTS
 from shapes.models import make_tokenizers
 from shapes.world import TASKS
-from start import Setup, keywords, prepare
+from start import Setup, prepare, recorded
 from tests.processes import script
 from tests.tiny_rewards import write_hpsv2, write_hpsv3
 
@@ -203,6 +203,13 @@ def test_the_same_step_has_the_same_gradient():
     torch.testing.assert_close(gradient_of_a_step(Config()), gradient_of_a_step(Config()), rtol=0, atol=0)
 
 
+def test_a_method_that_asks_for_the_reward_several_times_logs_one_value_a_sample():
+    cfg = Config(out=Path("nonexistent"), batch=4, rollout_steps=2, method="draft_lv", micro_batch=2)
+    with join("cpu") as world:
+        own, prompts = train.batch_gradient(cfg, prepare(cfg, world), world, 0, Meter(world.device))
+    assert {len(values) for values in own.values()} == {len(prompts)} == {4}
+
+
 def test_one_gradient_differs_by_method_and_by_ablation():
     settings = [dict(), dict(method="refl"), dict(method="full"), dict(alpha=0.0), dict(weight="none"),
                 dict(reward_input="xhat_0"), dict(leaps=1), dict(nested_only=True)]  # fmt: skip
@@ -246,7 +253,8 @@ def test_several_rewards_are_weighed_and_logged_separately(weights, few_prompts,
     cfg = Config(out=tmp_path / "run", reward=specs, eval_prompts=few_prompts, **QUICK | dict(steps=2))
     assert [r.lam for r in trained(cfg).rewards] == [0.55, 0.4, 13.5]  # the paper's
     for entry in [*read_log(cfg.out / "metrics.jsonl"), *read_log(cfg.out / "eval.jsonl")]:
-        assert entry["reward"] == pytest.approx(0.5 * entry["hpsv2"] + 2 * entry["pickscore"] + 0.25 * entry["hpsv3"])
+        pickscore = entry["pickscore"] / 10  # reported times its logit scale, and as a cosine in the loss
+        assert entry["reward"] == pytest.approx(0.5 * entry["hpsv2"] + 2 * pickscore + 0.25 * entry["hpsv3"])
     assert all(entry[f"{name}_grad"] > 0 for name in FILES for entry in read_log(cfg.out / "metrics.jsonl"))
 
 
@@ -331,8 +339,9 @@ def test_the_last_lines_name_the_folder_to_use_and_why():
 )
 def test_the_flux_presets_are_the_papers_settings_and_name_what_they_need(preset, alpha, lam, lr):
     description, cfg = PRESETS[preset]
-    assert (cfg.alpha, cfg.lr, cfg.ema, cfg.decay) == (alpha, lr, 0.995, False)
-    assert keywords(leapalign)["tau"] == 0.1 and cfg.tau is None
+    method = recorded(cfg)  # with the defaults of leapalign
+    assert (method["alpha"], method["tau"]) == (alpha, 0.1)
+    assert (cfg.lr, cfg.ema, cfg.decay) == (lr, 0.995, False)
     assert (cfg.rollout_steps, cfg.size, cfg.guidance, cfg.batch, cfg.steps) == (25, ("720",), 3.5, 64, 300)
     assert LAMBDA[cfg.reward[0]] == lam and cfg.lam == () and set(cfg.watch).isdisjoint(cfg.reward)
     for needed in (cfg.model, cfg.prompts, *(WEIGHTS[name] for name in (*cfg.reward, *cfg.watch))):
@@ -388,12 +397,16 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
         (["--tau", "0"], ["--tau"]),
         (["--method", "drtune", "--active", "0"], ["--active", "0"]),
         (["--method", "flow_grpo", "--batch", "12"], ["--group 8", "12"]),
+        (["--method", "flow_grpo", "--noise", "0"], ["--noise", "0.0"]),
+        (["--method", "flow_grpo", "--lam", "0.4"], ["--lam", "flow_grpo"]),
+        (["--method", "draft_lv", "--copies", "-1"], ["--copies", "-1"]),
         (["--method", "nope"], ["--method nope", "baselines.py"]),
         (["--leaps", "13"], ["13 leaps", "12 steps"]),
         (["--low", "0.99"], ["1 steps"]),
     ],
 )
-def test_train_names_the_bad_flag(arguments, words, capsys, monkeypatch, tmp_path):
+def test_train_names_the_bad_flag_before_weights_are_read(arguments, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(start, "load_pipeline", None)
     nograd = tmp_path.with_suffix(".py")
     nograd.write_text("def nograd(images, prompts): return images.detach().mean((1, 2, 3))\n")
     arguments = [a.format(nograd=nograd) for a in arguments]
@@ -425,15 +438,27 @@ def test_a_bad_prompt_file_is_named(content, words, capsys, monkeypatch, tmp_pat
         assert str(file) in said and words in said
 
 
-def test_a_prompt_that_the_judge_cannot_know_is_named(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "flags", [["--eval-prompts"], ["--method", "flow_grpo", "--reward", "judge", "--watch", "tiny", "--prompts"]]
+)
+def test_a_prompt_that_the_judge_cannot_know_is_named(flags, capsys, monkeypatch, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a photo of a dragon\n")
-    said = told(train, capsys, monkeypatch, "--eval-prompts", str(file), "--out", str(tmp_path / "new"))
-    assert "dragon" in said and str(file) in said and "--watch" in said
+    said = told(train, capsys, monkeypatch, *flags, str(file), "--out", str(tmp_path / "new"))
+    assert "dragon" in said and f"{flags[-1]} {file}" in said and "without judge" in said
 
 
-def test_sample_without_a_prompt_says_how_to_give_one(capsys, monkeypatch):
-    assert "--prompt" in told(sample, capsys, monkeypatch)
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ([], "--prompt"),
+        (["--prompt", "a", "--out", "grid.xyz"], "grid.png"),
+        (["--prompt", "a", "--size", "9*9"], "--size 9*9"),
+    ],
+)
+def test_sample_names_the_bad_flag_before_weights_are_read(flags, word, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "load", None)
+    assert word in told(sample, capsys, monkeypatch, *flags)
 
 
 def test_a_lambda_below_every_reward_is_pointed_out_once(few_prompts, tmp_path, capfd, monkeypatch):
