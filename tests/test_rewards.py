@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from rewards import Reward, open_reward, open_rewards
+from rewards import Reward, check_rewards, open_reward
 from scorers.clip import clip, load_clip
 from scorers.common import CLIP_MEAN, CLIP_STD, preprocess
 from shapes.models import make_tokenizers
@@ -231,14 +231,14 @@ def test_a_spec_that_means_nothing_is_an_error_that_says_what_does(spec, words):
 
 def test_two_rewards_of_one_name_are_an_error_as_they_are_logged_by_it(folder):
     with pytest.raises(ValueError, match="two are named 'clip'"):
-        open_rewards([f"clip={folder}", f"clip={folder}:2"])
+        check_rewards([f"clip={folder}", f"clip={folder}:2"])
 
 
 @pytest.mark.parametrize("name", ["loss", "reward", "count", "judge"])
 def test_a_users_function_may_not_be_called_as_something_that_is_logged(name, tmp_path):
     (tmp_path / "mine.py").write_text(f"def {name}(images, prompts): return images.mean((1, 2, 3))\n")
     with pytest.raises(ValueError, match=f"something else than {name}"):
-        open_rewards([f"{tmp_path / 'mine.py'}:{name}:2"])
+        check_rewards([f"{tmp_path / 'mine.py'}:{name}:2"])
 
 
 def test_the_judge_is_one_or_zero_an_image():
