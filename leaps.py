@@ -192,19 +192,6 @@ def vjp_of(velocity: Velocity) -> VJP:
     return vjp
 
 
-def leap_backward(
-    velocity: Velocity,
-    ro: Rollout,
-    picks: tuple[int, ...],
-    alpha: float,
-    grad: Tensor,
-    nested_only: bool = False,
-) -> None:
-    """Add to the parameters' `.grad` what `leap(...).backward(grad)` would, one leap's activations at a time."""
-    backward = sweep_nested_only if nested_only else sweep
-    backward(vjp_of(velocity), ro, leap_terms(ro, picks, alpha), grad)
-
-
 # ------------------------------------------------------------------------------------ the objective
 
 

@@ -5,7 +5,7 @@ give each stream its own weights and let them meet in attention; single blocks t
 sequence. All a block knows of time, guidance and the prompt as a whole is one vector (`vec`), which shifts,
 scales and gates it (adaLN); all it knows of position is one rotary table (`pe`).
 
-`flux1-dev.safetensors` loads into `Flux(FLUX_DEV)` strictly; convert.py has diffusers' names for the same tensors.
+`flux1-dev.safetensors` loads into `Flux(FLUX_DEV)` strictly; infra/names.py has diffusers' names for the same tensors.
 
 Precision: the network computes in the dtype of its weights. Exceptions: the features of time and guidance are
 float32; rotary angles are float64, the table and the turn float32, or float64 in a float64 network.
@@ -71,8 +71,9 @@ FLUX_DEV = FluxConfig()
 def sinusoid(t: Tensor, channels: int = EMBED_CHANNELS, period: float = 10_000.0) -> Tensor:
     """Features of a scalar, (b,) -> (b, channels): cosines, then sines, of 1000 t at falling frequencies.
 
-    float32 in any network, as in both sources: at a guidance of 3.5 the fastest angle is 3500 radians. bf16
-    would lose whole turns of it, float64 would differ from the rounding that the trained weights have seen.
+    float32 in any network: at a guidance of 3.5 the fastest angle is 3500 radians, of which bf16 would lose whole
+    turns.  Both sources agree where they compute in float32; in bf16 they round 1000 t first, to 3504 there, which is
+    not copied.
     """
     half = channels // 2
     frequency = torch.exp(-math.log(period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)

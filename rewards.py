@@ -36,7 +36,11 @@ WEIGHTS = {  # where a name without a path looks, from the current folder
 }
 RULES = ("judge", "lattice")  # have no weights
 FILES = {"hpsv2": "HPS_v2.1_compressed.pt", "hpsv3": "HPSv3.safetensors", "imagereward": "ImageReward.pt"}
-BESIDE = {"hpsv3": ("config.json",), "imagereward": ("vocab.txt", "tokenizer.json")}  # one of these, in its folder
+BESIDE = {  # in its folder; of two after | one is enough
+    "hpsv3": ("config.json", "tokenizer.json|vocab.json"),
+    "imagereward": ("vocab.txt|tokenizer.json",),
+    "clip": ("config.json", "*.safetensors", "tokenizer.json|vocab.json"),
+}
 WEIGHT = r"[-+]?[\d.][-+.\de]*"  # of a reward among several, as it is written
 LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the paper's, but for ours
 # What is logged under names of its own, which a user's function may not have.
@@ -88,18 +92,17 @@ def resolve(spec: str) -> tuple[str, str, float]:
 
 def checked(name: str, path: str) -> str:
     """The path of a reward's weights. ValueError if one can see, without reading them, that they are not whole."""
-    if name in FILES:
-        check_tensors(file := file_in(path, FILES[name]))
-        beside = BESIDE.get(name)
-        if beside and not any((file.parent / other).is_file() for other in beside):
-            raise ValueError(
-                f"{name}={path} needs {' or '.join(beside)} beside {file}: see the README's table of rewards"
-            )
-        return str(file)
-    folder = Path(path).parent if Path(path).is_file() else Path(path)  # of a CLIPModel
-    for file in folder.glob("*.safetensors") if path else ():
-        check_tensors(file)
-    return path and str(folder)
+    if not path:
+        return path
+    file = file_in(path, FILES[name]) if name in FILES else None
+    folder = file.parent if file else Path(path).parent if Path(path).is_file() else Path(path)
+    for tensors in [file] if file else folder.glob("*.safetensors"):
+        check_tensors(tensors)
+    for names in BESIDE.get(name if file else "clip", ()):
+        if not any(list(folder.glob(other)) for other in names.split("|")):
+            needed = names.replace("|", " or ")
+            raise ValueError(f"{name}={path} needs {needed} in {folder}: see the README's table of rewards")
+    return str(file or folder)
 
 
 def open_reward(

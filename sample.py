@@ -180,7 +180,8 @@ def sample(
         text = encode(pipe, prompts[i : i + batch])
         velocity = velocity_of(pipe.flux, text, rows, columns, guidance, pipe.compute)
         x = rollout(velocity, draw_noise(pipe, seeds[i : i + batch], rows, columns), levels).x[-1]
-        images.append(decode(pipe, x, height, width).cpu())
+        at_once = max(1, 2**20 // (height * width))  # the VAE takes 3 kB a pixel
+        images += [decode(pipe, part, height, width).cpu() for part in x.split(at_once)]
     return torch.cat(images)
 
 

@@ -23,7 +23,7 @@ from infra.anchor import frozen_copy
 from infra.checkpoints import folders
 from infra.checks import check_flags, check_folder, check_groups
 from infra.distributed import World, fill, shard_flux, shard_frozen
-from infra.files import recover, replacing
+from infra.files import PART, recover, remove, replacing, set_aside
 from infra.folders import Pipeline, describe, load
 from infra.fp8 import in_fp8, to_fp8
 from infra.jsonl import truncate
@@ -346,7 +346,12 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> list[dict[str, Any]]:
     record = recorded(cfg) | dict(prompts_read=[fingerprint(setup.prompts), fingerprint(setup.eval_prompts)])
     with replacing(out / "config.json") as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
-    for later in [f for f in folders(out) if f.name > f"step_{first:06d}"]:  # unreadable, or after --at
-        shutil.rmtree(later)
+    for later in [f for f in folders(out) if f.name > f"step_{first:06d}"]:
+        if cfg.at is not None:
+            shutil.rmtree(later)
+        else:  # the disk may have been at fault, not what is on it
+            set_aside(later, ".unreadable")
+    for part in (out / "checkpoints").glob(f"*{PART}"):  # of a save that was killed, up to 190 GB
+        remove(part)
     truncate(out / "metrics.jsonl", first)
     return truncate(out / "eval.jsonl", first)

@@ -46,6 +46,7 @@ from infra.logs import Log, note_nonfinite
 from infra.meter import Meter, peak_flops, peak_memory
 from infra.prompts import batch_of, shard
 from infra.saving import write_model
+from infra.seeds import generator_of
 from infra.watch import best_of, newly_hacked, shown, which_folder
 from leaps import VJP, Samples, Velocity, hinge, vjp_of
 from model import Flux
@@ -135,16 +136,13 @@ def gradient(
     # What all samples share is drawn after x_1, from the same generator, alike for all parts of a batch.
     shared = draw_noise(cfg, setup, step, 0)[1]
     log = setup.method(Samples(noise, size.levels, shared, velocity, vjp, reward, score, total, step))
+    if cfg.keep_gathered:  # or what is whole would outlive the update
+        keep_gathered(pipe.flux, False)
     measured |= dict(anchor=distances) if distances else {}
     log = {**log, **{name: torch.cat(values).view(-1, b).mean(0) for name, values in measured.items()}}
     return {
         name: value.detach().float().cpu().expand(value.numel() if value.ndim else b) for name, value in log.items()
     }
-
-
-def generator_of(*key: int) -> torch.Generator:
-    """A CPU generator, another one for each key: a run's seed, a step, and numbers for what else the step draws."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def draw_noise(cfg: Config, setup: Setup, step: int, i: int) -> tuple[Tensor, torch.Generator]:

@@ -3,7 +3,8 @@
     reflowed   the shipped base, trained on its own pairs of noise and image, as rectified flow does a second time
     early      a Flux from nothing on the shapes world, stopped early: what it draws so far it draws along bent paths
 
-Both have the layout of the shipped base, whose autoencoder and text encoders they share.  Every step resumes.
+Both have the layout of the shipped base, whose autoencoder and text encoders they share.  Training resumes, with the
+same flags.
 """
 
 from collections.abc import Callable
@@ -105,6 +106,7 @@ def run(cfg: Config) -> None:
     fit("reflowed", pipe.flux, loss_of(pipe.flux, table, own), work, cfg.reflow_steps, lr=2e-4, average=0.99)
     for name, flux in dict(early=early, reflowed=pipe.flux).items():
         save(cfg.out / name, pipe.location.folder, flux.config, flux.state_dict())
+        (cfg.out / f"{name}.pt").unlink()  # or a later run with other flags would take it for its own
         print(f"wrote {cfg.out / name}")
 
 

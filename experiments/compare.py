@@ -113,14 +113,19 @@ def check(cfg: Config) -> None:
     """Raise ValueError naming the flag if the table cannot be made."""
     if min(cfg.seeds, cfg.steps, cfg.jobs) < 1 or cfg.seeds > GRID_SEED:
         raise ValueError(f"--seeds {cfg.seeds}, --steps {cfg.steps} and --jobs {cfg.jobs} must be at least 1")
-    taken = {f"--{name}" for name in ("seed", "lr", "steps", "eval-every", "save-every", "out", "resume", "watch")}
-    for text in (cfg.flags, *cfg.methods, *cfg.also):
-        if own := taken & {word.partition("=")[0] for word in shlex.split(text)}:
-            raise ValueError(f"{own.pop()} in {text!r}: every run has its own; compare has flags for some of them")
+    check_words([cfg.flags, *cfg.methods, *cfg.also])
     if not cfg.equal:
         raise ValueError("--equal: give evaluations, updates, or both")
     if not cfg.grid or min(cfg.grid) <= 0:
         raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: give one multiple or more, above 0")
+
+
+def check_words(texts: Sequence[str]) -> None:
+    """Raise ValueError if words for train.py have a flag that every run is given."""
+    taken = {f"--{name}" for name in ("seed", "lr", "steps", "eval-every", "save-every", "out", "resume", "watch")}
+    for text in texts:
+        if own := taken & {word.partition("=")[0] for word in shlex.split(text)}:
+            raise ValueError(f"{own.pop()} in {text!r}: every run has its own; this command has flags for some of them")
 
 
 # -------------------------------------------------------------------------------------- which runs

@@ -25,7 +25,7 @@ from config import sides
 from experiments.command import main
 from experiments.draw import draw
 from experiments.draw_decided import name_of
-from experiments.record import RESULTS, named, record
+from experiments.record import file_of, named, record
 from infra.distributed import device_of
 from infra.folders import Pipeline, load
 from infra.prompts import read_prompts
@@ -60,8 +60,9 @@ class Config:
     """Seed of captions and noise."""
     device: str = TRAIN.device
     """Where to compute."""
-    out: Path = RESULTS / "decided.json"
-    """File of the results; tables and pictures are written beside it."""
+    out: Path | None = None
+    """File of the results, beside which tables and pictures are written; the default is
+    experiments/results/decided.json, and runs/decided.json where you set anything that results depend on."""
 
 
 def changed(prompt: Prompt) -> Iterator[Prompt]:
@@ -99,7 +100,8 @@ def switched(pipe: Pipeline, first: Velocity, second: Velocity, noise: Tensor, l
 
 def noise_of(cfg: Config, pipe: Pipeline, start: int, n: int) -> Tensor:
     """x_1 of the rollouts start, start + 1, ..."""
-    return draw_noise(pipe, range(cfg.seed + start, cfg.seed + start + n), *grid(pipe, *SIZE))
+    first = 10**6 * cfg.seed + start
+    return draw_noise(pipe, range(first, first + n), *grid(pipe, *SIZE))
 
 
 def captions(cfg: Config, pipe: Pipeline, levels: Tensor, task: str) -> dict[str, list[float]]:
@@ -139,7 +141,7 @@ def run(cfg: Config) -> None:
         raise ValueError(f"--prompts {cfg.prompts} has none of the task {absent[0]}")
     if twice := [m for m in cfg.tuned if sum(name_of(m) == name_of(other) for other in cfg.tuned) > 1]:
         raise ValueError(f"--tuned {' '.join(twice)}: these would all be called {name_of(twice[0])}")
-    device = device_of(cfg.device)
+    device, out = device_of(cfg.device), file_of(cfg, "decided")
     base, *tuned = (load(model, device, torch.float32) for model in (cfg.model, *cfg.tuned))
     levels = sigmas(base.schedule, cfg.rollout_steps, int(np.prod(grid(base, *SIZE)))).to(cfg.device)
     result = dict(
@@ -150,14 +152,14 @@ def run(cfg: Config) -> None:
     for task, thing in THINGS.items():
         result["things"][thing] = captions(cfg, base, levels, task)
         print(f"captions: {thing}", flush=True)
-    record(cfg.out, **result)
+    record(out, **result)
     for model, pipe in zip(cfg.tuned, tuned):
         orders = dict(tuned_first=(pipe, base), base_first=(base, pipe))
         found = {order: networks(cfg, *pipes, levels, prompts) for order, pipes in orders.items()}
         result["tuned"].append(dict(model=named(model), **found))
         print(f"networks: {model}", flush=True)
-        record(cfg.out, **result)
-    draw(cfg.out)
+        record(out, **result)
+    draw(out)
 
 
 if __name__ == "__main__":

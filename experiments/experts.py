@@ -17,14 +17,13 @@ from typing import Any
 
 from experiments.cells import config_of, opened, run_cell, spent, updates_within
 from experiments.command import main
-from experiments.compare import cell
+from experiments.compare import Config as CompareConfig
+from experiments.compare import cell, check_words
 from experiments.draw import draw
 from experiments.draw_compare import TWO
 from experiments.record import file_of, record
 
-FLAGS = "--watch judge shapes/vivid.py:vivid"  # as compare has them, so that its runs are found
-
-
+FLAGS = f"--watch {shlex.join(CompareConfig.watch)}"  # so that compare's runs are found
 METHODS = ("leapalign", "leapalign --reward-input xhat_0", "refl")
 
 
@@ -52,6 +51,9 @@ class Config:
 
 
 def run(cfg: Config) -> None:
+    check_words([cfg.flags, *cfg.methods])
+    if len(set(cfg.methods)) < len(cfg.methods):
+        raise ValueError(f"--methods {shlex.join(cfg.methods)}: one is there twice")
     if len(cfg.lr) != len(cfg.methods):
         raise ValueError(f"--lr {shlex.join(map(str, cfg.lr))}: give one for each of {len(cfg.methods)} methods")
     if not 0 < cfg.split < 1 or min(cfg.seeds, cfg.steps) < 1:

@@ -21,7 +21,7 @@ Numbers are kept a batch of noise, and intervals are over batches (draw.py, draw
 import itertools
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,17 +31,19 @@ from torch import Tensor, nn
 
 from baselines import full
 from config import Config as TrainConfig
-from config import sides
-from experiments.cells import opened, spent
+from config import Experiment, Machine, Run, sides
+from experiments.cells import config_of, opened, spent
 from experiments.command import main
 from experiments.draw import draw
 from experiments.record import file_of, named, record
 from infra.distributed import device_of
 from infra.folders import Pipeline, load
 from infra.prompts import read_prompts
+from infra.seeds import generator_of
 from leaps import Samples, Velocity, hinge, leapalign, rollout, vjp_of
 from rewards import Reward, open_reward
 from sample import decode, encode, grid, velocity_of
+from start import keywords, method_of, options_of
 
 TRAIN = TrainConfig()
 GROUP = 8  # samples of a prompt, neighbours: policy gradients compare them, and all methods see the same samples
@@ -179,10 +181,6 @@ def samples_of(batch: Batch, *key: int) -> Samples:
     return Samples(noise, batch.levels, shared, batch.velocity, vjp, reward, batch.score, len(batch.noise), 0)
 
 
-def generator_of(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
 def once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same function of tensors, evaluated once at each point: all draws of a batch make the same rollout."""
     known: dict[tuple[bytes, ...], Tensor] = {}
@@ -235,6 +233,13 @@ def places(network: nn.Module, batch: Batch, true: Gradient) -> list[Numbers]:
 
 def check(cfg: Config) -> None:
     """Raise ValueError naming the flag."""
+    for spec in cfg.methods:
+        row, method = config_of(spec, ""), config_of(shlex.split(spec)[0], "")
+        others = [f.name for group in (Experiment, Run, Machine) for f in fields(group)]
+        if ignored := [name for name in others if getattr(row, name) != getattr(method, name)]:
+            raise ValueError(f"--{ignored[0].replace('_', '-')} in {spec!r}: a row has flags of its method only")
+        if GROUP % (group := options_of(row, TRAIN).get("group", keywords(method_of(row.method)).get("group", 1))):
+            raise ValueError(f"--group {group} in {spec!r}: a prompt has {GROUP} samples here, a multiple of a group")
     if cfg.draws < 2 or cfg.noises < 1:
         raise ValueError(
             f"--draws {cfg.draws} must be at least 2, for a variance, and --noises {cfg.noises} at least 1"

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
 from infra.distributed import gather
-from infra.files import part_of, put_in_place
+from infra.files import PART, beside, part_of, put_in_place
 from model import Flux
 
 SUMS = "sums.json"
@@ -131,7 +131,7 @@ def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.Pr
     folder = out / "checkpoints" / f"step_{step:06d}"
     rank = dist.get_rank()
     reason, own = None, {}
-    part = folder.with_name(f"{folder.name}.part")
+    part = beside(folder, PART)
     if rank == 0:
         with suppress(OSError):  # what is wrong will be told by the writing, on all ranks
             part_of(folder)

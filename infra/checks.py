@@ -10,6 +10,7 @@ from typing import Any
 from config import Config
 from infra.checkpoints import folders
 from infra.distributed import CUT, World
+from infra.files import PART
 from infra.trackers import check_trackers
 
 
@@ -20,7 +21,9 @@ def check_flags(cfg: Config, world: World) -> None:
     for name in (*counts, *of_methods, "rollout_batch", "micro_batch", "check_every"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("lr", "weight_decay", "seed", "clip", "anchor", "copies"):
+    if cfg.clip <= 0:
+        raise ValueError(f"--clip must be positive, got {cfg.clip}: inf does not clip")
+    for name in ("lr", "weight_decay", "seed", "anchor", "copies"):
         if (getattr(cfg, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(cfg, name)}")
     if cfg.noise is not None and cfg.noise <= 0:
@@ -92,14 +95,19 @@ def check_folder(cfg: Config, out: Path, now: dict[str, Any], defaults: dict[str
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"--out {out} is occupied: --resume goes on with it, or choose another folder")
         return
+    occupied = f"--out {out} is occupied by something that is no run: choose another folder"
     if not (out / "config.json").exists():
         if cfg.export or cfg.at is not None:
             raise ValueError(f"--out {out} holds no run")
+        if out.exists() and any(f.name != "samples" and PART not in f.name for f in out.iterdir()):
+            raise ValueError(occupied)
         return
     try:
         before = json.loads((out / "config.json").read_text())
     except ValueError as error:
         raise ValueError(f"{out / 'config.json'} is damaged ({error}): write the run's flags into it again") from None
+    if "method" not in before:
+        raise ValueError(occupied)
     for name in fixed:
         earlier = before.get(name, defaults[name])
         if name == "size" and isinstance(earlier, int):  # of a run from before there could be several

@@ -1,8 +1,9 @@
 """Files and folders that are whole or not there, whenever the process is killed.
 
-What is written is written beside its place, as NAME.part, and takes the place when it is whole.  A file replaces one
-in one step; two folders are exchanged in one step where the system can do it (Linux).  Elsewhere the old folder steps
-aside, as NAME.old, for the moment between two renames, and `recover` puts it back if a kill fell into that moment.
+What is written is written beside its place, as NAME.leapalign-part, and takes the place when it is whole.  A file
+replaces one in one step; two folders are exchanged in one step where the system can do it (Linux).  Elsewhere the old
+folder steps aside, as NAME.leapalign-old, for the moment between two renames, and `put_back` undoes it if a kill fell
+into that moment.  Nobody else has files of such names: what is found there is ours to remove.
 """
 
 import ctypes
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+PART, OLD = ".leapalign-part", ".leapalign-old"
 
 
 @contextmanager
@@ -31,7 +34,7 @@ def replacing(target: Path) -> Iterator[Path]:
 def part_of(target: Path) -> Path:
     """Where to write what will take the place of `target`; what an earlier kill has left there is removed."""
     recover(target)
-    part = target.with_name(f"{target.name}.part")
+    part = beside(target, PART)
     remove(part)
     part.parent.mkdir(parents=True, exist_ok=True)
     return part
@@ -44,18 +47,35 @@ def put_in_place(part: Path, target: Path) -> None:
     elif exchange(part, target):
         remove(part)
     else:
-        old = target.with_name(f"{target.name}.old")
+        old = beside(target, OLD)
         target.replace(old)
         part.replace(target)
         remove(old)
 
 
-def recover(target: Path) -> None:
-    """Undo what a kill between the two renames of `put_in_place` has left."""
-    old = target.with_name(f"{target.name}.old")
+def put_back(target: Path) -> None:
+    """Undo a kill between the two renames of `put_in_place`; nothing is removed, so who only reads may ask for it."""
+    old = beside(target, OLD)
     if old.exists() and not target.exists():
         old.replace(target)
-    remove(old)
+
+
+def recover(target: Path) -> None:
+    """Undo what a kill within `put_in_place` has left."""
+    put_back(target)
+    remove(beside(target, OLD))
+
+
+def beside(target: Path, mark: str) -> Path:
+    """A path with a mark at the end of its name."""
+    whole = Path(os.path.abspath(target))  # "." has no name
+    return whole.with_name(whole.name + mark)
+
+
+def set_aside(path: Path, mark: str) -> None:
+    """Give a path's name a mark, in place of what has that name."""
+    remove(beside(path, mark))
+    path.replace(beside(path, mark))
 
 
 def exchange(a: Path, b: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 
-from infra.files import recover
+from infra.files import put_back
 from infra.lora import FILE, NOTE
 from infra.lora_files import lora_file
 from infra.reading import check_family, flux_file, kind_of, names_in, read
@@ -47,7 +47,7 @@ def find(name: str | Path, base: str | None = None) -> Location:
     parts of a transformer's file.  Raises ValueError naming what is missing, or what it is instead.
     """
     path = Path(name)
-    recover(path)
+    put_back(path)
     if lora := lora_file(name):
         return find_base(path, lora, base)._replace(lora=lora)
     if flux_file(name):
@@ -71,14 +71,15 @@ def find_base(path: Path, lora: Path, base: str | None) -> Location:
         if Path(base).is_file():
             raise ValueError(f"--base {base} is one file: give a folder that has it in place of its transformer/")
         return find(base)
-    if not (path / NOTE).exists():
+    home = lora.parent
+    if not (home / NOTE).exists():
         raise ValueError(f"{path} is a LoRA that does not say what it changes: give --base FOLDER")
-    note = read(path / NOTE, lambda file: {k: path / v for k, v in json.loads(file.read_text()).items()})
+    note = read(home / NOTE, lambda file: {k: home / v for k, v in json.loads(file.read_text()).items()})
     if "base" not in note:
-        raise ValueError(f"cannot read {path / NOTE}: it names no base; give --base FOLDER")
+        raise ValueError(f"cannot read {home / NOTE}: it names no base; give --base FOLDER")
     if not all(p.exists() for p in (lora, *note.values())):
         needs = " and ".join(f"its {what} at {where}" for what, where in note.items())
-        raise ValueError(f"LoRA {path}: it needs its {FILE}, and {needs}, as {path / NOTE} says")
+        raise ValueError(f"LoRA {path}: it needs its {FILE}, and {needs}, as {home / NOTE} says")
     return find(note["transformer"], str(note["base"])) if "transformer" in note else find(note["base"])
 
 

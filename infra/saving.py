@@ -60,7 +60,8 @@ def exhaust(tensors: Tensors) -> None:
 def base_of(location: Location) -> dict[str, str]:
     """What a LoRA's NOTE says of the model that it changes."""
     note, transformer = {"base": str(location.folder.resolve())}, location.transformer
-    return note if location.folder in transformer.parents else note | {"transformer": str(transformer.resolve())}
+    usual = transformer == location.folder / "transformer"
+    return note if usual else note | {"transformer": str(transformer.resolve())}
 
 
 def save(folder: Path, source: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:

@@ -4,7 +4,7 @@ import importlib.util
 import netrc
 import os
 import sys
-import zlib
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ def open_trackers(
 ) -> Callable[[int, dict, list[Path]], None]:
     """A function (step, numbers, pictures) that logs to all of `kinds`, whose packages are imported only here.
 
-    `first` is the step that a run starts or goes on from: what was logged of later ones is overwritten.
+    `first` is the step that a run starts or goes on from: what was logged of later ones is overwritten; W&B, which
+    only adds, shows both.
     """
     trackers: list[Callable[[int, dict, list[Path]], None]] = []
     if "tensorboard" in kinds:
@@ -74,11 +75,16 @@ def open_trackers(
     if "wandb" in kinds:
         import wandb
 
-        name = f"{out.name}-{zlib.crc32(str(out.resolve()).encode()):08x}"  # a folder is a run
-        run = wandb.init(project="leapalign", dir=str(out), config=config, id=name, resume="allow")
+        known = out / "wandb-id"
+        if not first or not known.exists():  # else the run goes on there, too
+            known.write_text(uuid.uuid4().hex[:8])
+        run = wandb.init(
+            project="leapalign", dir=str(out), config=config, name=out.name, id=known.read_text(), resume="allow"
+        )
+        run.define_metric("*", step_metric="step")  # W&B's own counter would refuse steps that are made again
 
         def to_wandb(step: int, numbers: dict, pictures: list[Path]) -> None:
-            run.log({**numbers, **{p.parent.name: wandb.Image(str(p)) for p in pictures}}, step=step)
+            run.log({"step": step, **numbers, **{p.parent.name: wandb.Image(str(p)) for p in pictures}})
 
         trackers.append(to_wandb)
 

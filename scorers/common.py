@@ -34,13 +34,16 @@ class Scorer(NamedTuple):
 # --------------------------------------------------------------------------------------- preprocessing
 
 
-def preprocess(images: Tensor, size: int) -> Tensor:
-    """CLIP's preprocessing, differentiable: shortest side to `size` (bicubic, as PIL), centre crop, normalise."""
+def preprocess(images: Tensor, size: int, rounded: bool = False) -> Tensor:
+    """CLIP's preprocessing, differentiable: shortest side to `size` (bicubic, as PIL), centre crop, normalise.
+
+    A crop that would begin between two pixels begins at the first, as transformers' does; rounded, as torchvision's.
+    """
     images = images.float()
     rows, columns = images.shape[-2:]
     short = min(rows, columns)
     images = resize(images, rows * size // short, columns * size // short)
-    top, left = ((side - size) // 2 for side in images.shape[-2:])
+    top, left = (round((side - size) / 2) if rounded else (side - size) // 2 for side in images.shape[-2:])
     return normalize(images[..., top : top + size, left : left + size])
 
 

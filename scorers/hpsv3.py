@@ -45,8 +45,6 @@ def hpsv3(
     """
     file = file_in(path, FILE)
     folder = file.parent
-    state = {current_name(k): v for k, v in read_tensors(file).items() if not k.startswith("lm_head.")}
-    head, state = build_head(state, file)
     try:
         json.loads((folder / "config.json").read_text())  # where there is none, transformers 5 makes one up
         config = Qwen2VLConfig.from_pretrained(folder, local_files_only=True)
@@ -56,6 +54,8 @@ def hpsv3(
             f"cannot read {folder}: beside {file.name} it needs config.json and the tokenizer's files of "
             f"Qwen/Qwen2-VL-7B-Instruct ({type(error).__name__}: {error})"
         ) from error
+    state = {current_name(k): v for k, v in read_tensors(file).items() if not k.startswith("lm_head.")}
+    head, state = build_head(state, file)
     tokenizer.add_tokens([TOKEN], special_tokens=True)
     reward_id, image_id = tokenizer.convert_tokens_to_ids([TOKEN, "<|image_pad|>"])
     config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])

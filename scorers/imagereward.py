@@ -49,15 +49,18 @@ def imagereward(path: str | Path, device: Device = "cpu", recompute: bool = Fals
         ) from error
     vision, text, head = build_vision(state, file), build_text(state, file), build_head(state, file)
     known = text.config.vocab_size
-    if not len(set(tokenizer.all_special_ids)) < len(tokenizer) <= known:
-        raise ValueError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, {file.name} knows {known}")
+    if not known - 2 <= len(tokenizer) <= known:  # ImageReward's own has two more, which prompts do not use
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, {file.name} knows {known}: it must be that of "
+            "bert-base-uncased"
+        )
     vision, text, head = freeze(vision, recompute).to(device), freeze(text).to(device), freeze(head).to(device)
     size = vision.config.image_size
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
         pad = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
         tokens = tokenizer(list(prompts), **pad).to(images.device)
-        features = vision(pixel_values=preprocess(images, size)).last_hidden_state  # (b, patches + 1, d)
+        features = vision(pixel_values=preprocess(images, size, rounded=True)).last_hidden_state  # (b, patches + 1, d)
         read = text(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,

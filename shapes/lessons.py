@@ -109,7 +109,10 @@ def bent(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def with_one_more(shape: np.ndarray, color: np.ndarray, rng: np.random.Generator) -> None:
-    """Put into an empty cell of each layout (n, 4) another object, like one that is there in shape, color or both."""
+    """Put into an empty cell of each layout (n, 4) another object.
+
+    Half of the time it is like one that is there, a quarter like it in shape, a quarter like none on purpose.
+    """
     for s, c in zip(shape, color, strict=True):
         empty, full = np.flatnonzero(s < 0), np.flatnonzero(s >= 0)
         if len(empty):

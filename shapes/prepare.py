@@ -1,7 +1,11 @@
 """Make everything the shapes world ships, from nothing:  python -m shapes.prepare
 
 Each stage writes its result to --work and is skipped when that is there; an interrupted one goes on from its last
-checkpoint.  By its stages it takes about two hours on two cores; `--scale 0.002` tries all of it in minutes.
+checkpoint.  By its stages it takes about two hours on two cores.  All of it in minutes, and nothing shipped replaced:
+
+    python -m shapes.prepare --scale 0.002 --work /tmp/try --out /tmp/try/out
+
+The stages:
 
     vae      AutoencoderKL on rendered scenes
     text     T5 and CLIP text encoders on what captions mean, frozen from then on
@@ -47,6 +51,8 @@ def main(cfg: Config) -> None:
     unknown = [stage for stage in cfg.stages if stage not in STAGES]
     if unknown:
         raise SystemExit(f"error: --stages: there is no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+    if cfg.scale != 1 and (cfg.work == Config.work or cfg.out == Config.out):
+        raise SystemExit("error: --scale: give it a --work and an --out of its own, or what is shipped is replaced")
     torch.set_num_threads(cfg.threads)
     cfg.work.mkdir(parents=True, exist_ok=True)
     for stage in cfg.stages or STAGES:

@@ -21,6 +21,7 @@ from baselines import full, refl
 from config import Config as TrainConfig
 from infra.folders import Pipeline, load
 from infra.prompts import read_prompts
+from infra.seeds import generator_of
 from leaps import Samples, hinge, leapalign, rollout, similarity_weight, vjp_of
 from rewards import Reward, open_reward
 from sample import decode, draw_noise, encode, grid, pack, sample, sigmas, velocity_of
@@ -46,7 +47,7 @@ class Config:
     each: int = 200
     """Images per task."""
     seed: int = 0
-    """Seed of scenes, noise and prompts."""
+    """Seed of rendered scenes and fades; prompts and the models' noise are always the same."""
 
 
 def spread(each: int) -> list[Prompt]:
@@ -121,10 +122,6 @@ def report_clean(pipe: Pipeline, cfg: Config) -> None:
         images = sample(clean, [p.text for p in prompts], range(len(prompts)), steps, SIZE, SIZE)
         line(f"clean base, {steps} steps", accuracy(judge(images, prompts), prompts))
         line("  an object of no one color", blends(images, prompts))
-
-
-def generator_of(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def samples_of(

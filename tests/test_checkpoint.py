@@ -27,6 +27,7 @@ from infra import checkpoints
 from infra.checkpoints import folders
 from infra.checks import check_flags
 from infra.distributed import join
+from infra.files import PART
 from infra.folders import load
 from infra.jsonl import append, read_log, truncate
 from infra.logs import note_nonfinite
@@ -225,8 +226,8 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before(when, base, undisturb
     (process,) = start(1, interrupted_save, cfg, when)
     process.join(600)
     assert process.exitcode == -signal.SIGKILL
-    assert [f.name for f in folders(cfg.out)] == ["step_000002"] and list(cfg.out.glob("checkpoints/*.part"))
-    assert whole(1, cfg) == "" and same_run(undisturbed, cfg)
+    assert [f.name for f in folders(cfg.out)] == ["step_000002"] and list(cfg.out.glob(f"checkpoints/*{PART}"))
+    assert whole(1, cfg) == "" and same_run(undisturbed, cfg) and not list(cfg.out.glob(f"checkpoints/*{PART}"))
 
 
 def slow_save(cfg: Config) -> None:
@@ -315,7 +316,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(how, file, base, undisturbed
     damage(folders(cfg.out)[-1] / file, how)
     ((message, said),) = spread(1, told, cfg)
     assert message == "" and "step_000008 cannot be read" in said and "trying an older one" in said
-    assert same_run(undisturbed, cfg)
+    assert same_run(undisturbed, cfg) and (cfg.out / "checkpoints" / "step_000008.unreadable").exists()
 
 
 def full_disk(cfg: Config) -> tuple[str, str]:
@@ -339,7 +340,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(base, tmp_path):
     ((message, said),) = spread(1, full_disk, cfg)
     assert message == "" and said.count("warning: no checkpoint could be written (") == 3 and "GB free" in said
     assert f"the newest is {folders(cfg.out)[0]}" in said
-    assert [f.name for f in folders(cfg.out)] == ["step_000002"] and not list(cfg.out.glob("checkpoints/*.part"))
+    assert [f.name for f in folders(cfg.out)] == ["step_000002"] and not list(cfg.out.glob(f"checkpoints/*{PART}"))
 
 
 def never_renamed(cfg: Config) -> tuple[str, str]:
@@ -436,11 +437,18 @@ def test_numbers_and_pictures_go_to_the_trackers_that_were_asked_for(undisturbed
     monkeypatch.setitem(
         sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder, **_: writer)
     )
-    logged = SimpleNamespace(log=lambda entry, step: seen.append((sorted(entry), step)))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: logged, Image=lambda path: path))
+    ids = []
+    logged = SimpleNamespace(
+        log=lambda entry: seen.append((sorted(entry), entry["step"])), define_metric=lambda *_, **__: 0
+    )
+    wandb = SimpleNamespace(init=lambda **options: ids.append(options["id"]) or logged, Image=lambda path: path)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     track = open_trackers(("tensorboard", "wandb"), tmp_path, {"lr": 1}, 0)
     track(4, {"step": 4, "reward": 0.5, "by_prompt": {"tiny": [1.0]}}, [undisturbed.out / "samples" / "step_0004.png"])
-    assert seen == [("reward", 0.5, 4), ("samples", 3, 4), (["reward", "samples"], 4)]
+    assert seen == [("reward", 0.5, 4), ("samples", 3, 4), (["reward", "samples", "step"], 4)]
+    for first in (2, 0):
+        open_trackers(("wandb",), tmp_path, {"lr": 1}, first)
+    assert ids[0] == ids[1] != ids[2]  # a run that goes on, and one that starts anew in a folder of that name
     open_trackers((), tmp_path, {}, 0)(4, {"reward": 0.5}, [])
     assert len(seen) == 3
 

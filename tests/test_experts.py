@@ -102,6 +102,10 @@ def test_the_command_sets_runs_with_one_and_two_networks_side_by_side_and_runs_n
 def test_what_cannot_be_is_refused_before_anything_is_run():
     with pytest.raises(ValueError, match=r"--split 1\.5 is between 0 and 1"):
         experts.run(Config(split=1.5))
+    with pytest.raises(ValueError, match="--seed in '--seed 5'"):
+        experts.run(Config(flags="--seed 5"))
+    with pytest.raises(ValueError, match="one is there twice"):
+        experts.run(Config(methods=("refl", "refl"), lr=(0.1, 0.2)))
     with pytest.raises(ValueError, match="--alpha means nothing"):
         experts.run(Config(methods=("leapalign", "refl --alpha 1"), lr=(0.1, 0.1)))
 

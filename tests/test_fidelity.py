@@ -27,6 +27,7 @@ from experiments.fidelity import (
 )
 from infra.folders import load
 from infra.prompts import read_prompts
+from infra.seeds import generator_of
 from leaps import Rollout, hinge, leapalign, pick_leaps, similarity_weight
 from rewards import open_reward
 from sample import decode, encode, grid, sigmas, velocity_of
@@ -202,7 +203,7 @@ def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_roll
     batch = batch_of(cfg, pipe, reward, prompts, levels, 0)
     ours, _ = gradient_of(pipe.flux, method, samples_of(batch, 0, 0, 1))
 
-    chosen = torch.randperm(len(prompts), generator=fidelity.generator_of(0, 0))[:1].tolist()
+    chosen = torch.randperm(len(prompts), generator=generator_of(0, 0))[:1].tolist()
     texts = [prompts[i] for i in chosen for _ in range(8)]
     velocity, x = velocity_of(pipe.flux, encode(pipe, texts), *grid(pipe, *size)), batch.noise
     for now, after in itertools.pairwise(levels):
@@ -240,7 +241,16 @@ def test_what_the_picture_calls_the_weight_of_eq_12_is_what_leapalign_weighs_wit
         torch.testing.assert_close(torch.tensor(trust(d_j.numpy(), d_0.numpy())["weight of Eq. 12"]), weight)
 
 
-@pytest.mark.parametrize("flags, words", [(dict(draws=1), "--draws 1"), (dict(batch=12), "--batch 12")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(draws=1), "--draws 1"),
+        (dict(batch=12), "--batch 12"),
+        (dict(methods=("leapalign --rollout-steps 5",)), "--rollout-steps in"),
+        (dict(methods=("leapalign --anchor 1",)), "--anchor in"),
+        (dict(methods=("flow_grpo --group 16",)), "--group 16 in"),
+    ],
+)
 def test_flags_that_cannot_be_are_refused(flags, words):
     with pytest.raises(ValueError, match=words):
         fidelity.run(Config(**flags))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra import files
-from infra.files import exchange, part_of, put_in_place, recover, replacing
+from infra.files import OLD, PART, exchange, part_of, put_in_place, recover, replacing
 
 ROOT = Path(__file__).parent.parent
 KILLED = """
@@ -97,10 +97,10 @@ def test_killed_at_any_step_the_old_or_the_new_is_whole_and_the_next_write_works
 @pytest.mark.parametrize("step", range(12))
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_second_kill_while_recovering_from_the_first_loses_nothing(can_exchange, step, tmp_path):
-    """The first kill is between the two renames, which leaves best.old and best.part."""
+    """The first kill is between the two renames, which leaves an old and a part."""
     target = tmp_path / "best"
-    write(tmp_path / "best.old", "folder", "old")
-    write(tmp_path / "best.part", "folder", "new")
+    write(tmp_path / f"best{OLD}", "folder", "old")
+    write(tmp_path / f"best{PART}", "folder", "new")
     killed(target, "folder", can_exchange, step)
     recover(target)
     assert read(target) in ("old", "new")
@@ -108,10 +108,10 @@ def test_a_second_kill_while_recovering_from_the_first_loses_nothing(can_exchang
 
 def test_what_stepped_aside_comes_back_and_is_removed_where_there_is_a_newer(tmp_path):
     target = tmp_path / "best"
-    write(tmp_path / "best.old", "folder", "old")
+    write(tmp_path / f"best{OLD}", "folder", "old")
     recover(target)
     assert read(target) == "old" and list(tmp_path.iterdir()) == [target]
-    write(tmp_path / "best.old", "folder", "older")
+    write(tmp_path / f"best{OLD}", "folder", "older")
     with replacing(target) as part:
         write(part, "folder", "new")
     assert read(target) == "new" and list(tmp_path.iterdir()) == [target]
@@ -131,7 +131,7 @@ def test_an_error_between_the_two_renames_puts_the_old_back(tmp_path, monkeypatc
     target, move = tmp_path / "best", Path.replace
 
     def failing(self: Path, to: Path) -> Path:
-        if self.name == "best.part":
+        if self.name == f"best{PART}":
             raise OSError("the disk is gone")
         return move(self, to)
 

@@ -17,11 +17,14 @@ from leaps import (
     discount,
     hinge,
     leap,
-    leap_backward,
+    leap_terms,
     one_step,
     pick_leaps,
     rollout,
     similarity_weight,
+    sweep,
+    sweep_nested_only,
+    vjp_of,
 )
 
 B, N, C = 2, 3, 2
@@ -86,6 +89,12 @@ def flat_grad(module: nn.Module) -> Tensor:
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
     module.zero_grad(set_to_none=True)
     return torch.cat([g.flatten() for g in grads])
+
+
+def leap_backward(velocity, ro, picks, alpha, grad, nested_only=False) -> None:
+    """As leapalign has it: what `leap(...).backward(grad)` adds, one leap's activations at a time."""
+    backward = sweep_nested_only if nested_only else sweep
+    backward(vjp_of(velocity), ro, leap_terms(ro, picks, alpha), grad)
 
 
 def by_autograd(field, ro, picks, alpha, grad, nested_only=False) -> Tensor:

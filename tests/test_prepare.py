@@ -65,6 +65,14 @@ def test_an_interrupted_stage_ends_as_an_undisturbed_one(tmp_path):
     assert torch.equal(trained(tmp_path / "a", None), trained(tmp_path / "b", None))
 
 
+@pytest.mark.parametrize("folder", ["work", "out"])
+def test_a_try_does_not_replace_what_is_shipped(folder, tmp_path):
+    own = {"work": tmp_path / "work", "out": tmp_path / "out"}
+    del own[folder]
+    with pytest.raises(SystemExit, match="--scale"):
+        prepare.main(fit.Config(scale=0.002, **own))
+
+
 def test_an_unknown_stage_is_named(tmp_path):
     with pytest.raises(SystemExit, match="no stage 'clena'"):
         prepare.main(fit.Config(work=tmp_path, stages=("clena",)))

@@ -263,6 +263,22 @@ def test_a_prompt_is_left_out_by_what_it_asks_for_however_it_is_worded(tmp_path)
     assert "a photo of three benches" not in texts and len(texts) == 239
 
 
+def of_two(tag: str, first: dict, second: dict) -> str:
+    return prompts.meaning(dict(tag=tag, include=[first, second], prompt=""))
+
+
+def test_two_things_mean_the_same_whichever_comes_first():
+    cat, dog = ({"class": name, "count": 1} for name in ("cat", "dog"))
+    red, blue = dict(cat, color="red"), dict(dog, color="blue")
+    assert of_two("two_object", cat, dog) == of_two("two_object", dog, cat)
+    assert of_two("color_attr", red, blue) == of_two("color_attr", blue, red)
+    assert of_two("color_attr", red, blue) != of_two("color_attr", dict(cat, color="blue"), dict(dog, color="red"))
+    for relation, mirrored in (("left of", "right of"), ("above", "below")):
+        said = of_two("position", cat, dict(dog, position=[relation, 0]))  # a dog left of a cat
+        assert said == of_two("position", dog, dict(cat, position=[mirrored, 0]))
+        assert said != of_two("position", cat, dict(dog, position=[mirrored, 0]))
+
+
 def test_the_command_writes_a_file_that_is_read_back(tmp_path, monkeypatch, capsys):
     out, without = tmp_path / "deep" / "p.jsonl", tmp_path / "without.txt"
     without.write_text("a photo of a cat\n")

@@ -438,6 +438,13 @@ def imagereward_score(pixels: Tensor, ids: Tensor, mask: Tensor, state: dict[str
     return (r[:, 0] - MEAN) / STD
 
 
+def test_a_crop_begins_where_torchvisions_or_where_transformers_does():
+    images = uniform(3, 1, 3, 32, 35)  # 1.5 pixels are cut away on the left
+    for rounded, left in ((True, 2), (False, 1)):
+        expected = common.normalize(images[..., left : left + 32])
+        torch.testing.assert_close(common.preprocess(images, 32, rounded), expected, rtol=0, atol=1e-6)
+
+
 def test_imagereward_equals_its_definition_in_float64(folder, in_double):
     state = {
         k: v.double() if v.is_floating_point() else v
@@ -446,7 +453,9 @@ def test_imagereward_equals_its_definition_in_float64(folder, in_double):
     images = uniform(12, 4, 3, 40, 52)
     tokenizer = AutoTokenizer.from_pretrained(folder / "imagereward", tokenizer_type="bert")
     tokens = tokenizer(PROMPTS, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    expected = imagereward_score(common.preprocess(images, 32), tokens.input_ids, tokens.attention_mask, state)
+    expected = imagereward_score(
+        common.preprocess(images, 32, rounded=True), tokens.input_ids, tokens.attention_mask, state
+    )
     got = opened("imagereward", folder).score(images, PROMPTS)
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
     assert expected.std() > 0.05

@@ -19,6 +19,7 @@ from infra.distributed import join
 from infra.folders import load
 from infra.jsonl import read_log
 from infra.meter import Meter
+from infra.seeds import generator_of
 from infra.watch import is_hacked, which_folder
 from rewards import LAMBDA, WEIGHTS
 from shapes.models import make_tokenizers
@@ -192,10 +193,8 @@ def gradient_of_a_step(cfg: Config) -> torch.Tensor:
 
 
 def test_randomness_is_a_function_of_seed_and_step():
-    draws = {
-        key: torch.randn(3, generator=train.generator_of(*key)).tolist() for key in [(0, 1), (1, 0), (0, 0), (1, 1)]
-    }
-    assert draws[0, 1] == torch.randn(3, generator=train.generator_of(0, 1)).tolist()
+    draws = {key: torch.randn(3, generator=generator_of(*key)).tolist() for key in [(0, 1), (1, 0), (0, 0), (1, 1)]}
+    assert draws[0, 1] == torch.randn(3, generator=generator_of(0, 1)).tolist()
     assert len({tuple(d) for d in draws.values()}) == 4
 
 

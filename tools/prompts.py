@@ -37,6 +37,7 @@ for _object in OBJECTS.replace("\n", " ").strip().split(", "):
     PLURAL[_name] = _many or f"{_name}s"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 POSITIONS = ("left of", "right of", "above", "below")
+MIRRORED = {"right of": "left of", "below": "above"}  # the same, said of the other thing
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 TASKS = ("position", "counting", "color_attr", "colors", "two_object", "single_object")  # GenEval's tags
 RATIO = (7, 5, 3, 1, 1, 0)  # the paper's
@@ -77,8 +78,16 @@ def compose(task: str, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def meaning(entry: dict[str, Any]) -> str:
-    """What a prompt asks for, however it is worded: GenEval's own plurals are not always English."""
-    return json.dumps([entry["tag"], entry["include"]]) if "include" in entry else entry["prompt"]
+    """What a prompt asks for, however it is worded: whichever thing comes first, and whatever its plural."""
+    if "include" not in entry:
+        return entry["prompt"]
+    things = [{name: thing[name] for name in thing if name != "position"} for thing in entry["include"]]
+    relation = next((thing["position"][0] for thing in entry["include"] if "position" in thing), "")
+    if relation in MIRRORED:
+        relation, things = MIRRORED[relation], things[::-1]
+    elif not relation:
+        things.sort(key=json.dumps)
+    return json.dumps([entry["tag"], relation, things])
 
 
 def generate(
