@@ -123,7 +123,7 @@ def curve_of(cells: Cells, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def curves_chart(rows: Rows, name: str) -> Callable[[Axes], None]:
-    lines = {spec: curve_of(cells, name) for spec, cells in rows.items()}
+    lines = {spec.removeprefix("leapalign "): curve_of(cells, name) for spec, cells in rows.items()}
     return partial(line_chart, lines=lines, title=name, across="1000 evaluations of the network")
 
 
@@ -190,7 +190,7 @@ def draw_compare(result: dict, path: Path) -> None:
         charts = [partial(ranges_chart, rows=first)]
     else:
         charts = [curves_chart(first, name) for name in (result["select"], "reward")]
-    save_row(charts, path.with_suffix(".png"), height=max(2.8, 0.17 * len(first) + 1))
+    save_row(charts, path.with_suffix(".png"), height=max(2.8, 0.17 * len(first) + 1), right=1.8)
     if result["kind"] == "experts" and by_task:
         tasks = (*LAYOUT, "color")
         charts = [partial(gains_chart, rows=first, task=task, named=task == tasks[0]) for task in tasks]

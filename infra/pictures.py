@@ -139,17 +139,19 @@ def save_charts(charts: Sequence[tuple[str, Lines]], path: Path, across: str = "
     save_row([partial(line_chart, lines=lines, title=title, across=across) for title, lines in charts], path)
 
 
-def save_row(charts: Sequence[Callable[[Axes], None]], path: Path, height: float = 2.8, left: float = 0.5) -> None:
+def save_row(
+    charts: Sequence[Callable[[Axes], None]], path: Path, height: float = 2.8, left: float = 0.5, right: float = 1.1
+) -> None:
     """Write a row of charts, each drawn by a function of its axes, as a PNG of few kilobytes.
 
-    `height` and `left`, the room for the first chart's names at its left, are in inches.
+    `height`, `left`, the room for the first chart's names at its left, and `right`, at each one's right, are in inches.
     The page is white, so that it is read on a dark one too.  No pyplot: what a notebook draws with stays as it is.
     """
-    width = 4.4 * len(charts) + left - 0.5
+    gap, wide = right + 0.5, 2.8
+    width = left + len(charts) * (wide + gap) - 0.5
     figure = Figure(figsize=(width, height), dpi=110, facecolor=PAGE)
     grid = figure.subplots(1, len(charts), squeeze=False)[0]
-    right, top = 1 - 1.1 / width, 1 - 0.3 / height
-    figure.subplots_adjust(left=left / width, right=right, wspace=1.6 / 2.8, bottom=0.5 / height, top=top)
+    figure.subplots_adjust(left / width, 0.5 / height, 1 - right / width, 1 - 0.3 / height, wspace=gap / wide)
     for axes, draw in zip(grid, charts):
         draw(axes)
     canvas = FigureCanvasAgg(figure)
