@@ -351,6 +351,7 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> list[dict[str, Any]]:
             shutil.rmtree(later)
         else:  # the disk may have been at fault, not what is on it
             set_aside(later, ".unreadable")
+            say(f"{later} is kept as {later.name}.unreadable, and made again")
     for part in (out / "checkpoints").glob(f"*{PART}"):  # of a save that was killed, up to 190 GB
         remove(part)
     truncate(out / "metrics.jsonl", first)

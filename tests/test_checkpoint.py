@@ -316,6 +316,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(how, file, base, undisturbed
     damage(folders(cfg.out)[-1] / file, how)
     ((message, said),) = spread(1, told, cfg)
     assert message == "" and "step_000008 cannot be read" in said and "trying an older one" in said
+    assert "kept as step_000008.unreadable" in said
     assert same_run(undisturbed, cfg) and (cfg.out / "checkpoints" / "step_000008.unreadable").exists()
 
 
