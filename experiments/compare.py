@@ -12,7 +12,8 @@ evaluations of the network as the reference takes (forward 1, forward and backwa
 
 A learning rate is chosen for each method, from the same grid, on a seed that no table uses, by the judge at the end of
 a run at equal evaluations: from train.py's rate on, uphill, until the next one does worse.  The tables of ablations and
-ranges have the reference's rate throughout.
+ranges have train.py's rate throughout: at the higher one that is chosen for LeapAlign, its seeds differ too much to
+tell rows apart.
 
 What a run came to is a file in experiments/results/cells, and is not measured again (cells.py): a table that is there
 already takes seconds, and a row more takes its own runs.  The results are in --out, and experiments/draw.py makes
@@ -69,7 +70,8 @@ class Config:
     equal: tuple[Literal["evaluations", "updates"], ...] = ("evaluations", "updates")
     """Of the table of methods: give every row the reference's number of network evaluations, or of updates."""
     grid: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-    """Learning rates to choose from, as multiples of train.py's; a single one is not chosen but taken."""
+    """Learning rates to choose from, as multiples of train.py's; a single one is not chosen but taken. Ablations and
+    ranges take a single one, 1 by default."""
     select: str = "judge"
     """The reward or task by which a learning rate is chosen, as eval.jsonl names it."""
     watch: tuple[str, ...] = ("judge", "shapes/vivid.py:vivid")
@@ -118,6 +120,8 @@ def check(cfg: Config) -> None:
         raise ValueError("--equal: give evaluations, updates, or both")
     if not cfg.grid or min(cfg.grid) <= 0:
         raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: give one multiple or more, above 0")
+    if cfg.table != "methods" and len(cfg.grid) > 1 and cfg.grid != Config.grid:
+        raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: the table of {cfg.table} takes one multiple")
 
 
 def check_words(texts: Sequence[str]) -> None:
@@ -200,14 +204,14 @@ def run(cfg: Config) -> None:
         return cell(spec, flags, GRID_SEED, multiple * lr, steps[equals[0]][spec])
 
     lr = config_of(rows[0], flags).lr
-    choosing = [] if len(cfg.grid) == 1 else rows if cfg.table == "methods" else rows[:1]
+    choosing = rows if cfg.table == "methods" and len(cfg.grid) > 1 else []
+    taken = cfg.grid[0] if len(cfg.grid) == 1 else 1.0  # where none is chosen
     if cfg.plan:
         trials = [trial(spec, multiple) for spec in choosing for multiple in sorted(cfg.grid, key=nearest_to_one)[:3]]
-        likely = dict.fromkeys(rows, 1.0 if choosing else cfg.grid[0])
+        likely = dict.fromkeys(rows, taken)
         return say_plan(flags, steps, list(dict.fromkeys([*trials, *cells_of(likely).values()])))
     chosen = at_once(partial(choose, cfg, trial), choosing, cfg.jobs)
-    reference = chosen[rows[0]][0] if chosen else cfg.grid[0]
-    cells = cells_of({spec: chosen[spec][0] if spec in chosen else reference for spec in rows})
+    cells = cells_of({spec: chosen[spec][0] if choosing else taken for spec in rows})
     done = at_once(partial(run_cell, work=cfg.work), cells.values(), cfg.jobs)
 
     tables = {e: {s: [done[cells[e, s, n]] for n in range(cfg.seeds)] for s in rows} for e in equals}

@@ -281,13 +281,17 @@ def test_a_table_with_flags_of_ones_own_does_not_replace_what_the_repository_sho
         assert file_of(replace(own, out=tmp_path / "mine.json"), "methods") == tmp_path / "mine.json"
 
 
-def test_ablations_and_ranges_have_the_references_rate(tmp_path, started):
+def test_ablations_and_ranges_have_train_pys_rate_and_choose_none(tmp_path, started):
     for name in ("ablations", "ranges"):
         table = Config(table=name, seeds=1, steps=2, flags="--batch 8", work=tmp_path)
         compare.run(replace(table, out=tmp_path / f"{name}.json"))
         result = json.loads((tmp_path / f"{name}.json").read_text())
-        assert len({r["lr"] for row in result["tables"]["updates"].values() for r in row}) == 1
-        assert list(result["grid"]) == ["leapalign"] and (tmp_path / f"{name}.png").stat().st_size > 1000
+        assert {r["lr"] for row in result["tables"]["updates"].values() for r in row} == {TrainConfig.lr}
+        assert not result["grid"] and (tmp_path / f"{name}.png").stat().st_size > 1000
+    compare.run(replace(table, methods=("leapalign",), grid=(2,), out=tmp_path / "twice.json"))
+    assert seeds_and_rates(started[-1:]) == {(0, 2 * TrainConfig.lr)}
+    with pytest.raises(ValueError, match="--grid 2 4: the table of ranges takes one multiple"):
+        compare.run(replace(table, grid=(2, 4)))
 
 
 @pytest.mark.parametrize("peak, tried", [(1, 3), (4, 4), (8, 4), (0.25, 4), (0.0625, 4)])
