@@ -49,17 +49,19 @@ def draft_lv(s: Samples, *, copies: int = 2) -> Log:
 
 
 def drtune(s: Samples, *, active: int = 2) -> Log:
-    """DRTune (arXiv 2405.00760): equally spaced steps and a late one, all with detached inputs.
+    """DRTune (arXiv 2405.00760): the velocities of equally spaced steps, with detached inputs.
 
-    The late step, drawn as ReFL's, ends the rollout, and its prediction is rewarded.  Up to `active` others come before
-    it, K = 2 in the paper; the first of them is random.
+    A late step, drawn as ReFL's, ends the rollout, and its prediction is rewarded.  `active` steps of all T, K = 2 in
+    the paper, the first of them random, carry gradient, those that lie after the late one none, and the late one itself
+    only if it is among them.
     """
     stop, steps = late_step(s), len(s.sigmas) - 1
-    apart = max(1, steps // active)
-    first = int(torch.randint(apart, (), generator=s.generator))
+    active = min(active, steps)
+    apart = steps // active
+    first = int(torch.randint(min(steps - (active - 1) * apart, stop + 1), (), generator=s.generator))
     ro = rollout(s.velocity, s.noise(0), s.sigmas[: stop + 2])
-    chosen = list(range(first, stop, apart))[:active]
-    terms = [*euler_terms(s.sigmas, chosen), Term(stop, -s.sigmas[stop])]
+    chosen = range(first, stop + 1, apart)[:active]
+    terms = [Term(i, -s.sigmas[i] if i == stop else s.sigmas[i + 1] - s.sigmas[i]) for i in chosen]
     sweep(s.vjp, ro, terms, s.reward(prediction(ro, stop)))
     return dict(k=s.sigmas[stop])
 
@@ -99,14 +101,14 @@ def flowbp_sparse(s: Samples, *, active: int = 3, bias: float = 2.0, rho: float 
 
 
 def flowbp_bridge(s: Samples, *, active: int = 5, alpha: float = 0.1, bias: float = 2.0, rho: float = 1.0) -> Log:
-    """FlowBP Bridge: as Sparse, but the input of one random step j keeps its gradient, times alpha.
+    """FlowBP Bridge: as Sparse, but the input of one step j, drawn as LeapAlign's, keeps its gradient, times alpha.
 
     The active steps are shared out to both sides of j by their lengths; j is always one of them.
     """
     ro, steps = rollout(s.velocity, s.noise(0), s.sigmas), len(s.sigmas) - 1
     if min(steps, active) < 2:
         raise ValueError(f"flowbp_bridge needs two steps and two of them active, got {steps} and {active}")
-    j = int(torch.randint(1, steps, (), generator=s.generator))
+    j = pick_leaps(s.sigmas, s.generator)[1]
     before = min(max(round(active * j / steps), 1), active - 1)
     chosen = draw_steps(range(j), before, bias, s.generator)
     chosen += [j, *draw_steps(range(j + 1, steps), active - before - 1, bias, s.generator)]
@@ -137,7 +139,7 @@ def flowbp_lagrange(
         landed = ro.x[start] + torch.einsum("m, m b n c -> b n c", weights, ro.v[spread])
         d.append((ro.x[end] - landed).abs().flatten(1).mean(1))  # as in Eq. 12
         two = [Term(i, weight) for i, weight in zip(spread[:2], weights)]
-        two = rescaled(two, ro.sigmas[start] - ro.sigmas[end], rho)
+        two = rescaled(two, weights.abs().sum(), rho)
         terms += [t if t.step == start else t._replace(weight=t.weight / 4) for t in two]
     terms = [t._replace(nested=alpha) if t.step == j else t for t in terms]
     w = 1 / torch.stack(d).clamp(min=tau).sum(0)
@@ -146,17 +148,17 @@ def flowbp_lagrange(
 
 
 def draw_steps(steps: range, count: int, bias: float, generator: torch.Generator) -> list[int]:
-    """Up to `count` of the steps, in order, without replacement, with odds (i + 1)^bias."""
+    """Up to `count` of the steps, in order, without replacement; the odds of the i-th of them are (i + 1)^bias."""
     count = min(count, len(steps))
     if count < 1:
         return []
-    odds = torch.tensor([float(i + 1) ** bias for i in steps], dtype=torch.float64)
+    odds = torch.arange(1, len(steps) + 1, dtype=torch.float64) ** bias
     chosen = torch.multinomial(odds, count, replacement=False, generator=generator)
     return sorted(steps[i] for i in chosen.tolist())
 
 
 def rescaled(terms: list[Term], length: Tensor, rho: float) -> list[Term]:
-    """Terms times 1 + rho (length / sum of |weights| - 1): with rho = 1 they stand for all of a length in sigma."""
+    """Terms times 1 + rho (length / sum of |weights| - 1): with rho = 1 they stand for all weights, of that sum."""
     factor = 1 + rho * (length / sum(t.weight.abs() for t in terms) - 1)
     return [t._replace(weight=factor * t.weight) for t in terms]
 
@@ -176,8 +178,8 @@ def draw_pair(sigmas: Tensor, generator: torch.Generator, draw: str) -> tuple[in
     """FlowBP's ways of drawing the steps k < j that two leaps start from.
 
     uniform: as LeapAlign.  midpoint: k is uniform, j halfway to the end.  midpoint_j: j is uniform, k halfway from the
-    start.  dirichlet: lengths before k, from k to j and after j of at least a step, in the proportions of a
-    Dirichlet(2, 6, 2.5).  Raises ValueError if there are too few steps.
+    start.  dirichlet: numbers of steps until k, from there until j, and after j, each at least one, in the proportions
+    of a Dirichlet(2, 6, 2.5).  Raises ValueError if there are too few steps.
     """
     steps = len(sigmas) - 1
     if steps < (least := 3 if draw == "dirichlet" else 2):
@@ -191,10 +193,10 @@ def draw_pair(sigmas: Tensor, generator: torch.Generator, draw: str) -> tuple[in
         j = int(torch.randint(1, steps, (), generator=generator))
         return j // 2, j
     # A Gamma(n / 2) is half the sum of n squared Gaussians, and Gammas in proportion are a Dirichlet.
-    before, between, after = (torch.randn(n, generator=generator).square().sum() for n in (4, 12, 5))
-    total = before + between + after
-    k = 1 + round(((steps - 3) * before / total).item())
-    return k, 2 + round(((steps - 3) * (before + between) / total).item())
+    until_k, until_j, after = (torch.randn(n, generator=generator).square().sum() for n in (4, 12, 5))
+    total = until_k + until_j + after
+    k = round(((steps - 3) * until_k / total).item())
+    return k, 1 + round(((steps - 3) * (until_k + until_j) / total).item())
 
 
 # ------------------------------------------------------------------------------------ policy gradients
@@ -224,7 +226,7 @@ def dance_grpo(s: Samples, *, group: int = 8, noise: float = 0.3) -> Log:
 def mix_grpo(s: Samples, *, group: int = 8, noise: float = 0.3, window: int = 4, every: int = 25) -> Log:
     """MixGRPO (arXiv 2507.21802), on policy: as DanceGRPO, but random and trained in a window of steps only.
 
-    The window is at the noisy end at first and moves on by a step each `every` updates.
+    The window is at the noisy end at first and moves on by a step each `every` updates, 25 of 300 in the paper.
     """
     last = len(s.sigmas) - 2  # the last step is never random
     first = min(s.update // every, max(0, last - window))

@@ -162,6 +162,11 @@ def read_scores(folder: Path, i: int, rewards: list[Reward], cfg: Config) -> dic
     return scores if all(path.exists() for path in needed) else None
 
 
+def missing(folder: Path, count: int, rewards: list[Reward], cfg: Config) -> list[int]:
+    """Those of the prompts that have no scores yet."""
+    return [i for i in range(count) if read_scores(folder, i, rewards, cfg) is None]
+
+
 def write_geneval(folder: Path, entry: dict[str, Any], images: Sequence[Tensor]) -> None:
     """One prompt as GenEval's evaluate_images.py reads it: all of the pictures there count."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -330,8 +335,7 @@ def run(cfg: Config, world: World) -> None:
         if world.rank == 0 and (warning := too_long(pipe, [entry["prompt"] for entry in entries])):
             print(warning, file=sys.stderr)
         folder = cfg.out / name
-        todo = [i for i in range(len(entries)) if not read_scores(folder, i, rewards, cfg)]
-        gather(None)  # all have looked before any writes
+        todo = on_first_rank(partial(missing, folder, len(entries), rewards, cfg))  # others may not see all files yet
         evaluate(pipe, rewards, entries, shard(todo, world.rank, world.size), cfg, folder)
         del pipe
         gc.collect()  # the next model needs the room
@@ -345,6 +349,8 @@ def report(
 ) -> None:
     """Print the tables and write results.json and the contact sheets."""
     read = {m: [read_scores(cfg.out / m, i, rewards, cfg) for i in range(len(entries))] for m in models}
+    if lacking := [f"{m}/{i:05d}" for m in models for i, scores in enumerate(read[m]) if scores is None]:
+        raise ValueError(f"{cfg.out} lacks {len(lacking)} prompts, such as {lacking[0]}: give the command again")
     scores = {m: {r.name: np.array([e[r.name] for e in read[m]]) for r in rewards} for m in models}
     summary = summarize(scores, tags, cfg.size)
     results = {"summary": summary, "scores": {m: {k: v.tolist() for k, v in scores[m].items()} for m in scores}}

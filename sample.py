@@ -50,12 +50,8 @@ def encode(pipe: Pipeline, prompts: Sequence[str]) -> Text:
         pad = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return tokenizer(list(prompts), **pad).input_ids.to(pipe.device)
 
-    if pipe.offload:
-        pipe.t5.to(pipe.device), pipe.clip.to(pipe.device)
     txt = pipe.t5(tokens(pipe.t5_tokenizer, pipe.text_length))[0]
     vec = pipe.clip(tokens(pipe.clip_tokenizer, clip_length(pipe))).pooler_output
-    if pipe.offload:
-        pipe.t5.to("cpu"), pipe.clip.to("cpu")
     return Text(txt, vec)
 
 
@@ -72,7 +68,10 @@ def too_long(pipe: Pipeline, prompts: Sequence[str]) -> str | None:
         "CLIP": (pipe.clip_tokenizer, clip_length(pipe)),
     }
     for name, (tokenizer, most) in lengths.items():
-        found = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+        parts = (
+            prompts[i : i + 4096] for i in range(0, len(prompts), 4096)
+        )  # all at once are gigabytes of a long list
+        found = [len(ids) for part in parts for ids in tokenizer(list(part), verbose=False).input_ids]
         if longer := sum(length > most for length in found):
             cut.append(f"{name} reads {most} tokens, {longer} of {len(prompts)} have more, up to {max(found)}")
     return f"warning: prompts are cut: {'; '.join(cut)}" if cut else None

@@ -126,7 +126,8 @@ def recorded(cfg: Config) -> dict[str, Any]:
 
 def fixed_names(cfg: Config) -> list[str]:
     """What --resume must find unchanged: the experiment, and the method with its keywords."""
-    names = [f.name for f in fields(Experiment)] + ["method", "option"]
+    names = [f.name for f in fields(Experiment) if f.name not in ("prompts", "eval_prompts")]  # of which contents count
+    names += ["method", "option"]
     names += [name for name in keywords(method_of(cfg.method)) if hasattr(cfg, name)]
     return names + ["steps"] * cfg.decay  # the learning rate falls over all of them
 
@@ -219,9 +220,13 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     check_folder(cfg, out, recorded(cfg), recorded(Config(method=cfg.method)), fixed_names(cfg))
     prompts, eval_prompts = read_prompts(cfg.prompts), read_prompts(cfg.eval_prompts)
     if cfg.resume and (out / "config.json").exists():
-        before = json.loads((out / "config.json").read_text()).get("prompts_read")
-        if before and before != [fingerprint(prompts), fingerprint(eval_prompts)]:
-            say(f"warning: --prompts or --eval-prompts say something else than when {out} was started")
+        before = json.loads((out / "config.json").read_text()).get("prompts_read", [])
+        now = [fingerprint(prompts), fingerprint(eval_prompts)]
+        for flag, name, earlier, read in zip(("prompts", "eval-prompts"), (cfg.prompts, cfg.eval_prompts), before, now):
+            if read != earlier:
+                raise ValueError(
+                    f"--resume with --{flag} {name}, which says something else than when {out} was started"
+                )
     for size in cfg.size:
         check_rewards([*cfg.reward, *cfg.watch], eval_prompts, sides(size), f"--eval-prompts {cfg.eval_prompts}")
         check_rewards(cfg.reward, prompts, sides(size), f"--prompts {cfg.prompts}")
@@ -242,7 +247,7 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
         check_gradient(reward, prompts[:1], first, world.device)
 
     pipe = load_pipeline(cfg, world)
-    if warning := too_long(pipe, [*prompts, *eval_prompts]):
+    if world.rank == 0 and (warning := too_long(pipe, [*prompts, *eval_prompts])):
         say(warning)
     rewards = [functions.get(s) or open_reward(s, pipe.device, pipe.clip_tokenizer, cfg.recompute) for s in specs]
     if cfg.shard_frozen:
@@ -298,6 +303,8 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
             tensors = itertools.chain(renamed, first_values(flux, cfg.seed, changes))
         flux.recompute = cfg.recompute
         if cfg.compile:
+            # Blocks share their variants, at each size with and without gradients: more than the 8 that are allowed.
+            torch._dynamo.config.recompile_limit = 64
             for block in [*flux.double_blocks, *flux.single_blocks]:
                 block.compile()
         if cfg.lean:

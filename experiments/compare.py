@@ -10,10 +10,13 @@ A method is a name or FILE.py:FUNCTION, and then any flags of train.py.  The fir
 --steps updates, and is what the others are compared with, seed by seed.  The table of methods is made twice: at as many
 evaluations of the network as the reference takes (forward 1, forward and backward 3), and at as many updates (--equal).
 
+Where rows make other numbers of updates, their averages (--ema) reach as far back in proportion: with one decay for
+all, 40 updates would be judged with nearly half of the base in their weights, and 140 with next to nothing.
+
 A learning rate is chosen for each method, from the same grid, on a seed that no table uses, by the judge at the end of
-a run at equal evaluations: from train.py's rate on, uphill, until the next one does worse.  The tables of ablations and
-ranges have train.py's rate throughout: at the higher one that is chosen for LeapAlign, its seeds differ too much to
-tell rows apart.
+a run at equal evaluations: from the middle of the grid on, uphill, until the next one does worse.  The tables of
+ablations and ranges have train.py's rate throughout: at the higher one that is chosen for LeapAlign, its seeds differ
+too much to tell rows apart.
 
 What a run came to is a file in experiments/results/cells, and is not measured again (cells.py): a table that is there
 already takes seconds, and a row more takes its own runs.  The results are in --out, and experiments/draw.py makes
@@ -21,7 +24,6 @@ tables and pictures of them.  What a table costs is told by --plan, in evaluatio
 """
 
 import itertools
-import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +42,8 @@ GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds 
 POINTS = 4  # evaluations of a run after its base
 METHODS = (
     "leapalign", "leapalign --reward-input xhat_0", "refl", "draft_lv", "drtune", "full", "flowbp_sparse",
-    "flowbp_bridge", "flowbp_lagrange", "flow_grpo", "dance_grpo", "mix_grpo",
+    "flowbp_bridge", "flowbp_lagrange", "flow_grpo", "dance_grpo",
+    "mix_grpo --every 6",  # a twelfth of its updates, as 25 of the paper's 300
 )  # fmt: skip
 ABLATIONS = (  # the paper's Fig. 4; the first has alpha 0.3, two leaps from random steps, and x_0 rewarded
     "leapalign",
@@ -69,7 +72,7 @@ class Config:
     """Updates of the reference."""
     equal: tuple[Literal["evaluations", "updates"], ...] = ("evaluations", "updates")
     """Of the table of methods: give every row the reference's number of network evaluations, or of updates."""
-    grid: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+    grid: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     """Learning rates to choose from, as multiples of train.py's; a single one is not chosen but taken. Ablations and
     ranges take a single one, 1 by default."""
     select: str = "judge"
@@ -144,8 +147,11 @@ def check_select(cfg: Config, rewards: Sequence[str]) -> None:
         raise ValueError(f"--select {cfg.select} is not evaluated; there are {', '.join(sorted(names))}")
 
 
-def cell(spec: str, flags: str, seed: int, lr: float, steps: int) -> Cell:
-    return Cell(spec, flags, seed, lr, steps, eval_every=-(-steps // POINTS))
+def cell(spec: str, flags: str, seed: int, lr: float, steps: int, of: int) -> Cell:
+    """A run of a row of `steps` updates in a table whose reference makes `of`."""
+    ema = config_of(spec, flags).ema ** (of / steps)
+    own = "" if steps == of else f" --ema {ema:.4f}"
+    return Cell(spec, flags + own, seed, lr, steps, eval_every=-(-steps // POINTS))
 
 
 def steps_at(equal: str, rows: list[str], flags: str, steps: int) -> dict[str, int]:
@@ -155,17 +161,13 @@ def steps_at(equal: str, rows: list[str], flags: str, steps: int) -> dict[str, i
     return {spec: within.get(spec, steps) for spec in rows}
 
 
-def nearest_to_one(multiple: float) -> float:
-    return abs(math.log(multiple))
-
-
 def climb(score: Callable[[float], tuple[Any, ...]], rates: Sequence[float]) -> float:
-    """The rate where going uphill from 1 ends: the next one scores lower, or is not there; upwards first, then down.
+    """The rate where going uphill from the middle ends: the next one scores lower, or is not there; upwards first.
 
     score: of a rate, called once each.  Of two that score alike the lower one is better.
     """
     rates, score = sorted(rates), cache(score)
-    best = min(range(len(rates)), key=lambda i: nearest_to_one(rates[i]))
+    best = len(rates) // 2
     while best + 1 < len(rates) and score(rates[best + 1]) > score(rates[best]):
         best += 1
     while best > 0 and score(rates[best - 1]) >= score(rates[best]):
@@ -194,21 +196,24 @@ def run(cfg: Config) -> None:
     check_select(cfg, config_of(rows[0], flags).reward)
     equals = cfg.equal if cfg.table == "methods" else ("updates",)
     steps = {equal: steps_at(equal, rows, flags, cfg.steps) for equal in equals}
+    for equal, spec in itertools.product(equals, rows):
+        config_of(spec, cell(spec, flags, 0, 1.0, steps[equal][spec], cfg.steps).flags)  # read before there are threads
 
     # Seed by seed, so that what is there when it is stopped is a whole table of fewer seeds.
     def cells_of(multiples: dict[str, float]) -> dict[tuple[str, str, int], Cell]:
         keys = itertools.product(range(cfg.seeds), equals, rows)
-        return {(e, s, n): cell(s, flags, n, multiples[s] * lr, steps[e][s]) for n, e, s in keys}
+        return {(e, s, n): cell(s, flags, n, multiples[s] * lr, steps[e][s], cfg.steps) for n, e, s in keys}
 
     def trial(spec: str, multiple: float) -> Cell:
-        return cell(spec, flags, GRID_SEED, multiple * lr, steps[equals[0]][spec])
+        return cell(spec, flags, GRID_SEED, multiple * lr, steps[equals[0]][spec], cfg.steps)
 
     lr = config_of(rows[0], flags).lr
     choosing = rows if cfg.table == "methods" and len(cfg.grid) > 1 else []
     taken = cfg.grid[0] if len(cfg.grid) == 1 else 1.0  # where none is chosen
     if cfg.plan:
-        trials = [trial(spec, multiple) for spec in choosing for multiple in sorted(cfg.grid, key=nearest_to_one)[:3]]
-        likely = dict.fromkeys(rows, taken)
+        middle = len(cfg.grid) // 2
+        trials = [trial(spec, multiple) for spec in choosing for multiple in sorted(cfg.grid)[middle - 1 : middle + 2]]
+        likely = dict.fromkeys(rows, sorted(cfg.grid)[middle] if choosing else taken)
         return say_plan(flags, steps, list(dict.fromkeys([*trials, *cells_of(likely).values()])))
     chosen = at_once(partial(choose, cfg, trial), choosing, cfg.jobs)
     cells = cells_of({spec: chosen[spec][0] if choosing else taken for spec in rows})
@@ -231,7 +236,7 @@ def say_plan(flags: str, steps: dict[str, dict[str, int]], cells: list[Cell]) ->
             print(f"equal {equal:12s} {spec:44s} {updates:6d} updates {spent(spec, flags, updates):10,d} evaluations")
     todo = [c for c in cells if not c.file.exists()]
     total = sum(spent(c.spec, flags, c.steps) for c in todo)
-    print(f"{len(todo)} runs of {len(cells)} are to do, {total:,} evaluations, if train.py's learning rate is best")
+    print(f"{len(todo)} runs of {len(cells)} are to do, {total:,} evaluations, if the grid's middle is best")
 
 
 if __name__ == "__main__":

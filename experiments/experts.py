@@ -67,7 +67,7 @@ def run(cfg: Config) -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     for spec, lr in zip(cfg.methods, cfg.lr):
         steps = cfg.steps if spec == cfg.methods[0] else updates_within(spec, flags, budget)
-        one = [cell(spec, flags, seed, lr, steps) for seed in range(cfg.seeds)]
+        one = [cell(spec, flags, seed, lr, steps, cfg.steps) for seed in range(cfg.seeds)]
         two = [replace(each, program=("experiments/two_networks.py", f"{cfg.split:g}")) for each in one]
         rows[spec] = [run_cell(each, cfg.work) for each in one]
         rows[spec + TWO] = [run_cell(each, cfg.work) for each in two]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch import nn
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -50,7 +51,6 @@ class Pipeline:
     schedule: dict[str, Any]  # scheduler_config.json
     text_length: int  # T5 tokens a prompt is padded or cut to
     compute: torch.dtype  # of the transformer, whatever its weights are kept in
-    offload: bool = False  # text encoders on the CPU but while they encode
 
     @property
     def cell(self) -> int:
@@ -107,7 +107,7 @@ def load(
     """Load a model folder. `dtype` is that of the transformer and the text encoders; the VAE stays fp32.
 
     `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev. `offload` keeps
-    the text encoders on the CPU, and `place` says where the transformer goes: see `load_flux`.
+    T5's layers on the CPU but while they compute, and `place` says where the transformer goes: see `load_flux`.
     `base` is the folder that a LoRA lies over, or of the other parts of a transformer's file, and `strength`
     multiplies what a LoRA changes; of any other model, its difference to the base.
     Raises ValueError for a folder, file or tensor that is missing or does not fit, before any weights are read but for
@@ -131,10 +131,27 @@ def load(
     vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
     flux = load_flux(weights, device, dtype, place, lora, strength, origin)
     text_length = text_length or min(tokenizers[1].model_max_length, 512)  # of a T5 without limit, 1e30
-    vae.to(device)
-    if not offload:
-        clip.to(device), t5.to(device)
-    return Pipeline(location, flux, vae, clip, t5, *tokenizers, schedule, text_length, dtype, offload)
+    vae.to(device), clip.to(device)
+    if offload:
+        lend_layers(t5, device)
+    else:
+        t5.to(device)
+    return Pipeline(location, flux, vae, clip, t5, *tokenizers, schedule, text_length, dtype)
+
+
+def lend_layers(t5: T5EncoderModel, device: Device) -> None:
+    """Have each of T5's layers on the device while it computes only: all of them, 9.3 GB, may not fit there at once."""
+
+    def there(layer: nn.Module, inputs: Any) -> None:
+        layer.to(device)
+
+    def back(layer: nn.Module, inputs: Any, output: Any) -> None:
+        layer.to("cpu")
+
+    t5.encoder.embed_tokens.to(device), t5.encoder.final_layer_norm.to(device)
+    for layer in t5.encoder.block:
+        layer.register_forward_pre_hook(there)
+        layer.register_forward_hook(back)
 
 
 def open_transformer(location: Location) -> Weights:

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infra.lora_files import Change, merge_lora
+from infra.lora import Change, Changed
+from infra.lora_files import merge_lora
 from infra.names import check_state, config_from_diffusers, from_diffusers, load_weights
 from infra.reading import FP8, check_precision, read, without_prefix
 from model import FLUX_DEV, Flux, FluxConfig
@@ -120,24 +121,25 @@ def load_flux(
 
     `place(flux, tensors)` is for models that no rank holds whole: it gets a Flux without memory and an iterator over
     names and tensors, which are read from disk as they are asked for.
-    `strength` times `lora` is added to them; with `origin`, the transformer that this one was tuned from, they are
-    origin + strength (tuned - origin).
+    `strength` times `lora` is added to them, or without `place` to what they give, as diffusers does; with `origin`,
+    the transformer that this one was tuned from, they are origin + strength (tuned - origin).
     Raises ValueError where origin is another network.
     """
     path, config, tensors, _ = weights
-    if lora:
-        tensors = merge_lora(tensors, lora, strength)
     if origin:
         if origin.config != config:
             raise ValueError(f"--strength between different networks: {path} was not tuned from {origin.path}")
         tensors = between(origin.tensors, tensors, strength)
     with torch.device("meta"):
         flux = Flux(config)
-    if place is None:
-        load_weights(flux, {name: tensor.to(dtype) for name, tensor in tensors}, source=str(path))
-        return flux.to(device)  # names were converted on the CPU: a GPU holds the weights once
-    place(flux, tensors)
-    return flux
+    if place is not None:
+        place(flux, merge_lora(tensors, lora or {}, strength))
+        return flux
+    load_weights(flux, {name: tensor.to(dtype) for name, tensor in tensors}, source=str(path))
+    for name, changes in (lora or {}).items():
+        layer = name.removesuffix(".weight")
+        flux.set_submodule(layer, Changed(flux.get_submodule(layer), changes, strength))
+    return flux.to(device)  # names were converted on the CPU: a GPU holds the weights once
 
 
 def between(first: Tensors, second: Tensors, strength: float) -> Tensors:

@@ -107,12 +107,31 @@ def test_draft_lv_is_the_last_step_from_the_rollout_and_from_noised_copies_of_it
 def test_drtune_detaches_every_input_and_trains_equally_spaced_steps(seed):
     s = samples(Field(), seed)
     stop = late_step(s)
-    first = int(torch.randint(T // 2, (), generator=s.generator))
-    field = Field()
-    x = steps_of(noise(0), field, {first, first + T // 2}, detach=True, stop=stop)
-    x0 = x - SIGMAS[stop] * field(x.detach(), SIGMAS[stop])
+    first = int(torch.randint(T - T // 2, (), generator=s.generator))
+    field, active = Field(), {first, first + T // 2}
+    x = steps_of(noise(0), field, active, detach=True, stop=stop)
+    v = field(x.detach(), SIGMAS[stop])
+    x0 = x - SIGMAS[stop] * (v if stop in active else v.detach())
     (-score(x0).mean()).backward()
     assert close(gradient_of(baselines.drtune, seed=seed), flat_grad(field))
+
+
+@pytest.mark.parametrize("active, steps", [(1, 25), (2, 25), (3, 25), (2, 2), (9, 2)])
+def test_drtune_draws_its_steps_among_all_and_one_at_least_of_those_it_makes(active, steps):
+    firsts, apart = set(), steps // min(active, steps)
+    for seed in range(300):
+        asked: list[int] = []
+
+        def note(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False, asked: list[int] = asked) -> None:
+            asked.insert(0, round((1 - sigma.item()) * steps))
+
+        s = samples(Field(), seed)._replace(sigmas=torch.linspace(1, 0, steps + 1).double(), vjp=note)
+        late = round((1 - baselines.drtune(s, active=active)["k"].item()) * steps)
+        assert 1 <= len(asked) <= active and asked[-1] <= late
+        assert all(b - a == apart for a, b in itertools.pairwise(asked))
+        firsts.add(asked[0])
+    if (active, steps) == (2, 25):
+        assert firsts == set(range(13))
 
 
 @pytest.mark.parametrize("last", [None, 1, 2, 9])
@@ -151,7 +170,7 @@ def test_sparse_replaces_some_velocities_of_the_sum(rho):
 @pytest.mark.parametrize("seed", range(5))
 def test_bridge_keeps_one_nested_term(seed, alpha=0.3, active=4):
     g, field = generator(seed), Field()
-    j = int(torch.randint(1, T, (), generator=g))
+    j = max(pick_leaps(SIGMAS, g))
     before = min(max(round(active * j / T), 1), active - 1)
     first = draw_steps(range(j), before, 2.0, g)
     second = draw_steps(range(j + 1, T), active - before - 1, 2.0, g)
@@ -185,7 +204,7 @@ def test_lagrange_integrates_the_polynomial_through_cached_velocities(seed, alph
     for start, end in ((k, j), (j, T)):
         nodes = np.linspace(start, end - 1, min(3, end - start)).round().astype(int).tolist()
         weights = [integral(nodes, i, SIGMAS[start].item(), SIGMAS[end].item()) for i in range(len(nodes))]
-        factor = rescale([abs(w) for w in weights[:2]], (SIGMAS[start] - SIGMAS[end]).item(), rho)
+        factor = rescale([abs(w) for w in weights[:2]], sum(map(abs, weights)), rho)
         inputs = [alpha * x + (1 - alpha) * x.detach(), *(ro.x[i] for i in nodes[1:])]
         parts = (1.0, 0.25, 0.0)
         landed = x + sum(
@@ -210,7 +229,7 @@ def test_lagrange_weights_are_exact_for_polynomials_of_as_many_terms_as_nodes():
 
 
 def test_late_steps_are_drawn_more_often_with_odds_that_grow_as_the_square():
-    draws = torch.bincount(torch.tensor([draw_steps(range(4), 1, 2.0, generator(i))[0] for i in range(3000)]))
+    draws = torch.bincount(torch.tensor([draw_steps(range(3, 7), 1, 2.0, generator(i))[0] - 3 for i in range(3000)]))
     expected = torch.tensor([1.0, 4.0, 9.0, 16.0]) / 30
     assert (draws / 3000 - expected).abs().max() < 0.03
 
@@ -224,8 +243,8 @@ def test_the_ways_of_drawing_k_and_j_are_as_described():
     assert all(k == j // 2 for k, j in drawn["midpoint_j"])
     assert draw_pair(sigmas, generator(5), "uniform") == pick_leaps(sigmas, generator(5))
     pairs = [draw_pair(sigmas, generator(i), "dirichlet") for i in range(2000)]
-    assert all(1 <= k < j <= 24 for k, j in pairs)
-    lengths = torch.tensor([[k, j - k, 25 - j] for k, j in pairs], dtype=torch.float).mean(0)
+    assert all(0 <= k < j <= 23 for k, j in pairs) and min(pairs)[0] == 0
+    lengths = torch.tensor([[k + 1, j - k, 24 - j] for k, j in pairs], dtype=torch.float).mean(0)
     expected = 1 + 22 * torch.tensor([2.0, 6.0, 2.5]) / 10.5  # of each at least one step
     torch.testing.assert_close(lengths, expected, atol=0.3, rtol=0)
 

@@ -258,7 +258,7 @@ def seeds_and_rates(started: list[list[str]]) -> set[tuple[int, float]]:
 
 def test_rates_are_chosen_on_a_seed_of_their_own_and_used_at_all_others(tmp_path, started, capsys):
     lr = TrainConfig.lr
-    grid = tuple(rate / lr for rate in (0.2e-4, 0.4e-4, lr, 1e-4, 2e-4, 4e-4))
+    grid = tuple(rate / lr for rate in (0.2e-4, 0.4e-4, 0.5e-4, lr, 1e-4, 2e-4, 4e-4))
     table = Config(methods=("leapalign", "refl"), seeds=2, steps=6, grid=grid, flags=SMALL, work=tmp_path / "work")
     compare.run(replace(table, out=tmp_path / "methods.json"))
     tried = {(seed, round(rate, 9)) for seed, rate in seeds_and_rates(started)}
@@ -294,7 +294,7 @@ def test_ablations_and_ranges_have_train_pys_rate_and_choose_none(tmp_path, star
         compare.run(replace(table, grid=(2, 4)))
 
 
-@pytest.mark.parametrize("peak, tried", [(1, 3), (4, 4), (8, 4), (0.25, 4), (0.0625, 4)])
+@pytest.mark.parametrize("peak, tried", [(2, 3), (1, 4), (4, 3), (8, 3), (0.25, 5), (0.0625, 5)])
 def test_a_climb_ends_at_the_peak_or_at_the_grids_edge(peak, tried):
     asked = []
 

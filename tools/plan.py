@@ -28,6 +28,7 @@ from infra.meter import Flops, flux_inputs, network_flops
 from model import FLUX_DEV, Flux, FluxConfig
 
 ENCODERS = 4_762_310_656 + 123_060_480  # parameters of T5-XXL's encoder and CLIP-L's text model, in bf16
+LENT = 23 * 192_946_176  # of T5's 24 layers all but one
 REWARD_BYTES = {"hpsv2": 986_109_441 * 4, "pickscore": 985_987_457 * 4, "hpsv3": 16.6e9}  # fp32, fp32, bf16; published
 
 
@@ -62,7 +63,7 @@ class Plan:
     shard_frozen: bool = False
     """Cut T5 and the rewards too."""
     offload_encoders: bool = False
-    """Keep the text encoders on the CPU."""
+    """Keep T5's layers on the CPU but while they compute."""
     lean: bool = False
     """Weights in bf16, 8-bit optimizer states, averages in the host's memory."""
     lora: int | None = None
@@ -191,7 +192,7 @@ def memory(plan: Plan, gpus: int, flux: Flux, dtype: torch.dtype) -> dict[str, f
         "optimizer": moments(plan) * size_of(trained, fp32) / group,
         "averages": 0 if plan.lean else size_of(trained, fp32) / group,
         "base": size_of(flux.parameters(), dtype) / group if plan.anchor and not plan.lora else 0,
-        "encoders": 0 if plan.offload_encoders else ENCODERS * 2 / apart,
+        "encoders": (ENCODERS - LENT * plan.offload_encoders) * 2 / apart,
         "rewards": sum(REWARD_BYTES[name] for name in plan.reward) / apart,
         "VAE": size_of(vae.parameters(), fp32),
         "states": (2 * plan.rollout_steps + 1) * plan.rollout_batch * tokens * flux.config.in_channels * 4,
