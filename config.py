@@ -128,7 +128,7 @@ class Method:
     nodes: int | None = None
     """flowbp_lagrange (3): velocities that a leap's polynomial goes through."""
     active: int | None = None
-    """drtune (2, and its late step), flowbp_sparse (3), flowbp_bridge (5): steps that carry gradient."""
+    """drtune (2), flowbp_sparse (3), flowbp_bridge (5): steps that carry gradient."""
     bias: float | None = None
     """flowbp_sparse, flowbp_bridge (2): steps are drawn with odds (i + 1)^bias, so 0 is uniform."""
     rho: float | None = None
@@ -200,7 +200,7 @@ class Machine:
     shard_frozen: bool = False
     """Cut T5 and the rewards over the ranks too."""
     offload_encoders: bool = False
-    """Keep the text encoders on the CPU but while they encode: for a single small GPU."""
+    """Keep T5's layers on the CPU but while they compute: for a single small GPU."""
     check_every: int = 50
     """Updates between checks that all ranks hold the same weights."""
 

@@ -330,7 +330,8 @@ def run(cfg: Config, world: World) -> None:
             grid(pipe, *size)
             check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
         if not rewards:
-            rewards = [open_reward(s, pipe.device, pipe.clip_tokenizer, False, sizes[0]) for s in cfg.rewards]
+            of = (pipe.device, pipe.clip_tokenizer, False, sizes[0], [entry["prompt"] for entry in entries])
+            rewards = [open_reward(s, *of) for s in cfg.rewards]
             on_first_rank(partial(claim, cfg, flags, sources))
         if world.rank == 0 and (warning := too_long(pipe, [entry["prompt"] for entry in entries])):
             print(warning, file=sys.stderr)

@@ -35,7 +35,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # x (b, n, c), sigma () -> v (b, n, c)
+Velocity = Callable[[Tensor, Tensor], Tensor]  # x (b, n, c), sigma () or (b,) -> v (b, n, c)
 VJP = Callable[..., Tensor | None]  # x, sigma, u (b, n, c), wrt_x = False: see vjp_of
 
 

@@ -17,6 +17,7 @@ Without a path, weights are looked for in WEIGHTS.  A weight may follow: `picksc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -44,9 +45,10 @@ BESIDE = {  # in its folder; of two after | one is enough
 WEIGHT = r"[-+]?[\d.][-+.\de]*"  # of a reward among several, as it is written
 LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the paper's, but for ours
 # What is logged under names of its own, which a user's function may not have.
-LOGGED = frozenset(("reward", "loss", "satisfied", "k", "j", "d_j", "d_0", "w", "step", "seconds", "grad_norm",
-                    "prompt", "prompts", "by_prompt", "memory", "tflops", "mfu", "forwards", "backwards", "tag",
-                    "single", "two", "count", "color", "position", "attr", "anchor"))  # fmt: skip
+OF_METHODS = frozenset(("k", "j", "d_j", "d_0", "w"))  # by a method
+LOGGED = OF_METHODS | {"reward", "loss", "satisfied", "step", "seconds", "grad_norm", "prompt", "prompts", "by_prompt",
+                       "memory", "tflops", "mfu", "forwards", "backwards", "tag", "single", "two", "count", "color",
+                       "position", "attr", "anchor"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,17 +113,18 @@ def open_reward(
     tokenizer: PreTrainedTokenizerBase | None = None,
     recompute: bool = False,
     size: tuple[int, int] = (64, 64),
+    prompts: Sequence[str] = ("a photo of a circle",),
 ) -> Reward:
     """The reward that `spec` names: NAME[=PATH][:WEIGHT] or FILE.py:FUNCTION[:WEIGHT].
 
     `tokenizer` is FLUX's CLIP tokenizer, which hpsv2 shares; `recompute` trades time for memory in the backward;
-    `size` is height and width of the images that a user's function is tried on.
+    `size` is height and width of the images that a user's function is tried on, with the first of `prompts`.
     Raises ValueError naming the spec and what is wrong with it.
     """
     name, path, weight = resolve(spec)
     if not name:
         score = load_function(path, "reward")
-        try_score(score, path, device, size)
+        try_score(score, path, device, size, prompts)
         return Reward(score, name=name_of(spec), weight=weight)
     scorer = open_scorer(name, path, device, tokenizer, recompute)
     return Reward(*scorer, name=name, weight=weight, lam=LAMBDA.get(name))
@@ -209,12 +212,12 @@ def means_of(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[str
     return by_task | {reward.name: round(overall, 9)}  # equal where the same number of images is right
 
 
-def try_score(score: Score, spec: str, device: Device, size: tuple[int, int]) -> None:
+def try_score(score: Score, spec: str, device: Device, size: tuple[int, int], prompts: Sequence[str]) -> None:
     """Try a user's function (images, prompts) -> (b,) on random images. Raises ValueError saying what is wrong."""
     for n in (2, 1):
         images = torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
         try:
-            result = score(images, ["a photo of a circle"] * n)
+            result = score(images, list(islice(cycle(prompts), n)))
         except Exception as error:
             raise ValueError(f"reward {spec} fails on images {tuple(images.shape)}: {where(error)}") from error
         if not isinstance(result, Tensor) or result.shape != (n,):

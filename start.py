@@ -35,7 +35,7 @@ from infra.reading import flux_file
 from infra.user_code import is_user_code, load_function, where
 from leaps import Samples
 from model import Flux, FluxConfig
-from rewards import RULES, Reward, check_rewards, name_of, open_reward
+from rewards import LOGGED, OF_METHODS, RULES, Reward, check_rewards, name_of, open_reward
 from sample import grid, sigmas, too_long
 
 
@@ -107,9 +107,13 @@ def options_of(cfg: Config, preset: Config) -> dict[str, Any]:
     options = {name: getattr(cfg, name) for name in flags if name in known and getattr(cfg, name) is not None}
     for text in cfg.option:
         name, equals, value = text.partition("=")
-        if not equals or name not in known or name in flags:
-            own = ", ".join(name for name in known if name not in flags) or "none"
-            raise ValueError(f"--option {text}: NAME=VALUE, of the keywords of {cfg.method} that are no flags: {own}")
+        # A keyword of yours may be called as a flag is, and mean something else.
+        own = [name for name in known if name not in flags or is_user_code(cfg.method)]
+        if not equals or name not in own:
+            raise ValueError(
+                f"--option {text}: NAME=VALUE, of the keywords of {cfg.method} that are no flags: "
+                f"{', '.join(own) or 'none'}"
+            )
         try:
             options[name] = value if isinstance(known[name], str) else json.loads(value.lower())
         except ValueError:
@@ -179,6 +183,8 @@ def try_method(method: Callable, levels: Tensor, group: int) -> bool:
         raise ValueError("--method asks for no reward: it never calls reward or score")
     if not isinstance(log, dict) or not all(isinstance(v, Tensor) and v.shape in ((), (b,)) for v in log.values()):
         raise ValueError("--method must return a dict of tensors to log, a value a sample (b,) or one for all ()")
+    if taken := sorted(log.keys() & (LOGGED - OF_METHODS)):
+        raise ValueError(f"--method logs {taken[0]!r}, which is a name of the run's own: call it something else")
     return "reward" in asked
 
 
@@ -242,7 +248,8 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
         raise ValueError(f"--lam means nothing with --method {cfg.method}, which takes the rewards as they are")
     specs, first = [*cfg.reward, *cfg.watch], sides(cfg.size[0])
     # Functions are tried before weights are read; of networks it is known that they have a gradient.
-    functions = {s: open_reward(s, world.device, size=first) for s in specs if is_user_code(s) or name_of(s) in RULES}
+    tried = [s for s in specs if is_user_code(s) or name_of(s) in RULES]
+    functions = {s: open_reward(s, world.device, size=first, prompts=eval_prompts) for s in tried}
     for reward in (functions[s] for s in cfg.reward if s in functions and needs_gradient):
         check_gradient(reward, prompts[:1], first, world.device)
 

@@ -100,7 +100,8 @@ def gradient(
             keep_gathered(pipe.flux, False)
         apart = b if cfg.anchor else 0  # the base once, and the network again
         with meter("leaps", forwards=apart, backwards=b + wrt_x * apart):
-            into_x = [vjp_part(part)(x[part], sigma, u[part], wrt_x) for part in parts]
+            levels = torch.as_tensor(sigma).expand(b)  # a method may have one a sample
+            into_x = [vjp_part(part)(x[part], levels[part], u[part], wrt_x) for part in parts]
         return torch.cat(into_x) if wrt_x else None
 
     def scores_of(images: Tensor, part: slice) -> list[Tensor]:

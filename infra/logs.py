@@ -68,6 +68,7 @@ def note_nonfinite(out: Path, step: int, seed: int, norm: float, ranks: Sequence
     ranks: of each rank what the method returned, a Tensor (b,) by name; what it took; and the prompts.
     """
     bad = [i for i, (values, *_) in enumerate(ranks) if not all(v.isfinite().all() for v in values.values())]
+    names = dict.fromkeys(k for values, *_ in ranks for k, v in values.items() if not v.isfinite().all())
     where = f"on rank {', '.join(map(str, bad))}" if bad else "in the gradient, though every loss is finite"
     notes = [{"prompts": prompts, **{k: v.tolist() for k, v in values.items()}} for values, _, prompts in ranks]
     file = out / "nonfinite.jsonl"
@@ -77,6 +78,6 @@ def note_nonfinite(out: Path, step: int, seed: int, norm: float, ranks: Sequence
     sound = torch.stack([v.isfinite() for v in values.values()]).all(0)  # (b,)
     which = f"prompts such as {prompts[int(sound.int().argmin())]!r}"  # the first that is not, or of all
     return (
-        f"step {step}: a number is not finite {where}; {which}. {file} has all of them. The step would be the same "
-        "again: --skip-nonfinite 1 leaves it out"
+        f"step {step}: {', '.join(names) or 'a number'} is not finite {where}; {which}. {file} has all of them. The "
+        "step would be the same again: --skip-nonfinite 1 leaves it out"
     )

@@ -55,7 +55,7 @@ class LoRA(nn.Module):
 
 
 class Changed(nn.Module):
-    """A linear layer and what a LoRA adds to it, for drawing: merged in bf16, small changes would round to nothing."""
+    """A linear layer and, apart, `strength` times what a LoRA adds to it."""
 
     def __init__(self, linear: nn.Linear, changes: list[Change], strength: float) -> None:
         super().__init__()

@@ -121,11 +121,15 @@ def load_flux(
 
     `place(flux, tensors)` is for models that no rank holds whole: it gets a Flux without memory and an iterator over
     names and tensors, which are read from disk as they are asked for.
-    `strength` times `lora` is added to them, or without `place` to what they give, as diffusers does; with `origin`,
-    the transformer that this one was tuned from, they are origin + strength (tuned - origin).
+    `strength` times `lora` is added to them, or in bf16, where small changes would be rounded away, to what layers
+    give, as diffusers does; with `origin`, the transformer that this one was tuned from, they are
+    origin + strength (tuned - origin).
     Raises ValueError where origin is another network.
     """
     path, config, tensors, _ = weights
+    apart = lora if lora and place is None and dtype != torch.float32 else {}
+    if lora and not apart:
+        tensors = merge_lora(tensors, lora, strength)
     if origin:
         if origin.config != config:
             raise ValueError(f"--strength between different networks: {path} was not tuned from {origin.path}")
@@ -133,10 +137,10 @@ def load_flux(
     with torch.device("meta"):
         flux = Flux(config)
     if place is not None:
-        place(flux, merge_lora(tensors, lora or {}, strength))
+        place(flux, tensors)
         return flux
     load_weights(flux, {name: tensor.to(dtype) for name, tensor in tensors}, source=str(path))
-    for name, changes in (lora or {}).items():
+    for name, changes in apart.items():
         layer = name.removesuffix(".weight")
         flux.set_submodule(layer, Changed(flux.get_submodule(layer), changes, strength))
     return flux.to(device)  # names were converted on the CPU: a GPU holds the weights once

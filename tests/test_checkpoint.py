@@ -136,6 +136,16 @@ def test_other_flags_than_the_runs_are_refused_but_not_those_that_only_cost_time
     assert whole(1, replace(again, micro_batch=2, keep=3)) == ""
 
 
+def test_a_run_goes_on_with_its_prompts_wherever_their_file_is_and_with_no_others(undisturbed, tmp_path):
+    again = replace(undisturbed, resume=True)
+    moved = shutil.copy(again.eval_prompts, tmp_path / "moved.txt")
+    assert whole(1, replace(again, eval_prompts=moved)) == ""
+    moved.write_text("a photo of a circle\n")
+    assert whole(1, replace(again, eval_prompts=moved)) == (
+        f"2 --resume with --eval-prompts {moved}, which says something else than when {again.out} was started"
+    )
+
+
 def test_a_run_resumed_from_an_older_checkpoint_forgets_the_newer_ones(undisturbed, tmp_path):
     cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True)
     spread(1, stopped_after, replace(cfg, at=6), 7)
@@ -379,7 +389,7 @@ def poisoned(cfg: Config, at: int, rank: int) -> str:
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, undisturbed, tmp_path):
     cfg = replace(base, out=tmp_path / "run")
     for message in spread(2, poisoned, cfg, 5, 1):
-        assert message.startswith("3 step 5: a number is not finite on rank 1; prompts such as")
+        assert message.startswith("3 step 5: loss is not finite on rank 1; prompts such as")
     (entry,) = read_log(cfg.out / "nonfinite.jsonl")
     with join("cpu") as world:
         prompts = train.draw_prompts(cfg, prepare(replace(cfg, resume=True), world), 5)
@@ -393,7 +403,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, 
 def test_what_is_told_names_a_prompt_whose_number_is_not_finite(tmp_path):
     sound, bad = (dict(loss=torch.tensor([0.1, x]), k=torch.ones(2)) for x in (0.2, float("inf")))
     ranks = [(sound, {}, ["a", "b"]), (bad, {}, ["c", "d"])]
-    assert "on rank 1; prompts such as 'd'" in note_nonfinite(tmp_path, 3, 0, 1.0, ranks, speaks=False)
+    assert "loss is not finite on rank 1; prompts such as 'd'" in note_nonfinite(
+        tmp_path, 3, 0, 1.0, ranks, speaks=False
+    )
     said = note_nonfinite(tmp_path, 3, 0, float("nan"), ranks[:1], speaks=True)
     assert "in the gradient, though every loss is finite; prompts such as 'a'" in said
     assert [rank["prompts"] for rank in read_log(tmp_path / "nonfinite.jsonl")[0]["ranks"]] == [["a", "b"]]

@@ -16,9 +16,11 @@ from config import Config
 from infra.distributed import join
 from infra.folders import load
 from infra.lora import add_lora, first_values, lora_layers
-from infra.lora_files import layer_rows, read_lora
+from infra.lora_files import layer_rows, merge_lora, read_lora
 from infra.names import to_diffusers
 from infra.saving import save
+from model import Flux
+from sample import Text, velocity_of
 from start import check_model
 
 TINY = Path(__file__).parent.parent / "shapes" / "tiny-flux"
@@ -121,6 +123,33 @@ def test_kohyas_fused_layer_of_a_single_block_is_changed_whole(tmp_path):
     expected = FLUX.state_dict()[f"{layer}.weight"] + ALPHA / RANK * up @ down
     ours = load(tmp_path, base=str(TINY)).flux.state_dict()[f"{layer}.weight"]
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_in_bf16_a_small_change_is_not_rounded_away(tmp_path):
+    state = {
+        k: v * (1e-3 if "lora_B" in k else 1) for k, v in drawn(THEIRS, "transformer.", "lora_A", "lora_B").items()
+    }
+    save_file(state, file := tmp_path / "small.safetensors")
+    base = FLUX.state_dict()
+    merged = dict(merge_lora(iter(base.items()), read_lora(file, FLUX.config)))
+
+    x = torch.randn(2, 16, FLUX.config.in_channels)
+    text = Text(torch.randn(2, 12, FLUX.config.context_in_dim), torch.randn(2, FLUX.config.vec_in_dim))
+
+    def velocity(flux: Flux) -> Tensor:
+        return velocity_of(flux.float(), text, 4, 4)(x, torch.tensor(0.7))
+
+    def of_weights(weights: dict[str, Tensor]) -> Tensor:
+        flux = Flux(FLUX.config)
+        flux.load_state_dict(weights)
+        return velocity(flux)
+
+    expected = of_weights(merged) - of_weights(base)
+    loaded = velocity(load(file, dtype=torch.bfloat16, base=str(TINY)).flux)
+    before, rounded = (of_weights({k: v.bfloat16() for k, v in weights.items()}) for weights in (base, merged))
+    assert (loaded - before - expected).norm() < 0.1 * expected.norm()
+    assert (rounded - before - expected).norm() > 0.5 * expected.norm()  # what merging in bf16 does
 
 
 @pytest.mark.parametrize("case", ["diffusers with metadata", "kohya", "x-flux"])

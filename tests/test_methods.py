@@ -16,8 +16,9 @@ import leaps
 import train
 from config import PRESETS, Config, Experiment, Machine, Method, Run, parse
 from infra.checks import check_folder
-from infra.distributed import stop_signals
-from start import fixed_names, is_method, keywords, method_of, options_of, recorded, try_method
+from infra.distributed import join, stop_signals
+from infra.meter import Meter
+from start import fixed_names, is_method, keywords, method_of, options_of, prepare, recorded, try_method
 from tests.test_baselines import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +94,10 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
             "    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return dict(a=s.noise(0))",
             "must return a dict of tensors",
         ),
+        (
+            "    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return dict(step=s.sigmas[0])",
+            "--method logs 'step'",
+        ),
         ("    return s.nothing", "AttributeError.*line 2"),
         ("    raise ValueError('an odd T')", "--method: an odd T"),
     ],
@@ -113,14 +118,39 @@ def test_options_are_for_keywords_of_ones_own_and_typed_by_their_value(tmp_path)
     (tmp_path / "mine.py").write_text("def mine(s, *, count=3, name='a', on=False, alpha=0.5): ...\n")
     cfg = Config(method=f"{tmp_path / 'mine.py'}:mine", option=("count=5", "name=b", "on=True"), alpha=0.25)
     assert options_of(cfg, Config()) == dict(count=5, name="b", on=True, alpha=0.25)
-    for option, words in (("other=1", "count, name, on"), ("count=many", "'many'"), ("alpha=1", "--option alpha")):
+    for option, words in (("other=1", "count, name, on"), ("count=many", "'many'")):
         with pytest.raises(ValueError, match=words):
             options_of(replace(cfg, option=(option,)), Config())
+    with pytest.raises(ValueError, match="--option alpha=1"):  # of ours it is a flag
+        options_of(Config(option=("alpha=1",)), Config())
+
+
+def test_a_keyword_of_ones_own_may_be_called_as_a_flag_of_another_kind(tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(s, *, weight=0.5): ...\n")
+    cfg = Config(method=f"{tmp_path / 'mine.py'}:mine", option=("weight=0.7",))
+    assert options_of(cfg, Config()) == dict(weight=0.7)
 
 
 def test_a_preset_of_the_paper_leaves_other_methods_their_own_defaults():
     _, preset = PRESETS["flux-dev-hpsv2"]
     assert "alpha" not in options_of(replace(preset, method="flowbp_bridge"), preset)  # 0.1 there, 0.3 in the paper
+
+
+def test_a_method_may_have_a_noise_level_a_sample_however_the_batch_is_split():
+    def levels(s: leaps.Samples) -> baselines.Log:
+        sigma = torch.linspace(0.3, 0.9, s.total)
+        v = s.velocity(s.noise(0), sigma)
+        s.vjp(s.noise(0), sigma, v)
+        return dict(k=s.reward(v).mean())
+
+    cfg, gradients = Config(out=Path("nonexistent"), batch=4, rollout_steps=4), []
+    with join("cpu") as world:
+        setup = replace(prepare(cfg, world), method=levels)
+        for micro in (None, 3, 1):
+            train.batch_gradient(replace(cfg, micro_batch=micro), setup, world, 0, Meter(world.device))
+            gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in setup.pipe.flux.parameters()]))
+            setup.pipe.flux.zero_grad()
+    assert all((g - gradients[0]).norm() < 1e-5 * gradients[0].norm() for g in gradients)
 
 
 # --------------------------------------------------------------------------------- older runs, and signals

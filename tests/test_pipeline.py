@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.t5.modeling_t5 import T5Block
 
 from infra import weights
 from infra.folders import Pipeline, load
@@ -181,6 +182,22 @@ def test_text_length_may_be_chosen_and_is_512_for_a_tokenizer_without_limit(dev,
     with torch.no_grad():
         txt, _, _ = reference.encode_prompt(PROMPTS, max_sequence_length=20)
     assert torch.equal(encode(load(dev, text_length=20), PROMPTS).txt, txt)
+
+
+def test_with_encoders_offloaded_a_layer_of_t5_at_a_time_is_on_the_device(dev, pipe, monkeypatch):
+    there, most, move = set(), [], T5Block.to
+
+    def note(layer: T5Block, device: str) -> T5Block:
+        (there.discard if device == "cpu" and layer in there else there.add)(layer)
+        most.append(len(there))
+        return move(layer, device)
+
+    monkeypatch.setattr(T5Block, "to", note)
+    lent = load(dev, offload=True)
+    assert not most  # none is moved as it is read
+    for ours, whole in zip(encode(lent, PROMPTS), encode(pipe, PROMPTS), strict=True):
+        assert torch.equal(ours, whole)
+    assert max(most) == 1 and not there and len(most) == 2 * len(lent.t5.encoder.block)
 
 
 def test_packing_round_trips_and_equals_flux_pipelines():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import T5Config, T5EncoderModel
 
 import train
 from config import Config
@@ -17,7 +18,7 @@ from shapes.models import TINY
 from start import prepare
 from tests.processes import spread
 from tools import plan
-from tools.plan import Plan, decode_bytes, kept_bytes, leap_bytes, planned_flux, traffic
+from tools.plan import ENCODERS, LENT, Plan, decode_bytes, kept_bytes, leap_bytes, planned_flux, traffic
 
 CONFIG = replace(
     FLUX_DEV, hidden_size=128, num_heads=4, axes_dim=(8, 12, 12), depth=2, depth_single_blocks=3, context_in_dim=96
@@ -67,6 +68,19 @@ def test_recomputing_keeps_less():
         assert little < 0.2 * much
         much, little = (decode_bytes(vae, 1, 90, 90, r) for r in (False, True))
         assert little < 0.8 * much
+
+
+def test_of_t5_all_layers_but_one_are_lent():
+    with torch.device("meta"):
+        t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                feed_forward_proj="gated-gelu",
+            )
+        )  # fmt: skip
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in t5.encoder.block]
+    assert sum(layers[1:]) == LENT
+    assert ENCODERS - sum(p.numel() for p in t5.parameters()) == 123_060_480
 
 
 def test_kept_memory_is_counted_once_and_without_parameters():

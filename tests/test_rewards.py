@@ -261,6 +261,16 @@ def test_a_users_function_is_a_reward(tmp_path):
     assert images.grad[:, 0].unique().tolist() == pytest.approx([1 / 64]) and images.grad[:, 1].max() < 0
 
 
+def test_a_users_function_is_tried_with_prompts_of_the_run(tmp_path):
+    file = tmp_path / "looks_up.py"
+    file.write_text(
+        "def of_prompt(images, prompts):\n    return sum({'mine': images.mean((1, 2, 3))}[p] for p in prompts)\n"
+    )
+    open_reward(f"{file}:of_prompt", prompts=["mine"])
+    with pytest.raises(ValueError, match="KeyError: 'a photo of a circle'"):
+        open_reward(f"{file}:of_prompt")
+
+
 @pytest.mark.parametrize(
     "code, words",
     [
