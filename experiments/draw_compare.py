@@ -154,9 +154,9 @@ def gains_chart(axes: Axes, rows: Rows, task: str, named: bool) -> None:
 
 
 def ranges_of(rows: Rows) -> list[tuple[float, str]]:
-    """The rows with leaps from a range of noise levels, by its middle."""
+    """The rows with leaps from a range of noise levels, by its middle, the noisiest first."""
     bounds = {spec: words_after(spec, ("--low", "--high")) for spec in rows}
-    return sorted((sum(b) / 2, spec) for spec, b in bounds.items() if b)
+    return sorted(((sum(b) / 2, spec) for spec, b in bounds.items() if b), reverse=True)
 
 
 def ranges_chart(axes: Axes, rows: Rows) -> None:
