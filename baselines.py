@@ -58,7 +58,8 @@ def drtune(s: Samples, *, active: int = 2) -> Log:
     stop, steps = late_step(s), len(s.sigmas) - 1
     active = min(active, steps)
     apart = steps // active
-    first = int(torch.randint(min(steps - (active - 1) * apart, stop + 1), (), generator=s.generator))
+    firsts = min(steps - (active - 1) * apart, stop + 1)  # so that one step at least has a gradient
+    first = int(torch.randint(firsts, (), generator=s.generator))
     ro = rollout(s.velocity, s.noise(0), s.sigmas[: stop + 2])
     chosen = range(first, stop + 1, apart)[:active]
     terms = [Term(i, -s.sigmas[i] if i == stop else s.sigmas[i + 1] - s.sigmas[i]) for i in chosen]

@@ -132,8 +132,8 @@ class Method:
     bias: float | None = None
     """flowbp_sparse, flowbp_bridge (2): steps are drawn with odds (i + 1)^bias, so 0 is uniform."""
     rho: float | None = None
-    """flowbp_sparse, flowbp_bridge (1), flowbp_lagrange (0.5): 1 scales the active steps' weights up to the length of
-    the whole trajectory, or leap, 0 leaves them."""
+    """flowbp_sparse, flowbp_bridge (1), flowbp_lagrange (0.5): 1 scales the active steps' weights up to the sum of all
+    of the trajectory's, or of a leap's, 0 leaves them."""
     copies: int | None = None
     """draft_lv (2): copies of x_0 with fresh noise, whose last step is differentiated too."""
     last: int | None = None

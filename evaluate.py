@@ -351,7 +351,7 @@ def report(
     """Print the tables and write results.json and the contact sheets."""
     read = {m: [read_scores(cfg.out / m, i, rewards, cfg) for i in range(len(entries))] for m in models}
     if lacking := [f"{m}/{i:05d}" for m in models for i, scores in enumerate(read[m]) if scores is None]:
-        raise ValueError(f"{cfg.out} lacks {len(lacking)} prompts, such as {lacking[0]}: give the command again")
+        raise ValueError(f"{cfg.out} lacks {len(lacking)} of the prompts, such as {lacking[0]}: give the command again")
     scores = {m: {r.name: np.array([e[r.name] for e in read[m]]) for r in rewards} for m in models}
     summary = summarize(scores, tags, cfg.size)
     results = {"summary": summary, "scores": {m: {k: v.tolist() for k, v in scores[m].items()} for m in scores}}

@@ -44,8 +44,8 @@ BESIDE = {  # in its folder; of two after | one is enough
 }
 WEIGHT = r"[-+]?[\d.][-+.\de]*"  # of a reward among several, as it is written
 LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the paper's, but for ours
-# What is logged under names of its own, which a user's function may not have.
-OF_METHODS = frozenset(("k", "j", "d_j", "d_0", "w"))  # by a method
+OF_METHODS = frozenset(("k", "j", "d_j", "d_0", "w"))  # what methods log
+# All that is logged under names of its own, which a user's function may not have.
 LOGGED = OF_METHODS | {"reward", "loss", "satisfied", "step", "seconds", "grad_norm", "prompt", "prompts", "by_prompt",
                        "memory", "tflops", "mfu", "forwards", "backwards", "tag", "single", "two", "count", "color",
                        "position", "attr", "anchor"}  # fmt: skip

@@ -68,9 +68,7 @@ def too_long(pipe: Pipeline, prompts: Sequence[str]) -> str | None:
         "CLIP": (pipe.clip_tokenizer, clip_length(pipe)),
     }
     for name, (tokenizer, most) in lengths.items():
-        parts = (
-            prompts[i : i + 4096] for i in range(0, len(prompts), 4096)
-        )  # all at once are gigabytes of a long list
+        parts = (prompts[i : i + 4096] for i in range(0, len(prompts), 4096))  # a long list at once takes gigabytes
         found = [len(ids) for part in parts for ids in tokenizer(list(part), verbose=False).input_ids]
         if longer := sum(length > most for length in found):
             cut.append(f"{name} reads {most} tokens, {longer} of {len(prompts)} have more, up to {max(found)}")

@@ -21,7 +21,7 @@ from baselines import Log
 from config import PRESETS, Config, Experiment, Method, sides
 from infra.anchor import frozen_copy
 from infra.checkpoints import folders
-from infra.checks import check_flags, check_folder, check_groups
+from infra.checks import check_flags, check_folder, check_groups, check_prompts
 from infra.distributed import World, fill, shard_flux, shard_frozen
 from infra.files import PART, recover, remove, replacing, set_aside
 from infra.folders import Pipeline, describe, load
@@ -130,7 +130,7 @@ def recorded(cfg: Config) -> dict[str, Any]:
 
 def fixed_names(cfg: Config) -> list[str]:
     """What --resume must find unchanged: the experiment, and the method with its keywords."""
-    names = [f.name for f in fields(Experiment) if f.name not in ("prompts", "eval_prompts")]  # of which contents count
+    names = [f.name for f in fields(Experiment) if f.name not in ("prompts", "eval_prompts")]  # see check_prompts
     names += ["method", "option"]
     names += [name for name in keywords(method_of(cfg.method)) if hasattr(cfg, name)]
     return names + ["steps"] * cfg.decay  # the learning rate falls over all of them
@@ -226,13 +226,7 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     check_folder(cfg, out, recorded(cfg), recorded(Config(method=cfg.method)), fixed_names(cfg))
     prompts, eval_prompts = read_prompts(cfg.prompts), read_prompts(cfg.eval_prompts)
     if cfg.resume and (out / "config.json").exists():
-        before = json.loads((out / "config.json").read_text()).get("prompts_read", [])
-        now = [fingerprint(prompts), fingerprint(eval_prompts)]
-        for flag, name, earlier, read in zip(("prompts", "eval-prompts"), (cfg.prompts, cfg.eval_prompts), before, now):
-            if read != earlier:
-                raise ValueError(
-                    f"--resume with --{flag} {name}, which says something else than when {out} was started"
-                )
+        check_prompts(out, prompts, eval_prompts, (cfg.prompts, cfg.eval_prompts))
     for size in cfg.size:
         check_rewards([*cfg.reward, *cfg.watch], eval_prompts, sides(size), f"--eval-prompts {cfg.eval_prompts}")
         check_rewards(cfg.reward, prompts, sides(size), f"--prompts {cfg.prompts}")

@@ -11,6 +11,7 @@ from config import Config
 from infra.checkpoints import folders
 from infra.distributed import CUT, World
 from infra.files import PART
+from infra.prompts import fingerprint
 from infra.trackers import check_trackers
 
 
@@ -116,6 +117,21 @@ def check_folder(cfg: Config, out: Path, now: dict[str, Any], defaults: dict[str
             flag = name.replace("_", "-")
             raise ValueError(f"--resume with --{flag} {now[name]}, but {out} was started with {earlier}")
     check_checkpoints(cfg, out, [f.name for f in folders(out)])
+
+
+def check_prompts(out: Path, prompts: list[str], eval_prompts: list[str], paths: Sequence[Path]) -> None:
+    """Raise ValueError if a run was started with other prompts than these, which were read from `paths`.
+
+    Their files may have moved since.  A run from before their contents were noted goes by the paths.
+    """
+    before, now = json.loads((out / "config.json").read_text()), [fingerprint(prompts), fingerprint(eval_prompts)]
+    names = ("prompts", "eval_prompts")
+    if "prompts_read" not in before:
+        now, before = list(map(str, paths)), before | dict(prompts_read=[before[name] for name in names])
+    for name, path, value, earlier in zip(names, paths, now, before["prompts_read"], strict=True):
+        if value != earlier:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--resume with --{flag} {path}, which says something else than when {out} was started")
 
 
 def check_checkpoints(cfg: Config, out: Path, names: Sequence[str]) -> None:

@@ -113,6 +113,12 @@ def test_a_budget_is_spent_but_for_less_than_one_update():
     assert updates_within("full", SMALL, 3) == 1
 
 
+@pytest.mark.parametrize("updates", [37, 100, 138])
+def test_rows_of_any_number_of_updates_are_judged_with_as_much_of_the_base_in_their_weights(updates):
+    run = compare.cell("full", "--ema 0.97", 0, 1e-4, updates, of=100)
+    assert cells.config_of(run.spec, run.flags).ema ** updates == pytest.approx(0.97**100, rel=0.01)
+
+
 @pytest.mark.parametrize("spec", [*METHODS, *ABLATIONS])
 def test_every_row_of_the_tables_can_be_run(spec):
     opened(spec, "--rollout-steps 8")

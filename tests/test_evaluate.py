@@ -233,7 +233,7 @@ def test_scores_that_this_machine_does_not_see_yet_are_named_in_place_of_a_repor
     (tmp_path / "m" / "00000.json").write_text('{"prompt": "a", "lattice": [0.0]}\n')
     (tmp_path / "m" / "00000.png").touch()
     cfg, entries = evaluate.Config(out=tmp_path, num=1), [{"prompt": "a"}, {"prompt": "b"}]
-    with pytest.raises(ValueError, match=r"lacks 1 prompts, such as m/00001: give the command again"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the prompts, such as m/00001: give the command again"):
         evaluate.report(cfg, entries, None, [open_reward("lattice")], ["m"])
 
 

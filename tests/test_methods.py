@@ -15,7 +15,7 @@ import baselines
 import leaps
 import train
 from config import PRESETS, Config, Experiment, Machine, Method, Run, parse
-from infra.checks import check_folder
+from infra.checks import check_folder, check_prompts
 from infra.distributed import join, stop_signals
 from infra.meter import Meter
 from start import fixed_names, is_method, keywords, method_of, options_of, prepare, recorded, try_method
@@ -179,6 +179,9 @@ def test_a_run_from_before_flags_were_grouped_goes_on(tmp_path):
         check(replace(cfg, alpha=0.1))
     with pytest.raises(ValueError, match=r"--resume with --method refl, but .* was started with leapalign"):
         check(replace(cfg, method="refl"))
+    check_prompts(tmp_path, ["a"], ["b"], (cfg.prompts, cfg.eval_prompts))
+    with pytest.raises(ValueError, match=r"--eval-prompts other\.txt, which says something else"):  # by its name
+        check_prompts(tmp_path, ["a"], ["b"], (cfg.prompts, Path("other.txt")))
 
 
 def test_signals_are_noted_within_and_handled_as_before_after():
