@@ -143,11 +143,19 @@ def test_a_method_may_have_a_noise_level_a_sample_however_the_batch_is_split():
         s.vjp(s.noise(0), sigma, v)
         return dict(k=s.reward(v).mean())
 
+    def one_by_one(s: leaps.Samples) -> baselines.Log:
+        sigma = torch.linspace(0.3, 0.9, s.total)
+        v = s.velocity(s.noise(0), sigma)
+        for level, own in zip(sigma, torch.eye(s.total)):
+            s.vjp(s.noise(0), level, own[:, None, None] * v)
+        return dict(k=s.reward(v).mean())
+
     cfg, gradients = Config(out=Path("nonexistent"), batch=4, rollout_steps=4), []
     with join("cpu") as world:
-        setup = replace(prepare(cfg, world), method=levels)
-        for micro in (None, 3, 1):
-            train.batch_gradient(replace(cfg, micro_batch=micro), setup, world, 0, Meter(world.device))
+        setup = prepare(cfg, world)
+        for method, micro in ((one_by_one, None), (levels, None), (levels, 3), (levels, 1)):
+            flags, given = replace(cfg, micro_batch=micro), replace(setup, method=method)
+            train.batch_gradient(flags, given, world, 0, Meter(world.device))
             gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in setup.pipe.flux.parameters()]))
             setup.pipe.flux.zero_grad()
     assert all((g - gradients[0]).norm() < 1e-5 * gradients[0].norm() for g in gradients)
