@@ -87,6 +87,11 @@ def named(spec: str, cells: Cells) -> str:
     return f"{spec} ({ended} of {len(cells)} diverged)" if ended else spec
 
 
+def ends_highest(result: dict, rows: Rows) -> str:
+    """The row that is best on average at the end, by what learning rates are chosen by."""
+    return max(rows, key=lambda spec: mean_of(rows[spec], last(result["select"]))[0])
+
+
 def rate(result: dict, spec: str, cells: Cells) -> str:
     """The learning rate, with a mark where it is the least or the greatest that was tried."""
     lr, tried = cells[0]["lr"], [t["lr"] for t in result["grid"].get(spec, [])]
@@ -109,6 +114,8 @@ def report(result: dict) -> str:
         if result["kind"] == "experts":  # to the last method, too
             apart = {spec: cells for spec, cells in reversed(rows.items()) if spec.endswith(TWO)}
             parts += [changes(result, apart)]
+        elif len(rows) > 2 and (best := ends_highest(result, rows)) != next(iter(rows)):  # to the best one, too
+            parts += [changes(result, {best: rows[best]} | rows)]
     return "\n".join(parts)
 
 

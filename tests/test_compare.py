@@ -19,7 +19,7 @@ from experiments import cells, compare
 from experiments.cells import Cell, cost, opened, spent, updates_within
 from experiments.compare import ABLATIONS, GRID_SEED, METHODS, Config, climb, windows
 from experiments.draw import draw
-from experiments.draw_compare import change_of, gain, last, mean_of
+from experiments.draw_compare import change_of, gain, last, mean_of, report
 from experiments.record import RESULTS, file_of
 from infra.distributed import join
 from infra.meter import Meter
@@ -334,6 +334,16 @@ def test_a_table_shows_what_ended_early_and_a_rate_at_the_edge(tmp_path, kind):
     text = (tmp_path / "m.md").read_text()
     assert "| full (1 of 2 diverged) | 0.500 ±1.271 |" in text and "0.0001* |" in text and "| base | 0.400 |" in text
     assert "| full (1 of 2 diverged) | +0.100 ±1.271 |" in text
+
+
+def test_differences_are_to_the_first_row_and_to_the_one_that_ends_highest():
+    rows = {spec: [run_of(seed, spec, judge=x) for seed in (0, 1)] for spec, x in dict(a=0.5, b=0.3, c=0.6).items()}
+    origin = dict(command="c", hardware="h", date="d", revision="r", kind="methods", rewards=["tiny"], select="judge")
+    text = report(origin | dict(grid={}, tables=dict(updates=rows)))
+    to_first, to_best = (text.split(f"| minus {name} |")[1] for name in "ac")
+    assert "| b | -0.200 ±0.000 |" in to_first and "| c | +0.100 ±0.000 |" in to_first
+    assert "| a | -0.100 ±0.000 |" in to_best and "| b | -0.300 ±0.000 |" in to_best and "| c |" not in to_best
+    assert "minus" not in report(origin | dict(grid={}, tables=dict(updates=dict(a=rows["a"]))))
 
 
 def test_what_is_no_result_is_refused_by_name(tmp_path):
