@@ -179,8 +179,8 @@ def draw_pair(sigmas: Tensor, generator: torch.Generator, draw: str) -> tuple[in
     """FlowBP's ways of drawing the steps k < j that two leaps start from.
 
     uniform: as LeapAlign.  midpoint: k is uniform, j halfway to the end.  midpoint_j: j is uniform, k halfway from the
-    start.  dirichlet: numbers of steps until k, from there until j, and after j, each at least one, in the proportions
-    of a Dirichlet(2, 6, 2.5).  Raises ValueError if there are too few steps.
+    start.  dirichlet: the steps up to k and with it, from there to j, and after j, in the proportions of a
+    Dirichlet(2, 6, 2.5), rounded, each at least one.  Raises ValueError if there are too few steps.
     """
     steps = len(sigmas) - 1
     if steps < (least := 3 if draw == "dirichlet" else 2):
@@ -194,20 +194,23 @@ def draw_pair(sigmas: Tensor, generator: torch.Generator, draw: str) -> tuple[in
         j = int(torch.randint(1, steps, (), generator=generator))
         return j // 2, j
     # A Gamma(n / 2) is half the sum of n squared Gaussians, and Gammas in proportion are a Dirichlet.
-    until_k, until_j, after = (torch.randn(n, generator=generator).square().sum() for n in (4, 12, 5))
-    total = until_k + until_j + after
-    k = round(((steps - 3) * until_k / total).item())
-    return k, 1 + round(((steps - 3) * (until_k + until_j) / total).item())
+    shares = torch.stack([torch.randn(n, generator=generator).square().sum() for n in (4, 12, 5)])
+    lengths = (steps * shares / shares.sum()).round().long()
+    lengths[shares.argmax()] += steps - lengths.sum()  # what rounding took or gave
+    lengths = lengths.clamp(min=1)
+    lengths[lengths.argmax()] += steps - lengths.sum()  # what others lacked
+    up_to_k, from_k_to_j, _ = lengths.tolist()
+    return up_to_k - 1, up_to_k - 1 + from_k_to_j
 
 
 # ------------------------------------------------------------------------------------ policy gradients
 
 
 def flow_grpo(s: Samples, *, group: int = 8, noise: float = 0.7) -> Log:
-    """Flow-GRPO (arXiv 2505.05470), on policy: noise of s = a sqrt(sigma / (1 - sigma)), a = 0.7, at every step.
+    """Flow-GRPO (arXiv 2505.05470), on policy: noise of s = a sqrt(sigma / (1 - sigma)), a = 0.7.
 
-    The paper's group has 24 samples of a prompt.  With one update a rollout the ratio of probabilities is one, so
-    there is nothing to clip; nor is there a KL term.
+    The last step has no noise.  The paper's group has 24 samples of a prompt.  With one update a rollout the ratio of
+    probabilities is one, so there is nothing to clip; nor is there a KL term.
     """
     below = s.sigmas.where(s.sigmas < 1, s.sigmas[1])  # at pure noise s would be infinite
     level = noise * (s.sigmas / (1 - below)).sqrt()
@@ -216,9 +219,9 @@ def flow_grpo(s: Samples, *, group: int = 8, noise: float = 0.7) -> Log:
 
 
 def dance_grpo(s: Samples, *, group: int = 8, noise: float = 0.3) -> Log:
-    """DanceGRPO (arXiv 2505.07818), on policy: noise of eta = 0.3 at every step, one x_1 for all of a group.
+    """DanceGRPO (arXiv 2505.07818), on policy: noise of eta = 0.3, one x_1 for all of a group.
 
-    The paper's group has 12 samples of a prompt.
+    The last step has no noise.  The paper's group has 12 samples of a prompt.
     """
     x0, moves = random_walk(s, shared_noise(s, group), s.sigmas.new_full((), noise), range(len(s.sigmas) - 2))
     return policy_gradient(s, x0, moves, group)

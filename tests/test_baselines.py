@@ -242,11 +242,19 @@ def test_the_ways_of_drawing_k_and_j_are_as_described():
     assert {j for _, j in drawn["midpoint_j"]} == set(range(1, 25))
     assert all(k == j // 2 for k, j in drawn["midpoint_j"])
     assert draw_pair(sigmas, generator(5), "uniform") == pick_leaps(sigmas, generator(5))
-    pairs = [draw_pair(sigmas, generator(i), "dirichlet") for i in range(2000)]
-    assert all(0 <= k < j <= 23 for k, j in pairs) and min(pairs)[0] == 0
-    lengths = torch.tensor([[k + 1, j - k, 24 - j] for k, j in pairs], dtype=torch.float).mean(0)
-    expected = 1 + 22 * torch.tensor([2.0, 6.0, 2.5]) / 10.5  # of each at least one step
-    torch.testing.assert_close(lengths, expected, atol=0.3, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 12, 25])
+def test_a_dirichlet_draw_cuts_the_steps_as_numpys_dirichlet_does(steps):
+    sigmas = torch.linspace(1, 0, steps + 1)
+    pairs = np.array([draw_pair(sigmas, generator(i), "dirichlet") for i in range(2000)])
+    lengths = np.stack([pairs[:, 0] + 1, pairs[:, 1] - pairs[:, 0], steps - 1 - pairs[:, 1]], 1)
+    assert lengths.min() == 1 and pairs.min() == 0
+    shares = np.random.default_rng(0).dirichlet((2, 6, 2.5), 2000)
+    expected = np.maximum(1, np.round(steps * shares[:, [0, 2]]))  # the outer two; the middle one is mostly the longest
+    if steps > 4:
+        np.testing.assert_allclose(lengths[:, [0, 2]].mean(0), expected.mean(0), atol=0.06 * steps**0.5)
+        np.testing.assert_allclose(lengths[:, [0, 2]].std(0), expected.std(0), atol=0.06 * steps**0.5)
 
 
 # ------------------------------------------------------------------------------------------------ identities
