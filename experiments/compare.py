@@ -10,8 +10,9 @@ A method is a name or FILE.py:FUNCTION, and then any flags of train.py.  The fir
 --steps updates, and is what the others are compared with, seed by seed.  The table of methods is made twice: at as many
 evaluations of the network as the reference takes (forward 1, forward and backward 3), and at as many updates (--equal).
 
-Where rows make other numbers of updates, their averages (--ema) reach as far back in proportion: with one decay for
-all, 40 updates would be judged with nearly half of the base in their weights, and 140 with next to nothing.
+Where rows make other numbers of updates, their averages (--ema) reach as far back in proportion, but for a row that
+gives its own: with one decay for all, 40 updates would be judged with nearly half of the base in their weights, and 140
+with next to nothing.
 
 A learning rate is chosen for each method, from the same grid, on a seed that no table uses, by the judge at the end of
 a run at equal evaluations: from the middle of the grid on, uphill, until the next one does worse.  The tables of
@@ -26,11 +27,12 @@ tables and pictures of them.  What a table costs is told by --plan, in evaluatio
 import itertools
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from config import Run
 from experiments.cells import Cell, at_once, config_of, opened, run_cell, spent, updates_within
 from experiments.command import main
 from experiments.draw import draw
@@ -39,11 +41,11 @@ from rewards import name_of
 from shapes.world import TASKS
 
 GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds are 0, 1, 2, ...
-POINTS = 4  # evaluations of a run after its base
+POINTS = 4  # evaluations of a run after its base, at most
 METHODS = (
     "leapalign", "leapalign --reward-input xhat_0", "refl", "draft_lv", "drtune", "full", "flowbp_sparse",
     "flowbp_bridge", "flowbp_lagrange", "flow_grpo", "dance_grpo",
-    "mix_grpo --every 6",  # a twelfth of its updates, as 25 of the paper's 300
+    "mix_grpo --every 6",  # a twelfth of its updates at equal evaluations, as 25 of the paper's 300
 )  # fmt: skip
 ABLATIONS = (  # the paper's Fig. 4; the first has alpha 0.3, two leaps from random steps, and x_0 rewarded
     "leapalign",
@@ -129,10 +131,12 @@ def check(cfg: Config) -> None:
 
 def check_words(texts: Sequence[str]) -> None:
     """Raise ValueError if words for train.py have a flag that every run is given."""
-    taken = {f"--{name}" for name in ("seed", "lr", "steps", "eval-every", "save-every", "out", "resume", "watch")}
+    names = {f.name for f in fields(Run)} | {"seed", "lr", "eval_every", "watch"}
     for text in texts:
-        if own := taken & {word.partition("=")[0] for word in shlex.split(text)}:
-            raise ValueError(f"{own.pop()} in {text!r}: every run has its own; this command has flags for some of them")
+        words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in shlex.split(text) if word[:2] == "--"}
+        if own := sorted(names & words):
+            flag = own[0].replace("_", "-")
+            raise ValueError(f"--{flag} in {text!r}: it is set for every run; this command has flags for some of these")
 
 
 # -------------------------------------------------------------------------------------- which runs
@@ -196,6 +200,8 @@ def run(cfg: Config) -> None:
     check_select(cfg, config_of(rows[0], flags).reward)
     equals = cfg.equal if cfg.table == "methods" else ("updates",)
     steps = {equal: steps_at(equal, rows, flags, cfg.steps) for equal in equals}
+    choosing = rows if cfg.table == "methods" and len(cfg.grid) > 1 else []
+    updates_of_trials = steps_at("evaluations", choosing, flags, cfg.steps) if choosing else {}
     for equal, spec in itertools.product(equals, rows):
         config_of(spec, cell(spec, flags, 0, 1.0, steps[equal][spec], cfg.steps).flags)  # read before there are threads
 
@@ -205,10 +211,9 @@ def run(cfg: Config) -> None:
         return {(e, s, n): cell(s, flags, n, multiples[s] * lr, steps[e][s], cfg.steps) for n, e, s in keys}
 
     def trial(spec: str, multiple: float) -> Cell:
-        return cell(spec, flags, GRID_SEED, multiple * lr, steps[equals[0]][spec], cfg.steps)
+        return cell(spec, flags, GRID_SEED, multiple * lr, updates_of_trials[spec], cfg.steps)
 
     lr = config_of(rows[0], flags).lr
-    choosing = rows if cfg.table == "methods" and len(cfg.grid) > 1 else []
     taken = cfg.grid[0] if len(cfg.grid) == 1 else 1.0  # where none is chosen
     if cfg.plan:
         middle = len(cfg.grid) // 2

@@ -1,6 +1,6 @@
 """Tables and pictures of what compare and experts wrote: NAME.md, NAME.png, NAME-changes.png beside NAME.json.
 
-A difference is that of two runs of the same seed.
+Of experts there is NAME-gains.png, too.  A difference is that of two runs of the same seed.
 """
 
 from collections.abc import Callable
@@ -193,7 +193,7 @@ def draw_compare(result: dict, path: Path) -> None:
     path.with_suffix(".md").write_text(report(result))
     first = next(iter(result["tables"].values()))
     by_task = all(k in measures(result, first) for k in (*LAYOUT, "color"))
-    if by_task and ranges_of(first):
+    if result["kind"] == "ranges" and by_task and ranges_of(first):
         charts = [partial(ranges_chart, rows=first)]
     else:
         charts = [curves_chart(first, name) for name in (result["select"], "reward")]

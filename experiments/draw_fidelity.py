@@ -1,5 +1,6 @@
 """Tables and pictures of what experiments.fidelity wrote: NAME.md, NAME.png and NAME-places.png beside NAME.json."""
 
+import itertools
 import warnings
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,7 @@ def pairs(base: Base) -> dict[str, np.ndarray]:
 def scatter(axes: Axes, bases: list[Base], name: str) -> None:
     """A point for each pair of steps, a mean over batches: a distance or the weight, and the cosine; a color a base."""
     ends = []
-    for color, base in zip(PALETTE[1:], bases):
+    for color, base in zip(itertools.cycle(PALETTE[1:]), bases):
         found = {of: values.mean(0) for of, values in pairs(base).items()}
         x, y = (found | trust(found["d_j"], found["d_0"]))[name], found["cosine"]
         axes.plot(x, y, "o", markersize=4, color=color, alpha=0.7, linewidth=0)

@@ -5,7 +5,7 @@
 
 The tiny Flux has the same weights at all noise levels, so gradients of late steps change early ones too
 (experiments/decided.py).  Here the steps above --split are made by one copy of the base, and all others by a second
-one (two_networks.py).  In the table are also the same runs with shared weights, as compare's.
+one (two_networks.py).  In the table are also the same runs with shared weights, which are compare's.
 
 A finished run is a file in experiments/results/cells, and is not run again.
 """
@@ -63,6 +63,8 @@ def run(cfg: Config) -> None:
     flags = f"{FLAGS} {cfg.flags}"
     for spec in cfg.methods:
         opened(spec, flags)  # all are tried before any is run
+        if config_of(spec, flags).anchor:
+            raise ValueError(f"--anchor in {f'{spec} {cfg.flags}'.strip()!r}: two networks have no copy to be held to")
     budget = spent(cfg.methods[0], flags, cfg.steps)
     rows: dict[str, list[dict[str, Any]]] = {}
     for spec, lr in zip(cfg.methods, cfg.lr):

@@ -15,6 +15,9 @@ The mean is of finitely many draws, so its squared length is too large by the va
 number: that is taken off.  Where nothing is left, mean_cosine is NaN: more --draws are needed.  All is told by layer
 too, and for two leaps from every pair (k, j) of steps, beside the distances d_j and d_0 of Eq. 12.
 
+All methods see the same prompts and noise, but dance_grpo and mix_grpo start a group from the x_1 of its first sample.
+mix_grpo is as in its first update: its window is at the noisiest steps.
+
 Numbers are kept a batch of noise, and intervals are over batches (draw.py, draw_fidelity.py).
 """
 
@@ -43,7 +46,7 @@ from infra.seeds import generator_of
 from leaps import Samples, Velocity, hinge, leapalign, rollout, vjp_of
 from rewards import Reward, open_reward
 from sample import decode, encode, grid, velocity_of
-from start import keywords, method_of, options_of
+from start import check_gradient, keywords, method_of, options_of
 
 TRAIN = TrainConfig()
 GROUP = 8  # samples of a prompt, neighbours: policy gradients compare them, and all methods see the same samples
@@ -234,10 +237,10 @@ def places(network: nn.Module, batch: Batch, true: Gradient) -> list[Numbers]:
 def check(cfg: Config) -> None:
     """Raise ValueError naming the flag."""
     for spec in cfg.methods:
-        row, method = config_of(spec, ""), config_of(shlex.split(spec)[0], "")
-        others = [f.name for group in (Experiment, Run, Machine) for f in fields(group)]
-        if ignored := [name for name in others if getattr(row, name) != getattr(method, name)]:
-            raise ValueError(f"--{ignored[0].replace('_', '-')} in {spec!r}: a row has flags of its method only")
+        row, others = config_of(spec, ""), {f.name for group in (Experiment, Run, Machine) for f in fields(group)}
+        given = [word.partition("=")[0] for word in shlex.split(spec) if word.startswith("--")]
+        if ignored := [flag for flag in given if flag.removeprefix("--").replace("-", "_") in others]:
+            raise ValueError(f"{ignored[0]} in {spec!r}: a row has flags of its method only")
         if GROUP % (group := options_of(row, TRAIN).get("group", keywords(method_of(row.method)).get("group", 1))):
             raise ValueError(f"--group {group} in {spec!r}: a prompt has {GROUP} samples here, a multiple of a group")
     if cfg.draws < 2 or cfg.noises < 1:
@@ -255,7 +258,6 @@ def run(cfg: Config) -> None:
     out = file_of(cfg, "fidelity")
     if len(prompts) < cfg.batch // GROUP:
         raise ValueError(f"--prompts {cfg.prompts} has {len(prompts)}, and --batch {cfg.batch} takes one for {GROUP}")
-    reward = open_reward(cfg.reward, cfg.device)
     flags = {
         (model, steps): f"--model {shlex.quote(model)} --rollout-steps {steps} --batch {cfg.batch}"
         for model in cfg.model
@@ -265,6 +267,8 @@ def run(cfg: Config) -> None:
     for (model, steps), methods in opened_methods.items():
         print(f"{model}, {steps} steps", flush=True)
         pipe = load(Path(model), device, torch.float32)
+        reward = open_reward(cfg.reward, cfg.device, pipe.clip_tokenizer)
+        check_gradient(reward, prompts[:1], sides(TRAIN.size[0]), device)
         levels = next(iter(methods.values()))[1]
         batches = [batch_of(cfg, pipe, reward, prompts, levels, n) for n in range(cfg.noises)]
         numbers = measure(cfg, {spec: method for spec, (method, _) in methods.items()}, pipe.flux, batches)

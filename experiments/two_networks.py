@@ -38,7 +38,10 @@ class Experts(nn.Module):
         return self.early.img_in  # by which a Flux tells its precision and its device
 
     def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, *rest: Any) -> Any:
-        network = self.early if timesteps[0] > self.split else self.late
+        early = timesteps > self.split
+        if early.any() != early.all():
+            raise ValueError("two networks take samples of one call on one side of the split: this method mixes levels")
+        network = self.early if early.all() else self.late
         return network(img, img_ids, txt, txt_ids, timesteps, *rest)
 
 

@@ -15,7 +15,7 @@ from scipy import stats
 import train
 from config import PRESETS
 from config import Config as TrainConfig
-from experiments import cells, compare
+from experiments import cells, compare, draw_compare
 from experiments.cells import Cell, cost, opened, spent, updates_within
 from experiments.compare import ABLATIONS, GRID_SEED, METHODS, Config, climb, windows
 from experiments.draw import draw
@@ -23,6 +23,7 @@ from experiments.draw_compare import change_of, gain, last, mean_of, report
 from experiments.record import RESULTS, file_of
 from infra.distributed import join
 from infra.meter import Meter
+from infra.pictures import line_chart
 from sample import sigmas
 from start import prepare
 from tests.test_methods import ROOT, blocks
@@ -215,6 +216,7 @@ def test_a_rows_own_flags_win_over_those_of_all_rows():
 @pytest.mark.parametrize(
     "changes, words",
     [(dict(also=("refl --lr 1e-5",)), "--lr in 'refl --lr 1e-5'"), (dict(flags="--seed=3"), "--seed in '--seed=3'"),
+     (dict(flags="--stop-early"), "--stop-early in"), (dict(also=("refl --skip_nonfinite 5",)), "--skip-nonfinite in"),
      (dict(select="jugde"), "--select jugde is not evaluated; there are attr"), (dict(equal=()), "--equal: give"),
      (dict(watch=("tiny",), flags="--reward judge", methods=("flow_grpo",), select="vivid"), "--select vivid")],
 )  # fmt: skip
@@ -324,6 +326,19 @@ def test_a_plan_runs_nothing(tmp_path, started, capsys):
     assert "12 runs of 12 are to do" in told  # 6 of the grid; leapalign has as many updates in both tables
 
 
+@pytest.mark.parametrize("equal", [("updates",), ("updates", "evaluations")])
+def test_rates_are_chosen_at_equal_evaluations_whatever_the_table(equal, tmp_path, started):
+    lr = TrainConfig.lr
+    table = Config(methods=("leapalign", "full"), seeds=1, steps=8, equal=equal, grid=(1, 1e-4 / lr), flags=SMALL)
+    compare.run(replace(table, work=tmp_path / "work", out=tmp_path / "m.json"))
+    runs = [dict(itertools.pairwise(c)) for c in started]
+    within = updates_within("full", SMALL, spent("leapalign", SMALL, 8))
+    assert within < 8
+    trials = [int(r["--steps"]) for r in runs if r["--seed"] == str(GRID_SEED) and r["--method"] == "full"]
+    assert set(trials) == {within}
+    assert 8 in {int(r["--steps"]) for r in runs if r["--seed"] == "0" and r["--method"] == "full"}
+
+
 @pytest.mark.parametrize("kind", ["methods", "ranges"])  # of rows that one names, perhaps none has a range
 def test_a_table_shows_what_ended_early_and_a_rate_at_the_edge(tmp_path, kind):
     rows = {"leapalign": [run_of(0), run_of(1)], "full": [run_of(0, "full", True), run_of(1, "full", judge=0.6)]}
@@ -344,6 +359,16 @@ def test_differences_are_to_the_first_row_and_to_the_one_that_ends_highest():
     assert "| b | -0.200 ±0.000 |" in to_first and "| c | +0.100 ±0.000 |" in to_first
     assert "| a | -0.100 ±0.000 |" in to_best and "| b | -0.300 ±0.000 |" in to_best and "| c |" not in to_best
     assert "minus" not in report(origin | dict(grid={}, tables=dict(updates=dict(a=rows["a"]))))
+
+
+def test_a_row_with_a_range_in_a_table_of_methods_leaves_its_curves(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(draw_compare, "save_row", lambda charts, path, **_: titles.append([c.func for c in charts]))
+    rows = {spec: [run_of(0, spec)] for spec in ("leapalign", "leapalign --low 0.2 --high 0.7")}
+    origin = dict(command="c", hardware="h", date="d", revision="r", rewards=["tiny"], select="judge", grid={})
+    for kind in ("methods", "ranges"):
+        draw_compare.draw_compare(origin | dict(kind=kind, tables=dict(updates=rows)), tmp_path / "m.json")
+    assert titles[0] == [line_chart, line_chart] and titles[2] == [draw_compare.ranges_chart]
 
 
 def test_what_is_no_result_is_refused_by_name(tmp_path):

@@ -70,6 +70,8 @@ def test_a_step_is_made_by_the_network_of_its_level():
     assert [networks(*[None] * 4, torch.full((3,), level)) for level in (1.0, 0.75, 0.7, 0.1)] == [
         "early", "early", "late", "late",
     ]  # fmt: skip
+    with pytest.raises(ValueError, match="this method mixes levels"):
+        networks(*[None] * 4, torch.tensor([0.9, 0.2]))
 
 
 def test_the_command_sets_runs_with_one_and_two_networks_side_by_side_and_runs_none_twice(
@@ -108,6 +110,8 @@ def test_what_cannot_be_is_refused_before_anything_is_run():
         experts.run(Config(methods=("refl", "refl"), lr=(0.1, 0.2)))
     with pytest.raises(ValueError, match="--alpha means nothing"):
         experts.run(Config(methods=("leapalign", "refl --alpha 1"), lr=(0.1, 0.1)))
+    with pytest.raises(ValueError, match="--anchor in 'refl"):
+        experts.run(Config(methods=("refl --anchor 0.1",), lr=(0.1,)))
 
 
 def test_a_rate_is_needed_for_each_method():

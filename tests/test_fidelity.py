@@ -246,7 +246,8 @@ def test_what_the_picture_calls_the_weight_of_eq_12_is_what_leapalign_weighs_wit
     [
         (dict(draws=1), "--draws 1"),
         (dict(batch=12), "--batch 12"),
-        (dict(methods=("leapalign --rollout-steps 5",)), "--rollout-steps in"),
+        (dict(methods=("leapalign --rollout-steps 12",)), "--rollout-steps in"),
+        (dict(reward="judge", methods=("full",)), "--reward judge has no gradient"),
         (dict(methods=("leapalign --anchor 1",)), "--anchor in"),
         (dict(methods=("flow_grpo --group 16",)), "--group 16 in"),
     ],
