@@ -12,7 +12,7 @@ leapalign in leaps.py; all others are in baselines.py.  Writes, to --out:
     config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png
     checkpoints/step_NNNNNN/  best/  final/
 
-The shapes preset has another learning rate than the paper, which decays, length, T and EMA: shapes/README.md says why.
+The shapes preset differs from the paper in learning rate, decay, length, T and EMA: shapes/README.md says why.
 """
 
 import os

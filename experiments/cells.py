@@ -1,8 +1,8 @@
 """A cell of a table is a training run: trained once, in a process of its own, and summed up in a file.
 
-The file is named by what decides the run: its flags but for those that compare sets or refuses, the method's keywords,
-and the contents of the files that it reads, your method's among them.  So a finished cell is not run again, on this
-machine or another; one that was stopped goes on from its checkpoint; and other weights are other cells.
+The file is named by what decides the run: its flags (not the machine's, nor those that compare sets or refuses), the
+method's keywords, and the contents of the files that it reads, your method's among them.  So a finished cell is not run
+again, on this machine or another; one that was stopped goes on from its checkpoint; and other weights are other cells.
 
 The code of this repository is not in the name, nor are files that yours imports, but the revision is in the file: where
 you change a method in place, remove its cells.  Runs are in a folder that one command at a time may work in.
