@@ -56,7 +56,7 @@ class Run:
 
             self.optimizer = LeanAdamW(self.params, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
         else:
-            self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=weight_decay)
+            self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=weight_decay, fused=True)
         # Cut as the network is.
         self.averaged = [p.detach().to("cpu" if lean else p.device, torch.float32, copy=True) for p in self.params]
         # A writer's messages must not mix with the training's; it waits for other ranks as long as train.py does.

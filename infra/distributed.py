@@ -7,8 +7,9 @@ fp32; what is gathered and computed is `dtype`; latents, step sizes, connectors 
     whole world       one group: the least memory per rank
     --shard 8         groups of 8 ranks (a node), which hold copies of each other: gathers stay inside of a node (HSDP)
 
-`python train.py` is a world of one and not a special case; but on a device that FSDP2 does not know, such as Apple's
-GPUs (mps), its weights are not cut, and compute in the dtype they have.
+`python train.py` is a world of one. Its weights are cut, into one piece, where they compute in another dtype than fp32:
+that is FSDP2's work, too. In fp32 there is none to do, and doing it would take a tenth of the main job's time. Nor are
+weights cut on a device that FSDP2 does not know, such as Apple's GPUs (mps), where they compute in the dtype they have.
 """
 
 import gc
@@ -140,7 +141,7 @@ def shard_flux(flux: Flux, world: World, dtype: torch.dtype) -> None:
 
     Inputs are not cast: `velocity_of` gives each its precision, and integer ids and fp32 times must stay so.
     """
-    if world.device.type not in CUT:
+    if world.device.type not in CUT or (world.size == 1 and dtype == torch.float32):
         return
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here is in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
