@@ -5,7 +5,7 @@ method's keywords, and the contents of the files that it reads, your method's am
 again, on this machine or another; one that was stopped goes on from its checkpoint; and other weights are other cells.
 
 The code of this repository is not in the name, nor are files that yours imports, but the revision is in the file: where
-you change a method in place, remove its cells.  Runs are in a folder that one command at a time may work in.
+you change a method in place, remove its cells.
 """
 
 import hashlib
@@ -26,6 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from config import Config, Experiment, Method, parse
 from experiments.record import RESULTS, ROOT, origin
@@ -211,8 +216,16 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
 
 
 def launch(command: list[str], log: Path) -> int:
-    """Run a command with one thread, what it prints added to a file: its exit code."""
+    """Run a command with one thread, what it prints added to a file: its exit code.
+
+    Raises ChildProcessError if the file is still written to: two runs in one folder would spoil each other.
+    """
     with log.open("a") as file:
+        try:  # what is started keeps the lock with the file, even where this process is killed
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ChildProcessError(f"another command's run still writes {log}: wait for it, or stop it") from None
         return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD).returncode
 
 

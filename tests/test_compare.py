@@ -1,9 +1,11 @@
 """experiments.compare: intervals and pairs against scipy, budgets against the meter; no cell twice; a real table."""
 
+import fcntl
 import itertools
 import json
 import math
 import shlex
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,17 @@ def test_intervals_and_paired_differences_are_scipys():
     mean, half = change_of(rows[0], rows[1], last("judge"))
     low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    log = tmp_path / "run.log"
+    with log.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ChildProcessError, match="another command's run still writes"):
+            cells.launch(["true"], log)
+    take = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    assert cells.launch([sys.executable, "-c", take, str(log)], log) == 1  # a run holds it as long as it lives
+    assert "BlockingIOError" in log.read_text() and cells.launch(["true"], log) == 0
 
 
 def test_runs_of_other_seeds_are_no_pairs():

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config import sides
 from infra.lora import add_lora
-from infra.meter import Flops, flux_inputs, network_flops
+from infra.meter import Flops, network_flops
 from model import FLUX_DEV, Flux, FluxConfig
 
 ENCODERS = 4_762_310_656 + 123_060_480  # parameters of T5-XXL's encoder and CLIP-L's text model, in bf16
@@ -104,9 +104,19 @@ def planned_flux(config: FluxConfig, lora: int | None, dtype: torch.dtype) -> Fl
         torch.set_default_dtype(usual)
 
 
+def flux_inputs(config: FluxConfig, b: int, image_tokens: int, text_tokens: int, dtype: torch.dtype) -> tuple:
+    """Inputs of a Flux, all zero."""
+    img = torch.zeros(b, image_tokens, config.in_channels, dtype=dtype)
+    txt = torch.zeros(b, text_tokens, config.context_in_dim, dtype=dtype)
+    vec = torch.zeros(b, config.vec_in_dim, dtype=dtype)
+    img_ids, txt_ids = (torch.zeros(n, 3, dtype=torch.long) for n in (image_tokens, text_tokens))
+    t = torch.zeros(b)
+    return img, img_ids, txt, txt_ids, t, vec, t if config.guidance_embed else None
+
+
 def leap_bytes(flux: Flux, b: int, image_tokens: int, text_tokens: int, dtype: torch.dtype, recompute: bool) -> int:
     """What a leap keeps: all activations, or the inputs of blocks and, in turn, the inside of the largest one."""
-    inputs = flux_inputs(flux.config, b, image_tokens, text_tokens, dtype, "cpu")
+    inputs = flux_inputs(flux.config, b, image_tokens, text_tokens, dtype)
     inputs[0].requires_grad_()  # as a leap's
     flux.recompute = recompute
     kept = kept_bytes(lambda: flux(*inputs), flux.parameters())
