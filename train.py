@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from config import Config, parse
 from infra.anchor import anchored, without_lora
@@ -41,6 +40,7 @@ from infra.distributed import (
     on_first_rank,
     stop_signals,
     swapped,
+    whole,
 )  # fmt: skip
 from infra.logs import Log, note_nonfinite
 from infra.meter import Meter, peak_flops, peak_memory
@@ -188,8 +188,7 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
 
     # FSDP averages gradients over the ranks: a rank's own mean over its samples is all there is to do.
     with meter("update"):
-        norm = nn.utils.clip_grad_norm_(run.params, cfg.clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = whole(nn.utils.clip_grad_norm_(run.params, cfg.clip)).item()
 
     # Every rank sees every value, so that all come to the same decisions below.
     ranks = gather((own, meter.counts, prompts))

@@ -174,6 +174,11 @@ def local(p: Tensor) -> Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
+def whole(t: Tensor) -> Tensor:
+    """A tensor that may be cut, gathered; all ranks must ask for it together."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
 def keep_gathered(flux: Flux, keep: bool) -> None:
     """From now on, whether blocks that were gathered stay whole: one gather for the T evaluations of a rollout."""
     for part in (m for m in flux.modules() if isinstance(m, FSDPModule)):
@@ -204,8 +209,7 @@ def whole_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tuple[s
     for name, p in flux.named_parameters():
         if not p.requires_grad:  # what a LoRA changes is in the base's folder
             continue
-        tensor = p.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = whole(p.detach())
         if rank == 0:
             yield name, tensor.to("cpu", dtype)
 

@@ -13,7 +13,7 @@ from config import Config
 from experiments.cells import cost, spent
 from infra.anchor import anchored
 from infra.checks import check_flags
-from infra.distributed import World, join, local
+from infra.distributed import World, join, local, whole
 from infra.folders import load
 from infra.meter import Meter
 from leaps import Samples, leapalign, rollout
@@ -84,11 +84,11 @@ def gradient(cfg: Config, world: World, by: float = 0.0, **changes) -> tuple[Ten
     setup = prepare(cfg, world)
     move(setup.pipe.flux, by)
     log, _ = train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
-    return whole(p.grad for p in setup.pipe.flux.parameters() if p.requires_grad), log, setup
+    return gradient_in(setup), log, setup
 
 
-def whole(tensors) -> Tensor:
-    return torch.cat([(t.full_tensor() if hasattr(t, "full_tensor") else t).flatten() for t in tensors])
+def gradient_in(setup: Setup) -> Tensor:
+    return torch.cat([whole(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("lora", [None, 4])
@@ -130,7 +130,7 @@ def test_in_a_run_it_adds_the_gradient_of_the_distance_at_the_leap_states(cfg, l
         ]
         for distance in distances:  # one after the other, as FSDP lets go of weights
             (cfg.anchor * distance.mean()).backward()
-        added = whole(p.grad for p in setup.pipe.flux.parameters() if p.requires_grad)
+        added = gradient_in(setup)
     assert added.norm() > 0.01 * plain.norm()
     assert (ours - plain - added).norm() < 1e-3 * added.norm()
     torch.testing.assert_close(log["anchor"], torch.stack(distances).mean(0).detach(), atol=1e-6, rtol=1e-4)

@@ -19,7 +19,7 @@ import baselines
 import train
 from baselines import advantages, draw_pair, draw_steps, lagrange_weights, late_step, transition
 from config import Config
-from infra.distributed import copy, join
+from infra.distributed import copy, join, whole
 from leaps import Samples, leapalign, pick_leaps, rollout, vjp_of
 from start import method_of, prepare
 from tests.processes import spread
@@ -390,7 +390,7 @@ def moved(cfg: Config) -> dict[str, Tensor]:
             for step in range(2):
                 entry = train.update(cfg, setup, world, run, step)
                 assert entry["grad_norm"] > 0 and entry["backwards"] > 0 and np.isfinite(entry["reward"])
-            result[name] = torch.cat([(p.detach() - b).full_tensor().flatten() for p, b in zip(weights, before)])
+            result[name] = torch.cat([whole(p.detach() - b).flatten() for p, b in zip(weights, before)])
             copy(before, weights)
     return result
 

@@ -64,7 +64,7 @@ def told(cfg: Config) -> tuple[str, str]:
         return run(cfg), said.getvalue()
 
 
-def whole(world: int, cfg: Config) -> str:
+def completed(world: int, cfg: Config) -> str:
     return spread(world, run, cfg)[0]
 
 
@@ -88,7 +88,7 @@ def same_run(a: Config, b: Config) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(base, tmp_path_factory) -> Config:
     cfg = replace(base, out=tmp_path_factory.mktemp("runs") / "undisturbed")
-    assert whole(1, cfg) == ""
+    assert completed(1, cfg) == ""
     return cfg
 
 
@@ -112,17 +112,17 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one_on_as_many_ranks(world, ba
     if world == 1:
         straight = undisturbed
     else:
-        assert whole(world, straight) == ""
+        assert completed(world, straight) == ""
     spread(world, stopped_after, resumed, 5)
     assert [f.name for f in folders(resumed.out)] == ["step_000002", "step_000004"]
-    assert whole(world, resumed) == "" and same_run(straight, resumed)
+    assert completed(world, resumed) == "" and same_run(straight, resumed)
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 4)])
 def test_a_run_resumes_on_another_number_of_ranks(before, after, base, undisturbed, tmp_path):
     cfg = replace(base, out=tmp_path / "run", resume=True)
     spread(before, stopped_after, cfg, 4)
-    assert whole(after, cfg) == ""
+    assert completed(after, cfg) == ""
     for name, weight in final(undisturbed).items():
         assert (final(cfg)[name] - weight).norm() <= 1e-5 * weight.norm() + 1e-7, name
     assert len(read_log(cfg.out / "metrics.jsonl")) == 8
@@ -130,18 +130,18 @@ def test_a_run_resumes_on_another_number_of_ranks(before, after, base, undisturb
 
 def test_other_flags_than_the_runs_are_refused_but_not_those_that_only_cost_time(base, undisturbed):
     again = replace(undisturbed, resume=True)
-    assert whole(1, replace(again, lr=1.0)).startswith("2 --resume with --lr 1.0, but")
-    assert whole(1, replace(again, steps=9)).startswith("2 --resume with --steps 9")  # lr falls over all of them
-    assert whole(1, replace(again, at=3)) == f"2 --at 3: {again.out} has step_000006, step_000008"
-    assert whole(1, replace(again, micro_batch=2, keep=3)) == ""
+    assert completed(1, replace(again, lr=1.0)).startswith("2 --resume with --lr 1.0, but")
+    assert completed(1, replace(again, steps=9)).startswith("2 --resume with --steps 9")  # lr falls over all of them
+    assert completed(1, replace(again, at=3)) == f"2 --at 3: {again.out} has step_000006, step_000008"
+    assert completed(1, replace(again, micro_batch=2, keep=3)) == ""
 
 
 def test_a_run_goes_on_with_its_prompts_wherever_their_file_is_and_with_no_others(undisturbed, tmp_path):
     again = replace(undisturbed, resume=True)
     moved = shutil.copy(again.eval_prompts, tmp_path / "moved.txt")
-    assert whole(1, replace(again, eval_prompts=moved)) == ""
+    assert completed(1, replace(again, eval_prompts=moved)) == ""
     moved.write_text("a photo of a circle\n")
-    assert whole(1, replace(again, eval_prompts=moved)) == (
+    assert completed(1, replace(again, eval_prompts=moved)) == (
         f"2 --resume with --eval-prompts {moved}, which says something else than when {again.out} was started"
     )
 
@@ -150,12 +150,12 @@ def test_a_run_resumed_from_an_older_checkpoint_forgets_the_newer_ones(undisturb
     cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True)
     spread(1, stopped_after, replace(cfg, at=6), 7)
     assert [f.name for f in folders(cfg.out)] == ["step_000006"]
-    assert whole(1, cfg) == "" and same_run(undisturbed, cfg)
+    assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
 
 
 def test_export_writes_the_averaged_weights_of_any_checkpoint(undisturbed, tmp_path):
     for at in (None, 6):
-        assert whole(1, replace(undisturbed, resume=True, export=tmp_path / f"at{at}", at=at)) == ""
+        assert completed(1, replace(undisturbed, resume=True, export=tmp_path / f"at{at}", at=at)) == ""
     newest, before = (load(tmp_path / f"at{at}").flux.state_dict() for at in (None, 6))
     last = load(undisturbed.out / "final").flux.state_dict()
     assert all(torch.equal(newest[k], last[k]) for k in last)
@@ -165,18 +165,18 @@ def test_export_writes_the_averaged_weights_of_any_checkpoint(undisturbed, tmp_p
 def test_export_spares_what_is_there_and_needs_a_checkpoint(undisturbed, tmp_path):
     (tmp_path / "mine").mkdir()
     again = replace(undisturbed, resume=True)
-    assert "is there already" in whole(1, replace(again, export=tmp_path / "mine"))
+    assert "is there already" in completed(1, replace(again, export=tmp_path / "mine"))
     cfg = replace(again, out=shutil.copytree(undisturbed.out, tmp_path / "run"), export=tmp_path / "new")
     shutil.rmtree(cfg.out / "checkpoints")
-    assert "has no checkpoint yet" in whole(1, cfg) and not (tmp_path / "new").exists()
+    assert "has no checkpoint yet" in completed(1, cfg) and not (tmp_path / "new").exists()
 
 
 def test_fewer_steps_than_a_run_has_made_are_refused(base, tmp_path):
     cfg = replace(base, out=tmp_path / "run", decay=False, steps=4, resume=True)
-    assert whole(1, cfg) == ""
-    assert whole(1, replace(cfg, steps=3)).startswith("2 --steps 3, but the run in")
-    assert whole(1, replace(cfg, steps=3, export=tmp_path / "new")) == ""
-    assert whole(1, replace(cfg, steps=5)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 5
+    assert completed(1, cfg) == ""
+    assert completed(1, replace(cfg, steps=3)).startswith("2 --steps 3, but the run in")
+    assert completed(1, replace(cfg, steps=3, export=tmp_path / "new")) == ""
+    assert completed(1, replace(cfg, steps=5)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 5
 
 
 # ---------------------------------------------------------------------------------------------- killed
@@ -209,7 +209,7 @@ def test_twenty_kills_at_any_moment_leave_no_trace(base, undisturbed, tmp_path):
         else:  # the run had ended before that moment came: from then on its end is written again
             assert process.exitcode == 0
     assert len(set(kept)) > 1, kept
-    assert whole(1, cfg) == "" and same_run(undisturbed, cfg)
+    assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
 
 
 def interrupted_save(cfg: Config, when: str) -> None:
@@ -237,7 +237,7 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before(when, base, undisturb
     process.join(600)
     assert process.exitcode == -signal.SIGKILL
     assert [f.name for f in folders(cfg.out)] == ["step_000002"] and list(cfg.out.glob(f"checkpoints/*{PART}"))
-    assert whole(1, cfg) == "" and same_run(undisturbed, cfg) and not list(cfg.out.glob(f"checkpoints/*{PART}"))
+    assert completed(1, cfg) == "" and same_run(undisturbed, cfg) and not list(cfg.out.glob(f"checkpoints/*{PART}"))
 
 
 def slow_save(cfg: Config) -> None:
@@ -258,7 +258,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_there_before
     cfg = replace(base, out=tmp_path / "run", resume=True)
     spread(1, slow_save, cfg)
     assert [f.name for f in folders(cfg.out)] == ["step_000002", "step_000004"]
-    assert whole(1, cfg) == "" and same_run(undisturbed, cfg)
+    assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
 
 
 def signalled(cfg: Config, number: int) -> str:
@@ -281,7 +281,7 @@ def test_a_signal_saves_and_stops_with_a_code_to_requeue_on(number, code, base, 
     assert all(m.startswith(f"{code} stopped by signal {int(number)}") and "step_000003" in m for m in messages)
     assert [f.name for f in folders(cfg.out)] == ["step_000002", "step_000003"]
     assert len(read_log(cfg.out / "metrics.jsonl")) == 3
-    assert whole(1, cfg) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 8
+    assert completed(1, cfg) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 8
 
 
 def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
@@ -300,7 +300,7 @@ def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
     assert process.returncode == 1 and "stopped by signal" in said and "--resume goes on" in said, said
     done = int(folders(cfg.out)[-1].name[-6:])
     assert len(read_log(cfg.out / "metrics.jsonl")) == done < 1000
-    assert whole(1, replace(cfg, steps=done + 1)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == done + 1
+    assert completed(1, replace(cfg, steps=done + 1)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == done + 1
 
 
 # ------------------------------------------------------------------------------------- damaged, full
@@ -396,7 +396,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, 
     assert entry["step"] == 5 and entry["seed"] == 0 and {rank["k"][0] for rank in entry["ranks"]} == {1.0}
     assert entry["ranks"][0]["prompts"] + entry["ranks"][1]["prompts"] == prompts
     assert folders(cfg.out)[-1].name == "step_000005"  # the weights before the step, to replay it
-    assert whole(1, replace(cfg, resume=True)) == ""
+    assert completed(1, replace(cfg, resume=True)) == ""
     assert [e["step"] for e in read_log(cfg.out / "metrics.jsonl")] == list(range(8))
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import train
 from config import Config
 from infra.checks import check_flags
-from infra.distributed import World, join
+from infra.distributed import World, join, local, whole
 from infra.folders import load
 from infra.fp8 import Linear8, rounded, up_cast
 from infra.lora import FILE
@@ -85,11 +85,11 @@ def gradient(cfg: Config, world: World, round_weights: bool = False) -> Tensor:
             if ".b." in name:
                 p.fill_(0.01)  # with B = 0 there is no gradient in A
             if round_weights and "blocks" in name and p.ndim == 2 and not p.requires_grad:
-                weight = p.to_local()
+                weight = local(p)
                 weight.copy_(up_cast(*rounded(weight), weight.dtype))
     train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
     trained = [p.grad for p in network(setup) if p.requires_grad]
-    return torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten().float() for g in trained])
+    return torch.cat([whole(g).flatten().float() for g in trained])
 
 
 def test_the_gradient_is_that_of_a_network_with_rounded_weights_and_near_that_of_bf16(base):

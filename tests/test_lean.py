@@ -10,11 +10,11 @@ from torch import nn
 import train
 from config import Config
 from infra.checks import check_flags
-from infra.distributed import join
+from infra.distributed import join, whole
 from infra.meter import Meter
 from start import prepare
 from tests.processes import spread
-from tests.test_checkpoint import folders, same_run, slow_save, whole
+from tests.test_checkpoint import completed, folders, same_run, slow_save
 
 ROOT = Path(train.__file__).parent
 
@@ -72,17 +72,13 @@ def moved(cfg: Config) -> tuple[torch.Tensor, dict[str, float]]:
         before = [a.clone() for a in run.averaged]
         for step in range(cfg.steps):
             train.update(cfg, setup, world, run, step)
-        changes = [whole_of(a) - whole_of(b) for a, b in zip(run.averaged, before)]
+        changes = [whole(a) - whole(b) for a, b in zip(run.averaged, before)]
         train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
         states = [v for s in run.optimizer.state.values() for k, v in s.items() if k != "step"]
         packed = [t for v in states for t in ([v.codes, v.scale] if hasattr(v, "codes") else [v])]
         held = dict(weights=run.params, gradients=[p.grad for p in run.params], optimizer=packed)
         n = sum(p.numel() for p in run.params)
         return torch.cat([c.flatten() for c in changes]), {k: sum(t.nbytes for t in v) / n for k, v in held.items()}
-
-
-def whole_of(t: torch.Tensor) -> torch.Tensor:
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def test_a_lean_run_goes_where_one_with_fp32_weights_goes_in_a_third_of_the_memory(base):
@@ -94,10 +90,10 @@ def test_a_lean_run_goes_where_one_with_fp32_weights_goes_in_a_third_of_the_memo
 
 def test_a_lean_run_resumes_bitwise_from_what_was_written_while_it_went_on(base, tmp_path):
     straight, resumed = replace(base, out=tmp_path / "a"), replace(base, out=tmp_path / "b", resume=True)
-    assert whole(1, straight) == ""
+    assert completed(1, straight) == ""
     spread(1, slow_save, resumed)
     assert [f.name for f in folders(resumed.out)] == ["step_000002", "step_000004"]
-    assert whole(1, resumed) == "" and same_run(straight, resumed)
+    assert completed(1, resumed) == "" and same_run(straight, resumed)
 
 
 @pytest.mark.parametrize("change", [dict(lora=4), dict(bf16=False)])

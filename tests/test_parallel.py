@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from config import Config
-from infra.distributed import Stop, World, check_agreement, join, keep_gathered, swapped, whole_tensors
+from infra.distributed import Stop, World, check_agreement, join, keep_gathered, swapped, whole, whole_tensors
 from infra.folders import load
 from infra.meter import Meter
 from leaps import rollout
@@ -35,15 +35,11 @@ def base(tmp_path_factory) -> Config:
     return replace(BASE, eval_prompts=file)
 
 
-def full(p: Tensor) -> Tensor:
-    return p.full_tensor() if isinstance(p, DTensor) else p
-
-
 def gradient_of(cfg: Config) -> Tensor:
     with join("cpu", cfg.shard) as world:
         setup = prepare(cfg, world)
         train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
-        return torch.cat([full(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
+        return torch.cat([whole(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
 
 
 def plain_gradient(cfg: Config) -> Tensor:
@@ -141,7 +137,7 @@ def weights_after(cfg: Config) -> Tensor:
         run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
         for step in range(10):
             train.update(cfg, setup, world, run, step)
-        return torch.cat([full(p).detach().flatten() for p in (*run.params, *run.averaged)])
+        return torch.cat([whole(p).detach().flatten() for p in (*run.params, *run.averaged)])
 
 
 def test_ten_steps_of_training_are_the_same_on_one_two_and_four_ranks(base):
@@ -282,13 +278,13 @@ def averages(cfg: Config) -> list[tuple[Tensor, Tensor]]:
     with join("cpu") as world:
         setup = prepare(cfg, world)
         run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
-        closed = [cfg.ema**4 * full(p).detach().double() for p in run.params]
+        closed = [cfg.ema**4 * whole(p).detach().double() for p in run.params]
         for step in range(4):
             train.update(cfg, setup, world, run, step)
             for c, p in zip(closed, run.params):
-                c += (1 - cfg.ema) * cfg.ema ** (3 - step) * full(p).detach().double()
+                c += (1 - cfg.ema) * cfg.ema ** (3 - step) * whole(p).detach().double()
         with swapped(run.params, run.averaged):
-            inside = [full(p).detach().clone() for p in run.params]
+            inside = [whole(p).detach().clone() for p in run.params]
         return list(zip(inside, closed))
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from config import Config
 from infra.checks import check_flags
-from infra.distributed import World, join
+from infra.distributed import World, join, whole
 from infra.folders import load
 from sample import sample
 from start import Setup, prepare
@@ -42,7 +42,7 @@ def trained(cfg: Config) -> tuple[Setup, list[Tensor]]:
     with join("cpu") as world:
         setup = prepare(cfg, world)
         train.train(cfg, setup, world)
-        weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in setup.pipe.flux.parameters()]
+        weights = [whole(p) for p in setup.pipe.flux.parameters()]
     return setup, [w.detach().clone() for w in weights]
 
 
