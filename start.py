@@ -261,7 +261,7 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     for size, of_size in zip(cfg.size, levels, strict=True):
         height, width = sides(size)
         rows, columns = grid(pipe, height, width)
-        cost = network_flops(pipe.flux, rows * columns, pipe.text_length)
+        cost = flops_of(cfg, pipe, rows * columns)
         sizes.append(Size(height, width, (rows, columns), of_size.to(world.device), cost))
     base = None
     if cfg.anchor and not cfg.export:
@@ -319,6 +319,13 @@ def load_pipeline(cfg: Config, world: World) -> Pipeline:
     if cfg.recompute:
         pipe.vae.enable_gradient_checkpointing()
     return pipe
+
+
+def flops_of(cfg: Config, pipe: Pipeline, tokens: int) -> Flops:
+    """What an evaluation of the network costs."""
+    flux = empty_flux(cfg, pipe.flux.config)
+    flux.recompute = cfg.recompute
+    return network_flops(flux, tokens, pipe.text_length)
 
 
 def announce(cfg: Config, preset: Config, setup: Setup, world: World) -> str:

@@ -11,6 +11,11 @@ from tests.tiny_folders import DEV_LIKE, SCHNELL_LIKE, write_checkpoint
 torch.set_num_threads(1)  # two workers, and the ranks of a test, share two cores
 
 
+def pytest_collection_finish() -> None:
+    """All files of tests are imported by now."""
+    import tests.frozen  # noqa: F401
+
+
 @pytest.fixture(scope="session")
 def dev(tmp_path_factory) -> Path:
     """Guidance is an input, the shift grows with the image: as in FLUX.1-dev."""

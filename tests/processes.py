@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 # A fork of pytest itself would inherit locks of threads that it does not have, and hang.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "evaluate", "diffusers", "pytest"])
+CONTEXT.set_forkserver_preload(["train", "evaluate", "diffusers", "pytest", "tests.frozen"])
 
 
 def work(rank: int, world: int, port: int, queue: Any, function: Callable, args: tuple) -> None:

@@ -376,7 +376,7 @@ def test_advantages_of_a_group_have_mean_zero_and_deviation_one_whatever_the_sca
 
 
 def moved(cfg: Config) -> dict[str, Tensor]:
-    """What two updates by each method change of the trained weights."""
+    """What an update by each method changes of the trained weights."""
     result = {}
     with join("cpu") as world:
         setup = prepare(cfg, world)
@@ -387,9 +387,8 @@ def moved(cfg: Config) -> dict[str, Tensor]:
             options |= dict(window=2) if name == "mix_grpo" else {}  # or it would be DanceGRPO in so few steps
             setup = replace(setup, method=partial(method_of(name), **options), group=options.get("group", 1))
             run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
-            for step in range(2):
-                entry = train.update(cfg, setup, world, run, step)
-                assert entry["grad_norm"] > 0 and entry["backwards"] > 0 and np.isfinite(entry["reward"])
+            entry = train.update(cfg, setup, world, run, 0)
+            assert entry["grad_norm"] > 0 and entry["backwards"] > 0 and np.isfinite(entry["reward"])
             result[name] = torch.cat([whole(p.detach() - b).flatten() for p, b in zip(weights, before)])
             copy(before, weights)
     return result
