@@ -40,10 +40,11 @@ class Flops(NamedTuple):
 
 
 def network_flops(flux: Flux, image_tokens: int, text_tokens: int) -> Flops:
-    """What an evaluation multiplies and adds in linear layers and attention; all else is a thousandth of it.
+    """What an evaluation multiplies and adds in linear layers and attention: what torch's own counter counts, too.
 
-    A backward multiplies as often for the gradients in the inputs, and once more for the weights that are trained; with
-    `flux.recompute` the blocks run again.  Only shapes are read: `flux` may be without memory (on the meta device).
+    A backward multiplies as often for the gradients in the inputs, which attention has two of, and once more for the
+    weights that are trained; with `flux.recompute` the blocks run again.  Only shapes are read: `flux` may be without
+    memory (on the meta device).
     """
 
     def tokens(name: str) -> int:
