@@ -8,8 +8,9 @@ fp32; what is gathered and computed is `dtype`; latents, step sizes, connectors 
     --shard 8         groups of 8 ranks (a node), which hold copies of each other: gathers stay inside of a node (HSDP)
 
 `python train.py` is a world of one. Its weights are cut, into one piece, where they compute in another dtype than fp32:
-that is FSDP2's work, too. In fp32 there is none to do, and doing it would take a tenth of the main job's time. Nor are
-weights cut on a device that FSDP2 does not know, such as Apple's GPUs (mps), where they compute in the dtype they have.
+that is FSDP2's work, too. In fp32 there is none to do, and its hooks made forwards of the tiny Flux 6 to 14% longer and
+backwards 12 to 24% (64 samples, one CPU thread). Nor are weights cut on a device that FSDP2 does not know, such as
+Apple's GPUs (mps), where they compute in the dtype they have.
 """
 
 import gc
