@@ -168,10 +168,15 @@ def velocity(flux: Flux, table: Text, caption: Tensor) -> Callable[[Tensor, Tens
     return velocity_of(flux, Text(table.txt[caption], table.vec[caption]), GRID, GRID)
 
 
+def times(n: int) -> Tensor:
+    """Logit-normal noise levels (n,), shifted by 3."""
+    t = torch.sigmoid(torch.randn(n))
+    return 3 * t / (1 + 2 * t)
+
+
 def flow_loss(v: Callable[[Tensor, Tensor], Tensor], x0: Tensor, x1: Tensor) -> dict[str, Tensor]:
-    """Flow matching: the squared error of the velocity x_1 - x_0 at logit-normal times, shifted by 3."""
-    t = torch.sigmoid(torch.randn(len(x0)))
-    t = 3 * t / (1 + 2 * t)
+    """Flow matching: the squared error of the velocity x_1 - x_0 at random times."""
+    t = times(len(x0))
     return dict(loss=F.mse_loss(v(torch.lerp(x0, x1, t[:, None, None]), t), x1 - x0))
 
 
