@@ -1,12 +1,12 @@
 """Bases of other straightness, for experiments.fidelity:  python -m experiments.bases --out runs/bases
 
-Both go from the same noise to the same images as the shipped base does, along other paths:
+Both are trained to go from the same noise to the same images as the shipped base, along other paths:
 
     reflowed   straight lines, as rectified flow does a second time
     bent       arcs: on its way to the image, the noise also turns a little and back
 
-Both are the shipped base, trained on its own pairs of noise and image, in its layout and with its autoencoder and text
-encoders.  Training resumes, with the same flags.
+They begin as the shipped base and are trained on its own pairs of noise and image; layout, autoencoder and text
+encoders are its own.  Training resumes, with the same flags.
 """
 
 import math
@@ -109,9 +109,10 @@ def run(cfg: Config) -> None:
     for name, (bend, lr) in kinds.items():
         pipe.flux.load_state_dict(shipped)
         fit(name, pipe.flux, loss_of(pipe.flux, table, pairs, bend), work, cfg.steps, lr, average=0.99)
-        save(cfg.out / name, pipe.location.folder, pipe.flux.config, pipe.flux.state_dict())
+    for name in kinds:  # when both are there, so that a run that was stopped before can be given again
+        weights = torch.load(cfg.out / f"{name}.pt", weights_only=True)
+        save(cfg.out / name, pipe.location.folder, pipe.flux.config, weights)
         print(f"wrote {cfg.out / name}")
-    for name in kinds:
         (cfg.out / f"{name}.pt").unlink()  # or a later run with other flags would take it for its own
 
 

@@ -11,6 +11,7 @@ from infra.folders import Pipeline, load
 from leaps import rollout
 from sample import Text, encode, sigmas
 from shapes.base import velocity
+from shapes.fit import fit
 from shapes.world import PROMPTS
 
 
@@ -62,3 +63,17 @@ def test_it_writes_two_folders_that_load_and_share_all_but_the_transformer(tmp_p
     assert not list(tmp_path.glob("*.pt"))  # which a run with other flags would go on from
     with pytest.raises(ValueError, match="has reflowed/ already"):
         bases.run(Config(out=tmp_path))
+
+
+def test_a_run_that_was_stopped_between_the_two_goes_on(tmp_path, monkeypatch):
+    def stopped(name, *args, **kwargs):
+        if name == "bent":
+            raise KeyboardInterrupt
+        return fit(name, *args, **kwargs)
+
+    cfg = Config(out=tmp_path, pairs=32, steps=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bases, "fit", stopped)
+        bases.run(cfg)
+    bases.run(cfg)
+    assert all((tmp_path / name / "transformer").is_dir() for name in ("reflowed", "bent"))
