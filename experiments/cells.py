@@ -36,6 +36,8 @@ from config import Config, Experiment, Method, parse
 from experiments.record import RESULTS, ROOT, origin
 from infra.files import replacing
 from infra.jsonl import read_log
+from infra.locations import find
+from infra.lora_files import lora_file
 from infra.user_code import is_user_code
 from rewards import resolve
 from start import check_model, keywords, method_of, on_zeros, options_of, recorded, try_method
@@ -104,6 +106,8 @@ def inputs(cfg: Config) -> list[Path]:
     specs = [*(resolve(spec)[1] for spec in (*cfg.reward, *cfg.watch)), cfg.method * is_user_code(cfg.method)]
     files = [spec.rpartition(":")[0] if is_user_code(spec) else spec for spec in specs]
     names = (cfg.model, cfg.base, cfg.prompts, cfg.eval_prompts, *files)
+    if lora_file(cfg.model) and not cfg.base:  # its note names what it lies over
+        names += find(cfg.model)[:2]
     return [Path(name) for name in names if name and Path(name).exists()]
 
 

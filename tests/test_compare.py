@@ -24,6 +24,7 @@ from experiments.draw import draw
 from experiments.draw_compare import change_of, gain, last, mean_of, report
 from experiments.record import RESULTS, file_of
 from infra.distributed import join
+from infra.lora import FILE, NOTE
 from infra.meter import Meter
 from infra.pictures import line_chart
 from sample import sigmas
@@ -206,6 +207,18 @@ def test_a_cell_is_another_one_where_a_flag_or_what_it_reads_is_other(tmp_path):
     cells.digest.cache_clear()
     after = [cell.name for cell in changed]
     assert after[:-2] == names[:-2] and after[-2] != names[-2] and after[-1] != names[-1]
+
+
+def test_a_cell_of_a_lora_is_another_one_where_the_model_under_it_is(broken, tmp_path):
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / FILE).write_bytes(b"any")
+    (lora / NOTE).write_text(json.dumps({"base": str(broken)}))
+    cell = replace(CELL, flags=f"--model {lora}")
+    name = cell.name
+    (broken / "vae" / "config.json").write_text("{}")
+    cells.digest.cache_clear()
+    assert cell.name != name
 
 
 def test_a_cell_is_another_one_where_the_preset_is_but_for_what_its_own_flags_say(monkeypatch):
