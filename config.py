@@ -171,7 +171,7 @@ class Run:
     FILE.safetensors, the transformer alone, with black-forest-labs' names."""
     at: int | None = None
     """Resume or export the checkpoint of this step instead of the newest. Resuming removes later checkpoints and log
-    lines; best/ stays until a better one."""
+    lines; a best/ of a later step is kept as best.step_NNNNNN."""
     skip_nonfinite: int = 0
     """Updates with a loss or gradient that is not finite to leave out before the run stops at one."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()

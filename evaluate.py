@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 from config import sides
 from infra.distributed import World, gather, join, on_first_rank
-from infra.files import replacing
+from infra.files import check_writable, replacing
 from infra.folders import describe, load
-from infra.lora_files import lora_file
+from infra.lora_files import lora_file, read_lora
 from infra.pictures import grid_of, save_png, to_pil
 from infra.prompts import read_entries, shard
 from rewards import Reward, check_rewards, name_of, open_reward, score_all
@@ -286,7 +286,8 @@ def weights_of(source: Path) -> list[list[Any]]:
 
 
 def check_out(cfg: Config, flags: dict[str, Any], sources: dict[str, Path]) -> None:
-    """Raise ValueError if the folder holds results of other flags or weights, or something else."""
+    """Raise ValueError if the folders hold results of other flags or weights, or something else."""
+    check_writable(f"--out {cfg.out}", cfg.out)
     file = cfg.out / "config.json"
     if file.exists():
         before = asdict(Config()) | json.loads(file.read_text())  # flags that it did not know yet
@@ -298,6 +299,19 @@ def check_out(cfg: Config, flags: dict[str, Any], sources: dict[str, Path]) -> N
         file = cfg.out / name / "weights"
         if file.exists() and json.loads(file.read_text()) != weights_of(source):
             raise ValueError(f"{source} was written again since {cfg.out / name} was evaluated: remove that folder")
+    if not cfg.geneval:
+        return
+    check_writable(f"--geneval {cfg.geneval}", cfg.geneval)
+    for name in sources:
+        drawn, ours = (
+            {p.name for p in (cfg.geneval / name).glob("*")},
+            {f"{i:05d}" for i in range(len(flags["prompts"]))},
+        )
+        if others := drawn - ours:
+            where = cfg.geneval / name
+            raise ValueError(
+                f"--geneval: {where} holds {min(others)} of other prompts, which would count too: remove it"
+            )
 
 
 def claim(cfg: Config, flags: dict[str, Any], sources: dict[str, Path]) -> None:
@@ -314,6 +328,9 @@ def run(cfg: Config, world: World) -> None:
     rewards: list[Reward] = []
     check_rewards(cfg.rewards)
     found = {m: describe(m, cfg.base) for m in cfg.model}  # all are checked before one is read
+    for location, weights, *_ in found.values():
+        if location.lora:
+            read_lora(location.lora, weights.config)
     for size, description in itertools.product(map(sides, cfg.size), found.values()):
         grid(description, *size)
         check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config import sides
 from infra.distributed import device_of
+from infra.files import check_writable
 from infra.folders import PATCH, Pipeline, load
 from infra.pictures import contact_sheet
 from infra.prompts import read_prompts
@@ -233,6 +234,7 @@ def main() -> None:
             raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
         if cfg.out.suffix.lower() not in Image.registered_extensions():
             raise ValueError(f"--out {cfg.out}: give a picture's name, such as {cfg.out.with_suffix('.png')}")
+        check_writable(f"--out {cfg.out}", cfg.out.parent)
         size, device = cfg.size and sides(cfg.size), device_of(cfg.device)
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         pipe = load(cfg.model, device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)

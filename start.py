@@ -26,16 +26,17 @@ from infra.distributed import World, fill, shard_flux, shard_frozen
 from infra.files import PART, recover, remove, replacing, set_aside
 from infra.folders import Pipeline, describe, load
 from infra.fp8 import in_fp8, to_fp8
-from infra.jsonl import truncate
+from infra.jsonl import Entry, read_log, truncate
 from infra.lora import Change, add_lora, first_values, wrapped_name
 from infra.lora_files import lora_file, read_lora
 from infra.meter import Flops, network_flops
 from infra.prompts import fingerprint, read_prompts, say
 from infra.reading import flux_file
 from infra.user_code import is_user_code, load_function, where
+from infra.watch import best_of
 from leaps import Samples
 from model import Flux, FluxConfig
-from rewards import LOGGED, OF_METHODS, RULES, Reward, check_rewards, name_of, open_reward
+from rewards import LOGGED, OF_METHODS, RULES, Reward, check_rewards, name_of, open_reward, try_score
 from sample import grid, sigmas, too_long
 
 
@@ -244,6 +245,8 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     # Functions are tried before weights are read; of networks it is known that they have a gradient.
     tried = [s for s in specs if is_user_code(s) or name_of(s) in RULES]
     functions = {s: open_reward(s, world.device, size=first, prompts=eval_prompts) for s in tried}
+    for size, spec in itertools.product(map(sides, cfg.size[1:]), filter(is_user_code, cfg.reward)):
+        try_score(functions[spec].score, spec, world.device, size, prompts)
     for reward in (functions[s] for s in cfg.reward if s in functions and needs_gradient):
         check_gradient(reward, prompts[:1], first, world.device)
 
@@ -345,8 +348,11 @@ raises {rewards}; watches {", ".join(r.name for r in setup.watched) or "nothing"
 all flags are in {setup.out / "config.json"}"""
 
 
-def open_folder(cfg: Config, setup: Setup, first: int) -> list[dict[str, Any]]:
-    """Make the run folder, or take from its logs what will be written again; returns the evaluations that stay."""
+def open_folder(cfg: Config, setup: Setup, first: int) -> tuple[list[Entry], Entry | None]:
+    """Make the run folder, or take from its logs what will be written again.
+
+    Returns the evaluations that stay, and the one of them that best/ is of.
+    """
     out = setup.out
     (out / "samples").mkdir(parents=True, exist_ok=True)
     for name in ("best", "final"):
@@ -362,5 +368,15 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> list[dict[str, Any]]:
             say(f"{later} is kept as {later.name}.unreadable, and made again")
     for part in (out / "checkpoints").glob(f"*{PART}"):  # of a save that was killed, up to 190 GB
         remove(part)
+    kept = of_best(out, setup)
+    if cfg.at is not None and kept and kept["step"] > first:  # an evaluation that is forgotten
+        set_aside(out / "best", mark := f".step_{kept['step']:06d}")
+        say(f"{out / 'best'} is of step {kept['step']}, and is kept as best{mark}")
     truncate(out / "metrics.jsonl", first)
-    return truncate(out / "eval.jsonl", first)
+    return truncate(out / "eval.jsonl", first), of_best(out, setup)
+
+
+def of_best(out: Path, setup: Setup) -> Entry | None:
+    """The evaluation that best/ is of, by the run's log; None if there is no best/."""
+    evals = read_log(out / "eval.jsonl")
+    return best_of(evals, setup.watched[0].name) if evals and setup.watched and (out / "best").exists() else None

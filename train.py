@@ -42,12 +42,13 @@ from infra.distributed import (
     swapped,
     whole,
 )  # fmt: skip
+from infra.jsonl import Entry
 from infra.logs import Log, note_nonfinite
 from infra.meter import Meter, peak_flops, peak_memory
 from infra.prompts import batch_of, shard
 from infra.saving import write_model
 from infra.seeds import generator_of
-from infra.watch import best_of, newly_hacked, shown, which_folder
+from infra.watch import newly_hacked, shown, which_folder
 from leaps import VJP, Samples, Velocity, hinge, vjp_of
 from model import Flux
 from rewards import means_of, reported, score_all
@@ -254,14 +255,14 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         first = load_newest(out, run, cfg.at) if cfg.resume else 0
     except ValueError as error:
         raise Stop(2, f"error: {error}") from None
-    log, evals = None, []
+    log = None
     if not cfg.export:
-        evals = on_first_rank(lambda: open_folder(cfg, setup, first))
+        evals, kept = on_first_rank(lambda: open_folder(cfg, setup, first))
         log = Log(cfg, out, first, speaks=world.rank == 0)
         if first:
             log.say(f"goes on from step {first}")
         try:
-            loop(cfg, setup, world, run, first, log, evals)
+            kept = loop(cfg, setup, world, run, first, log, evals, kept)
         finally:
             run.wait()  # for the checkpoint that is being written
             log.bar.close()
@@ -277,13 +278,18 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         log.pictures(setup.eval_prompts, tasks, evals)
         log.say(f"{time.time() - began:.0f} s; wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
         if setup.watched:
-            log.say(which_folder(evals, setup.watched[0].name))
+            log.say(which_folder(kept, evals[-1], setup.watched[0].name))
     elif world.rank == 0:
         print(f"wrote {cfg.export}, the averaged weights after {first} updates")
 
 
-def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log, evals: list[dict[str, Any]]) -> None:
-    """Evaluate, save, update, from step `first` on. `evals` grows by an entry an evaluation."""
+def loop(
+    cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log, evals: list[Entry], kept: Entry | None
+) -> Entry | None:
+    """Evaluate, save, update, from step `first` on; returns the evaluation whose weights best/ holds, `kept` before.
+
+    `evals` grows by an entry an evaluation.
+    """
     out, start, watched = setup.out, time.time(), [r.name for r in setup.watched]
     skipped, saved, satisfied = 0, first, False
     captions = [setup.eval_prompts[i] for i in shown(setup.eval_prompts)]
@@ -301,9 +307,10 @@ def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log
                 with swapped(run.params, run.averaged):
                     entry, images = evaluate(cfg, setup, world)
                     evals.append(dict(step=step, **entry, seconds=time.time() - start))
-                    if watched and evals[-1] is best_of(evals, watched[0]):
+                    if watched and (kept is None or evals[-1][watched[0]] > kept[watched[0]]):
                         try:
                             write_model(out / "best", setup.pipe, world)
+                            kept = evals[-1]
                         except OSError as error:  # the disk is full, say: no reason to lose the run
                             log.say(f"warning: {error}")
                 log.evaluation(evals[-1], images[shown(setup.eval_prompts)], captions)
@@ -340,6 +347,7 @@ def loop(cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log
                 raise Stop(code, f"stopped by signal {caught[0]}; {newest} is saved, --resume goes on")
         if step != saved:
             save_checkpoint(out, run, step, cfg.keep)
+    return kept
 
 
 def main() -> None:

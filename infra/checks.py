@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from config import Config
 from infra.checkpoints import folders
 from infra.distributed import CUT, World
-from infra.files import PART
+from infra.files import PART, check_writable
 from infra.prompts import fingerprint
 from infra.trackers import check_trackers
 
@@ -87,9 +86,7 @@ def check_folder(cfg: Config, out: Path, now: dict[str, Any], defaults: dict[str
     `now` is what config.json will say, `defaults` what it said before a flag was known, and `fixed` are the names in
     it that a resumed run must find unchanged.
     """
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--out {out}: nothing can be written in {existing}")
+    check_writable(f"--out {out}", out)
     if cfg.export and cfg.export.exists():
         raise ValueError(f"--export {cfg.export} is there already: give a folder or file that is not")
     if not cfg.resume:

@@ -17,6 +17,13 @@ from pathlib import Path
 PART, OLD = ".leapalign-part", ".leapalign-old"
 
 
+def check_writable(flag: str, folder: Path) -> None:
+    """Raise ValueError naming the flag if nothing can be written in a folder, there or to be made."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{flag}: nothing can be written in {existing}")
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """The path to write a file or folder to, which takes the place of `target` if the block ends without an error."""

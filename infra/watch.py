@@ -43,14 +43,17 @@ def newly_hacked(evals: Sequence[Entry], names: Sequence[str], patience: int) ->
     return warnings
 
 
-def which_folder(evals: Sequence[Entry], name: str) -> str:
-    """Which of best/ and final/ to use, by a watched reward, and why."""
-    best, last = best_of(evals, name), evals[-1]
-    at_best = f"{name} was {best[name]:.3f} after {best['step']} updates"
-    if best is last:
-        return f"use final/: {name} is {last[name]:.3f}, the best of all evaluations (best/ is the same)"
-    if has_fallen(best, last, name):
+def which_folder(kept: Entry | None, last: Entry, name: str) -> str:
+    """Which of best/ and final/ to use, by a watched reward, and why: `kept` is the evaluation that best/ is of."""
+    if kept is None:
+        return f"use final/: {name} is {last[name]:.3f}, and there is no best/"
+    at_best = f"{name} was {kept[name]:.3f} after {kept['step']} updates"
+    if kept["step"] == last["step"]:
+        return f"use final/: {name} is {last[name]:.3f}, and best/ is the same"
+    if has_fallen(kept, last, name):
         return f"use best/, not final/: {at_best} and is {last[name]:.3f} after {last['step']}"
+    if last[name] > kept[name]:
+        return f"use final/: {name} is {last[name]:.3f}; {at_best}, in best/"
     return f"use final/: {name} is {last[name]:.3f}; {at_best}, in best/, which is no more than chance"
 
 

@@ -153,6 +153,37 @@ def test_a_run_resumed_from_an_older_checkpoint_forgets_the_newer_ones(undisturb
     assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
 
 
+def test_a_best_model_of_after_an_older_checkpoint_is_kept_beside_what_is_made_again(undisturbed, tmp_path):
+    cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True, at=6)
+    evals = read_log(cfg.out / "eval.jsonl")
+    evals[-1]["judge"] = 2.0  # of step 8
+    (cfg.out / "eval.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
+    (cfg.out / "best" / "mine.txt").write_text("of step 8")
+    assert completed(1, cfg) == ""
+    assert (cfg.out / "best.step_000008" / "mine.txt").exists()
+    assert (cfg.out / "best").exists() and not (cfg.out / "best" / "mine.txt").exists()
+
+
+def failing_once(cfg: Config) -> tuple[str, list[int]]:
+    """Nothing can be written to best/ the first time; why it stopped, and how many updates best/ had each time."""
+    real, steps = train.write_model, []
+
+    def write(target: Path, pipe, world) -> None:
+        if target.name == "best":
+            steps.append(len(read_log(cfg.out / "metrics.jsonl")))
+            if len(steps) == 1:
+                raise OSError("no room")
+        real(target, pipe, world)
+
+    train.write_model = write
+    return run(cfg), steps
+
+
+def test_a_best_model_that_could_not_be_written_gives_way_to_the_next_that_can(base, tmp_path):
+    ((message, steps),) = spread(1, failing_once, replace(base, out=tmp_path / "run"))
+    assert message == "" and steps[:2] == [0, 4] and (tmp_path / "run" / "best").exists()
+
+
 def test_export_writes_the_averaged_weights_of_any_checkpoint(undisturbed, tmp_path):
     for at in (None, 6):
         assert completed(1, replace(undisturbed, resume=True, export=tmp_path / f"at{at}", at=at)) == ""

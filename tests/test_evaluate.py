@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import stats
 
 import evaluate
@@ -148,11 +149,14 @@ def test_killed_it_goes_on_where_it_was(evaluated, few, other, tmp_path):
         np.testing.assert_allclose(two[model]["tiny"], one[model]["tiny"], atol=1e-4)
 
 
-def test_geneval_folders_are_what_its_evaluator_reads(tmp_path):
+def test_geneval_folders_are_what_its_evaluator_reads_and_hold_no_prompts_of_an_earlier_evaluation(
+    tmp_path, monkeypatch, capsys
+):
     entries = generate(6, (1, 1, 1, 1, 1, 1), seed=0)
     file = tmp_path / "metadata.jsonl"
     file.write_text("".join(json.dumps(e) + "\n" for e in entries))
-    done = run("--prompts", file, "--rewards", "tiny", "--geneval", tmp_path / "g", "--out", tmp_path / "out", *FLAGS)
+    flags = ["--prompts", str(file), "--rewards", "tiny", "--geneval", str(tmp_path / "g")]
+    done = run(*flags, "--out", tmp_path / "out", *FLAGS)
     assert done.returncode == 0, done.stderr
     root = tmp_path / "g" / "shapes_tiny-flux"
     assert sorted(p.name for p in root.iterdir()) == [f"{i:05d}" for i in range(6)]
@@ -162,6 +166,23 @@ def test_geneval_folders_are_what_its_evaluator_reads(tmp_path):
         samples = sorted((root / f"{i:05d}" / "samples").iterdir())
         assert [s.name for s in samples] == ["0000.png", "0001.png"]
         assert all(Image.open(s).size == (64, 64) for s in samples)
+
+    file.write_text("".join(json.dumps(e) + "\n" for e in entries[:5]))
+    assert "shapes_tiny-flux holds 00005 of other prompts" in refused(
+        monkeypatch, capsys, *flags, "--out", str(tmp_path / "new")
+    )
+
+
+def refused(monkeypatch, capsys, *arguments: str) -> str:
+    """What the command says where it ends before any weights are read."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evaluate, "load", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main()
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and "Traceback" not in said
+    return said
 
 
 @pytest.mark.parametrize(
@@ -176,16 +197,18 @@ def test_geneval_folders_are_what_its_evaluator_reads(tmp_path):
         (["--num", "0"], ["--num", "0"]),
         (["--geneval", "x"], ["--geneval", "tags"]),
         (["--size", "96"], ["--size 96", "64x64"]),
+        (["--out", f"{__file__}/x"], ["--out", "nothing can be written in", "test_evaluate.py"]),
     ],
 )
 def test_a_bad_flag_is_named(arguments, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(evaluate, "load", None)  # no weights are read before
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as exit_:
-        evaluate.main()
-    said = capsys.readouterr().err
-    assert exit_.value.code == 2 and all(word in said for word in words) and "Traceback" not in said
+    said = refused(monkeypatch, capsys, "--out", str(tmp_path / "out"), *arguments)
+    assert all(word in said for word in words)
+
+
+def test_a_lora_that_cannot_be_read_is_told_before_the_models_before_it_are_drawn(tmp_path, monkeypatch, capsys):
+    save_file({"lora_te1_x.lora_down.weight": torch.ones(1, 1)}, lora := tmp_path / "kohya.safetensors")
+    flags = ["--model", str(TINY), str(lora), "--base", str(TINY), "--out", str(tmp_path / "out")]
+    assert "kohya.safetensors: this LoRA changes text encoders too" in refused(monkeypatch, capsys, *flags)
 
 
 def test_a_folder_of_other_settings_or_of_a_model_since_rewritten_is_not_mixed_in(

@@ -256,6 +256,13 @@ def test_prompts_can_be_left_out():
         generate(10, (0, 0, 0, 0, 0, 1), seed=0, without=every)
 
 
+def test_however_many_prompts_are_asked_for_those_that_may_be_are_found():
+    every = sorted({e["prompt"] for e in generate(5000, (0, 1, 0, 0, 0, 0), seed=0)})
+    few = set(every[:24])  # nine of ten that are composed are refused, in all more than when the search gives up
+    entries = generate(1500, (0, 1, 0, 0, 0, 0), seed=1, without=frozenset(every) - few)
+    assert len(entries) == 1500 and {e["prompt"] for e in entries} == few
+
+
 def test_a_prompt_is_left_out_by_what_it_asks_for_however_it_is_worded(tmp_path):
     benches = {"tag": "counting", "include": [{"class": "bench", "count": 3}], "prompt": "a photo of three benchs"}
     without = frozenset([benches["prompt"], prompts.meaning(benches)])
@@ -289,7 +296,8 @@ def test_the_command_writes_a_file_that_is_read_back(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--num", "0"], ["--ratio", "0", "0", "0", "0", "0", "0"], ["--without", "no.txt"]]
+    "arguments",
+    [["--num", "0"], ["--ratio", "0", "0", "0", "0", "0", "0"], ["--without", "no.txt"], ["--out", f"{__file__}/p"]],
 )
 def test_a_bad_flag_is_named(arguments, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["prompts.py", "--out", str(tmp_path / "p"), *arguments])

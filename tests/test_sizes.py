@@ -53,6 +53,18 @@ def test_a_size_that_cannot_be_is_told_before_any_weights_are_read(flags, words,
         prepare(replace(WIDE, out=tmp_path / "run", **flags), world)
 
 
+def test_a_reward_of_ones_own_is_tried_at_every_size(monkeypatch, tmp_path):
+    (tmp_path / "square.py").write_text("""
+def square(images, prompts):
+    assert images.shape[2] == images.shape[3], "only squares"
+    return images.mean((1, 2, 3))
+""")
+    monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
+    cfg = replace(WIDE, out=tmp_path / "run", size=("64", "32x64"), reward=(f"{tmp_path / 'square.py'}:square",))
+    with pytest.raises(ValueError, match=r"fails on images .*32, 64.*only squares"), join("cpu") as world:
+        prepare(cfg, world)
+
+
 def gradients(cfg: Config, step: int) -> list[torch.Tensor]:
     with join("cpu") as world:
         setup = prepare(cfg, world)

@@ -322,14 +322,18 @@ def test_the_last_lines_name_the_folder_to_use_and_why():
     def entry(step: int, judge: float) -> dict:
         return {"step": step, "judge": judge, "by_prompt": {"judge": [judge, judge + 0.1]}}
 
-    assert which_folder([entry(0, 0.4), entry(5, 0.6)], "judge").startswith("use final/: judge is 0.600")
-    fallen = which_folder([entry(0, 0.4), entry(5, 0.6), entry(9, 0.2)], "judge")
+    last = entry(5, 0.6)
+    assert which_folder(last, last, "judge") == "use final/: judge is 0.600, and best/ is the same"
+    fallen = which_folder(last, entry(9, 0.2), "judge")
     assert fallen == "use best/, not final/: judge was 0.600 after 5 updates and is 0.200 after 9"
     noise = [
         {"step": i, "judge": j, "by_prompt": {"judge": by}}
         for i, (j, by) in enumerate([(0.5, [1, 0]), (0.49, [0, 0.98])])
     ]
-    assert "no more than chance" in which_folder(noise, "judge")
+    assert "no more than chance" in which_folder(*noise, "judge")
+    assert which_folder(None, last, "judge") == "use final/: judge is 0.600, and there is no best/"
+    risen = which_folder(entry(0, 0.4), last, "judge")  # where best/ could not be written again
+    assert risen == "use final/: judge is 0.600; judge was 0.400 after 0 updates, in best/"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from infra.files import check_writable
 from infra.prompts import read_entries
 
 # COCO's 80 classes, under the names of GenEval's detector, and how many of them are called where it is not just an s.
@@ -106,6 +107,7 @@ def generate(
             entry = compose(task, rng)
             if without.isdisjoint({entry["prompt"], meaning(entry)}):
                 entries.append(entry)
+                refused = 0
             elif (refused := refused + 1) > 10_000:
                 raise ValueError(f"--without leaves no prompt of the task {task}: give it 0 in --ratio")
     return [entries[i] for i in rng.permutation(len(entries))]
@@ -132,6 +134,7 @@ def main() -> None:
     try:
         if cfg.num < 1 or min(cfg.ratio) < 0 or sum(cfg.ratio) <= 0:
             raise ValueError(f"--num {cfg.num} must be positive, and --ratio {cfg.ratio} too, in all")
+        check_writable(f"--out {cfg.out}", cfg.out.parent)
         known = read_entries(cfg.without) if cfg.without else []
         without = frozenset([e["prompt"] for e in known] + [meaning(e) for e in known])
         entries = generate(cfg.num, cfg.ratio, cfg.seed, without)
