@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.tables import interval, markdown, origin, shown
+from experiments.tables import markdown, origin, shown
 from infra.pictures import GRID, INK, PALETTE, dress, line_chart, save_row
+from infra.summary import interval
 
 LAYOUT = ("position", "count")  # the tasks that early steps decide, if the paper is right
 Cells = list[dict[str, Any]]  # the runs of a row, seed by seed

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from scipy import stats
 
-from experiments.tables import interval, markdown, origin, shown
+from experiments.tables import markdown, origin, shown
 from infra.pictures import PALETTE, dress, line_chart, name_ends, save_row
+from infra.summary import interval
 
 Base = dict[str, Any]  # a model at a T
 TAU = 0.1  # of Eq. 12, the paper's

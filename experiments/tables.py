@@ -1,16 +1,8 @@
 """Numbers with intervals, and tables of them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-import evaluate
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of independent values, and half the width of its 95% interval (Student's t); NaN for a single one."""
-    return evaluate.interval(np.array(values))
 
 
 def shown(mean: float, half: float, sign: str = "") -> str:

@@ -20,6 +20,7 @@ from scipy import stats
 import evaluate
 from infra.distributed import join
 from infra.folders import load
+from infra.summary import interval, summarize
 from rewards import open_reward, score_all
 from sample import sample
 from tests.processes import script, start
@@ -265,16 +266,16 @@ def test_scores_that_this_machine_does_not_see_yet_are_named_in_place_of_a_repor
 
 def test_the_interval_is_students():
     values = np.array([1.0, 2.0, 4.0, 7.0])
-    mean, half = evaluate.interval(values)
+    mean, half = interval(values)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((low, high))
-    mean, half = evaluate.interval(np.array([3.0]))
+    mean, half = interval(np.array([3.0]))
     assert mean == 3.0 and math.isnan(half)
 
 
 def test_the_interval_covers_the_truth_95_times_of_100():
     rng = np.random.default_rng(0)
-    hits = [abs(mean) <= half for mean, half in (evaluate.interval(rng.normal(size=12)) for _ in range(4000))]
+    hits = [abs(mean) <= half for mean, half in (interval(rng.normal(size=12)) for _ in range(4000))]
     assert np.mean(hits) == pytest.approx(0.95, abs=0.011)  # 3 standard errors
 
 
@@ -282,6 +283,6 @@ def test_changes_are_paired_by_prompt_and_images_of_a_prompt_averaged_first():
     rng = np.random.default_rng(1)
     hard, noise = rng.normal(size=(50, 1)), rng.normal(scale=0.01, size=(2, 50, 4))
     scores = {"a": {"r": hard + noise[0]}, "b": {"r": hard + noise[1] + 0.1}}
-    a, b = evaluate.summarize(scores, None)["r"].values()
+    a, b = summarize(scores, None)["r"].values()
     assert b["change"] == pytest.approx(0.1, abs=0.01) and b["change_half"] < 0.01 < 0.1 < b["half"]
-    assert (a["mean"], a["half"]) == evaluate.interval(scores["a"]["r"].mean(1)) and "change" not in a
+    assert (a["mean"], a["half"]) == interval(scores["a"]["r"].mean(1)) and "change" not in a
