@@ -216,7 +216,7 @@ def weights_of(source: Path) -> list[list[Any]]:
 
 
 def check_out(cfg: Config, flags: dict[str, Any], sources: dict[str, Path]) -> None:
-    """Raise ValueError if the folders hold results of other flags or weights, or something else."""
+    """Raise ValueError if the folder holds results of other flags or weights, or something else."""
     check_writable(f"--out {cfg.out}", cfg.out)
     file = cfg.out / "config.json"
     if file.exists():
@@ -229,19 +229,17 @@ def check_out(cfg: Config, flags: dict[str, Any], sources: dict[str, Path]) -> N
         file = cfg.out / name / "weights"
         if file.exists() and json.loads(file.read_text()) != weights_of(source):
             raise ValueError(f"{source} was written again since {cfg.out / name} was evaluated: remove that folder")
-    if not cfg.geneval:
-        return
-    check_writable(f"--geneval {cfg.geneval}", cfg.geneval)
-    for name in sources:
-        drawn, ours = (
-            {p.name for p in (cfg.geneval / name).glob("*")},
-            {f"{i:05d}" for i in range(len(flags["prompts"]))},
-        )
-        if others := drawn - ours:
-            where = cfg.geneval / name
-            raise ValueError(
-                f"--geneval: {where} holds {min(others)} of other prompts, which would count too: remove it"
-            )
+    if cfg.geneval:
+        check_geneval(cfg.geneval, list(sources), len(flags["prompts"]))
+
+
+def check_geneval(out: Path, models: list[str], count: int) -> None:
+    """Raise ValueError if GenEval would count folders of an earlier evaluation, of more prompts, too."""
+    check_writable(f"--geneval {out}", out)
+    ours = {f"{i:05d}" for i in range(count)}
+    for folder in (out / model for model in models):
+        if others := {path.name for path in folder.glob("*")} - ours:
+            raise ValueError(f"--geneval: {folder} holds {min(others)} of other prompts, which counts too: remove it")
 
 
 def claim(cfg: Config, flags: dict[str, Any], sources: dict[str, Path]) -> None:
@@ -259,7 +257,7 @@ def run(cfg: Config, world: World) -> None:
     check_rewards(cfg.rewards)
     found = {m: describe(m, cfg.base) for m in cfg.model}  # all are checked before one is read
     for location, weights, *_ in found.values():
-        if location.lora:
+        if location.lora:  # small beside its model: it is read to see that it fits
             read_lora(location.lora, weights.config)
     for size, description in itertools.product(map(sides, cfg.size), found.values()):
         grid(description, *size)

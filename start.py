@@ -245,6 +245,7 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     # Functions are tried before weights are read; of networks it is known that they have a gradient.
     tried = [s for s in specs if is_user_code(s) or name_of(s) in RULES]
     functions = {s: open_reward(s, world.device, size=first, prompts=eval_prompts) for s in tried}
+    # Evaluations are at the first size, so only what is trained on sees the others.
     for size, spec in itertools.product(map(sides, cfg.size[1:]), filter(is_user_code, cfg.reward)):
         try_score(functions[spec].score, spec, world.device, size, prompts)
     for reward in (functions[s] for s in cfg.reward if s in functions and needs_gradient):

@@ -286,9 +286,9 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
 def loop(
     cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log, evals: list[Entry], kept: Entry | None
 ) -> Entry | None:
-    """Evaluate, save, update, from step `first` on; returns the evaluation whose weights best/ holds, `kept` before.
+    """Evaluate, save, update, from step `first` on. `evals` grows by an entry an evaluation.
 
-    `evals` grows by an entry an evaluation.
+    `kept` is the evaluation whose weights best/ holds; the one of which it is so in the end is returned.
     """
     out, start, watched = setup.out, time.time(), [r.name for r in setup.watched]
     skipped, saved, satisfied = 0, first, False
