@@ -8,7 +8,8 @@ Each adds its gradient to the weights through `Samples.vjp` and returns what to 
 gradient is a rollout, a choice among its velocities (`Term`), and a sweep over them; a policy gradient is a random
 walk, and the gradient of the log-probability of its random steps.
 
-Legend as in leaps.py: b samples, T steps, sigma noise levels, k > j two of them.
+Legend as in leaps.py: b samples, T steps, sigma noise levels, k > j two of them; the steps that start at k and j are
+`first` and `second`.
 """
 
 import itertools
@@ -39,7 +40,10 @@ def refl(s: Samples, *, last: int | None = None) -> Log:
 
 
 def draft_lv(s: Samples, *, copies: int = 2) -> Log:
-    """DRaFT-LV (arXiv 2309.17400): the last step, again from `copies` of x_0 with fresh noise; n = 2 in the paper."""
+    """DRaFT-LV (arXiv 2309.17400): the last step, and again from `copies` of x_0 with fresh noise; n = 2 in the paper.
+
+    The gradients are summed; what is logged of the reward is a mean over the images.
+    """
     ro, k = rollout(s.velocity, s.noise(0), s.sigmas), s.sigmas[-2]
     s.vjp(ro.x[-2], k, -k * s.reward(ro.x[-1]))
     for n in range(1, copies + 1):
@@ -83,7 +87,7 @@ def late_step(s: Samples, last: int | None = None) -> int:
 
 
 def euler_terms(sigmas: Tensor, steps: Sequence[int], nested: float = 0.0) -> list[Term]:
-    """The rollout's own dependence on the velocities of `steps`; nothing lies before the first."""
+    """How x_0 depends on the velocities of `steps` of the rollout; no gradient goes back beyond the first."""
     return [Term(i, sigmas[i + 1] - sigmas[i], nested if i != steps[0] else 0.0) for i in steps]
 
 
@@ -102,20 +106,20 @@ def flowbp_sparse(s: Samples, *, active: int = 3, bias: float = 2.0, rho: float 
 
 
 def flowbp_bridge(s: Samples, *, active: int = 5, alpha: float = 0.1, bias: float = 2.0, rho: float = 1.0) -> Log:
-    """FlowBP Bridge: as Sparse, but the input of one step j, drawn as LeapAlign's, keeps its gradient, times alpha.
+    """FlowBP Bridge: as Sparse, but the input of the step at j, drawn as LeapAlign's, keeps its gradient, times alpha.
 
-    The active steps are shared out to both sides of j by their lengths; j is always one of them.
+    The active steps are shared out to both sides of it by their numbers of steps; it is always one of them.
     """
     ro, steps = rollout(s.velocity, s.noise(0), s.sigmas), len(s.sigmas) - 1
     if min(steps, active) < 2:
         raise ValueError(f"flowbp_bridge needs two steps and two of them active, got {steps} and {active}")
-    j = pick_leaps(s.sigmas, s.generator)[1]
-    before = min(max(round(active * j / steps), 1), active - 1)
-    chosen = draw_steps(range(j), before, bias, s.generator)
-    chosen += [j, *draw_steps(range(j + 1, steps), active - before - 1, bias, s.generator)]
-    terms = [t._replace(nested=alpha) if t.step == j else t for t in euler_terms(ro.sigmas, chosen)]
+    _, second = pick_leaps(s.sigmas, s.generator)
+    before = min(max(round(active * second / steps), 1), active - 1)
+    chosen = draw_steps(range(second), before, bias, s.generator)
+    chosen += [second, *draw_steps(range(second + 1, steps), active - before - 1, bias, s.generator)]
+    terms = [t._replace(nested=alpha) if t.step == second else t for t in euler_terms(ro.sigmas, chosen)]
     sweep(s.vjp, ro, rescaled(terms, ro.sigmas[0], rho), s.reward(ro.x[-1]))
-    return dict(j=ro.sigmas[j])
+    return dict(j=ro.sigmas[second])
 
 
 def flowbp_lagrange(
@@ -132,9 +136,9 @@ def flowbp_lagrange(
     The leaps land nearer to the rollout.  A leap's first two velocities carry gradient, the second a quarter of it.
     """
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
-    k, j = draw_pair(ro.sigmas, s.generator, draw)
+    first, second = draw_pair(ro.sigmas, s.generator, draw)
     terms, d = [], []
-    for start, end in ((k, j), (j, len(ro.v))):
+    for start, end in ((first, second), (second, len(ro.v))):
         spread = torch.linspace(start, end - 1, min(nodes, end - start)).round().int().tolist()
         weights = lagrange_weights(ro.sigmas[spread], ro.sigmas[start], ro.sigmas[end])
         landed = ro.x[start] + torch.einsum("m, m b n c -> b n c", weights, ro.v[spread])
@@ -142,10 +146,10 @@ def flowbp_lagrange(
         two = [Term(i, weight) for i, weight in zip(spread[:2], weights)]
         two = rescaled(two, weights.abs().sum(), rho)
         terms += [t if t.step == start else t._replace(weight=t.weight / 4) for t in two]
-    terms = [t._replace(nested=alpha) if t.step == j else t for t in terms]
+    terms = [t._replace(nested=alpha) if t.step == second else t for t in terms]
     w = 1 / torch.stack(d).clamp(min=tau).sum(0)
     sweep(s.vjp, ro, terms, s.reward(ro.x[-1], w))
-    return dict(k=ro.sigmas[k], j=ro.sigmas[j], d_j=d[0], d_0=d[1], w=w)
+    return dict(k=ro.sigmas[first], j=ro.sigmas[second], d_j=d[0], d_0=d[1], w=w)
 
 
 def draw_steps(steps: range, count: int, bias: float, generator: torch.Generator) -> list[int]:
@@ -158,9 +162,12 @@ def draw_steps(steps: range, count: int, bias: float, generator: torch.Generator
     return sorted(steps[i] for i in chosen.tolist())
 
 
-def rescaled(terms: list[Term], length: Tensor, rho: float) -> list[Term]:
-    """Terms times 1 + rho (length / sum of |weights| - 1): with rho = 1 they stand for all weights, of that sum."""
-    factor = 1 + rho * (length / sum(t.weight.abs() for t in terms) - 1)
+def rescaled(terms: list[Term], total: Tensor, rho: float) -> list[Term]:
+    """Terms times 1 + rho (total / sum |weight| - 1): rho = 1 makes their sizes sum to `total`, 0 leaves them.
+
+    The total is that of all steps, with gradient or without: sigma_0 of a rollout's Euler steps, which go down to 0.
+    """
+    factor = 1 + rho * (total / sum(t.weight.abs() for t in terms) - 1)
     return [t._replace(weight=factor * t.weight) for t in terms]
 
 
@@ -176,11 +183,12 @@ def lagrange_weights(nodes: Tensor, start: Tensor, end: Tensor) -> Tensor:
 
 
 def draw_pair(sigmas: Tensor, generator: torch.Generator, draw: str) -> tuple[int, int]:
-    """FlowBP's ways of drawing the steps k < j that two leaps start from.
+    """FlowBP's ways of drawing the two steps that leaps start from, the earlier one first.
 
-    uniform: as LeapAlign.  midpoint: k is uniform, j halfway to the end.  midpoint_j: j is uniform, k halfway from the
-    start.  dirichlet: the steps up to k and with it, from there to j, and after j, in the proportions of a
-    Dirichlet(2, 6, 2.5), rounded, each at least one.  Raises ValueError if there are too few steps.
+    uniform: as LeapAlign.  midpoint: the first is uniform, the second halfway from it to the end.  midpoint_j: the
+    second is uniform, the first halfway from the start to it.  dirichlet: the numbers of steps up to the first and with
+    it, from there to the second, and after, in the proportions of a Dirichlet(2, 6, 2.5), rounded, each at least one.
+    Raises ValueError if there are too few steps.
     """
     steps = len(sigmas) - 1
     if steps < (least := 3 if draw == "dirichlet" else 2):
@@ -188,33 +196,33 @@ def draw_pair(sigmas: Tensor, generator: torch.Generator, draw: str) -> tuple[in
     if draw == "uniform":
         return pick_leaps(sigmas, generator)
     if draw == "midpoint":
-        k = int(torch.randint(steps - 1, (), generator=generator))
-        return k, k + (steps - k) // 2
+        first = int(torch.randint(steps - 1, (), generator=generator))
+        return first, first + (steps - first) // 2
     if draw == "midpoint_j":
-        j = int(torch.randint(1, steps, (), generator=generator))
-        return j // 2, j
+        second = int(torch.randint(1, steps, (), generator=generator))
+        return second // 2, second
     # A Gamma(n / 2) is half the sum of n squared Gaussians, and Gammas in proportion are a Dirichlet.
     shares = torch.stack([torch.randn(n, generator=generator).square().sum() for n in (4, 12, 5)])
     lengths = (steps * shares / shares.sum()).round().long()
     lengths[shares.argmax()] += steps - lengths.sum()  # what rounding took or gave
     lengths = lengths.clamp(min=1)
     lengths[lengths.argmax()] += steps - lengths.sum()  # what others lacked
-    up_to_k, from_k_to_j, _ = lengths.tolist()
-    return up_to_k - 1, up_to_k - 1 + from_k_to_j
+    up_to_first, to_second, _ = lengths.tolist()
+    return up_to_first - 1, up_to_first - 1 + to_second
 
 
 # ------------------------------------------------------------------------------------ policy gradients
 
 
 def flow_grpo(s: Samples, *, group: int = 8, noise: float = 0.7) -> Log:
-    """Flow-GRPO (arXiv 2505.05470), on policy: noise of s = a sqrt(sigma / (1 - sigma)), a = 0.7.
+    """Flow-GRPO (arXiv 2505.05470), on policy: noise of eta = a sqrt(sigma / (1 - sigma)), a = 0.7.
 
     The last step has no noise.  The paper's group has 24 samples of a prompt.  With one update a rollout the ratio of
-    probabilities is one, so there is nothing to clip; nor is there a KL term.
+    probabilities is one, so its clipping would do nothing; nor is there a KL term.
     """
-    below = s.sigmas.where(s.sigmas < 1, s.sigmas[1])  # at pure noise s would be infinite
-    level = noise * (s.sigmas / (1 - below)).sqrt()
-    x0, moves = random_walk(s, s.noise(0), level, range(len(s.sigmas) - 2))
+    below = s.sigmas.where(s.sigmas < 1, s.sigmas[1])  # at pure noise eta would be infinite
+    eta = noise * (s.sigmas / (1 - below)).sqrt()
+    x0, moves = random_walk(s, s.noise(0), eta, range(len(s.sigmas) - 2))
     return policy_gradient(s, x0, moves, group)
 
 
@@ -247,26 +255,27 @@ class Move(NamedTuple):
     dlogp: Tensor  # the gradient of its log-probability, a mean over n and c, in the velocity: (b, n, c)
 
 
-def transition(x: Tensor, v: Tensor, sigma: Tensor, delta: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, standard deviation and dmean/dv of a step of the SDE with noise s that has the ODE's marginals.
+def transition(x: Tensor, v: Tensor, sigma: Tensor, delta: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, standard deviation and dmean/dv of a step of the SDE with noise eta that has the ODE's marginals.
 
-    dx = (v - s^2 / 2 score) dsigma + s dw, where score = -(x + (1 - sigma) v) / sigma; delta < 0 is the step.
+    dx = (v - eta^2 / 2 score) dsigma + eta dw, where score = -(x + (1 - sigma) v) / sigma; delta < 0 is the step.
+    Flow-GRPO and DanceGRPO write their means in other ways; both are this one, with an eta of their own.
     """
     score = -(x + (1 - sigma) * v) / sigma
-    mean = x + delta * (v - s**2 / 2 * score)
-    return mean, s * (-delta).sqrt(), delta * (1 + s**2 / 2 * (1 - sigma) / sigma)
+    mean = x + delta * (v - eta**2 / 2 * score)
+    return mean, eta * (-delta).sqrt(), delta * (1 + eta**2 / 2 * (1 - sigma) / sigma)
 
 
-def random_walk(s: Samples, x: Tensor, level: Tensor, random: Container[int]) -> tuple[Tensor, list[Move]]:
-    """x_0 of a rollout whose steps in `random` are the SDE's, with noise `level` (or one a step), and those steps.
+def random_walk(s: Samples, x: Tensor, eta: Tensor, random: Container[int]) -> tuple[Tensor, list[Move]]:
+    """x_0 of a rollout whose steps in `random` are the SDE's, with noise `eta` (or one a step), and those steps.
 
     The last step should not be one: its noise would stay in the image.
     """
-    moves, level = [], level.expand(len(s.sigmas))
+    moves, eta = [], eta.expand(len(s.sigmas))
     for i, (now, after) in enumerate(itertools.pairwise(s.sigmas)):
         v = s.velocity(x, now)
         if i in random:
-            mean, std, by_v = transition(x, v, now, after - now, level[i])
+            mean, std, by_v = transition(x, v, now, after - now, eta[i])
             noise = s.noise(i + 1)
             # log p = -(x' - mean)^2 / (2 std^2) + ..., and x' - mean = std noise
             moves.append(Move(i, x, by_v * noise / std / noise[0].numel()))
@@ -279,10 +288,10 @@ def random_walk(s: Samples, x: Tensor, level: Tensor, random: Container[int]) ->
 def policy_gradient(s: Samples, x0: Tensor, moves: list[Move], group: int) -> Log:
     """Raise the log-probability of the moves of samples that are better than their group."""
     scores = s.score(x0)
-    a = advantages(scores, group)
+    advantage = advantages(scores, group)
     for step, x, dlogp in moves:
-        s.vjp(x, s.sigmas[step], -a[:, None, None] * dlogp / len(moves) / s.total)
-    return dict(advantage=a.abs())
+        s.vjp(x, s.sigmas[step], -advantage[:, None, None] * dlogp / len(moves) / s.total)
+    return dict(advantage=advantage.abs())
 
 
 def advantages(scores: Tensor, group: int, largest: float = 5.0) -> Tensor:

@@ -2,7 +2,8 @@
 
 Setting: rectified flow.  x_1 ~ N(0, I) is noise, x_0 a clean latent, x_t = (1 - t) x_0 + t x_1, and a network
 predicts the velocity v(x_t, t) ~ x_1 - x_0.  T Euler steps visit the levels sigma_0 = 1 > ... > sigma_T = 0.
-Backpropagation through all of them holds T networks' activations, and its gradient tends to explode.
+Backpropagation through all of them holds the activations of T network calls, and the paper finds that its gradient
+tends to explode.
 
 One iteration, `leapalign` at the end of this file:
 
@@ -10,7 +11,7 @@ One iteration, `leapalign` at the end of this file:
 2. Pick two of the T steps, at noise levels k > j.
 3. Leap x_k -> x_j -> x_0, each leap along one velocity (Eq. 3).  A connector gives the end of a leap the
    value that the rollout had there and leaves it the gradient of the leap (Eq. 4-7).  What flows back through
-   the input of the second network is scaled by alpha (Eq. 9): that nested term is the one that explodes.
+   the input of the second call is scaled by alpha (Eq. 9): of this nested term the paper says that it explodes.
 4. The objective is a hinge on the reward of the real x_0 (Eq. 11), weighted a sample at a time by how closely
    the leaps follow the rollout (Eq. 12), and averaged (Eq. 13).
 
@@ -53,7 +54,7 @@ def one_step(x_k: Tensor, v_k: Tensor, k: Tensor, j: Tensor) -> Tensor:
 
 
 def prediction(ro: Rollout, step: int) -> Tensor:
-    """xhat_{0|k}: where a leap from a step to level 0 lands; an ablation of the paper and ReFL reward it, not x_0."""
+    """xhat_{0|k}: where a leap from a step to level 0 lands; ReFL and an ablation of the paper reward it, not x_0."""
     return one_step(ro.x[step], ro.v[step], ro.sigmas[step], torch.zeros_like(ro.sigmas[step]))
 
 
@@ -151,7 +152,7 @@ class Term(NamedTuple):
 
 
 def leap_terms(ro: Rollout, picks: tuple[int, ...], alpha: float) -> list[Term]:
-    """The terms of leaps from `picks`: x_0 moves by -(k - j) dv; nothing lies before the first leap."""
+    """The terms of leaps from `picks`: x_0 moves by -(k - j) dv; no gradient goes back beyond the first leap."""
     return [
         Term(start, ro.sigmas[end] - ro.sigmas[start], alpha if start != picks[0] else 0.0)
         for start, end in spans(ro, picks)
@@ -159,7 +160,7 @@ def leap_terms(ro: Rollout, picks: tuple[int, ...], alpha: float) -> list[Term]:
 
 
 def sweep(vjp: VJP, ro: Rollout, terms: Sequence[Term], grad: Tensor) -> None:
-    """Add (dx_0/dtheta)^T grad to the weights' `.grad`, last term first, one network's activations at a time.
+    """Add (dx_0/dtheta)^T grad to the weights' `.grad`, last term first, the activations of one call at a time.
 
     grad (b, n, c) is dL/dx_0.  For the terms of two leaps this is Eq. 10,
 
@@ -204,8 +205,8 @@ def similarity_weight(
         w = 1 / (max(d_j, tau) + max(d_0, tau))
 
     d is the mean absolute difference, over all entries of a latent, between where the rollout is at the end
-    of a leap and where the leap lands; each further leap adds a term.  tau > 0 bounds w by 1 / tau over the
-    number of terms.
+    of a leap and where the leap lands; each further leap adds a term.  w is at most 1 / (tau times the
+    number of terms).
     `use` is an ablation of the paper: d_0 is the last leap's term alone, d_j those of the leaps before it,
     and none means w = 1.  Raises ValueError for the d_j of a single leap.
     """

@@ -114,15 +114,16 @@ def gradient(
         return scores
 
     def reward(x0: Tensor, weight: Tensor | None = None) -> Tensor:
-        weight, grads = torch.ones_like(x0[:, 0, 0]) if weight is None else weight, []
+        weight = torch.ones_like(x0[:, 0, 0]) if weight is None else weight
+        grads = []
         with meter("reward"):
             for part in parts:
                 x = x0[part].detach().requires_grad_()
                 images = decode(pipe, x, size.height, size.width)
                 hinges = [r.weight * hinge(s, r.lam) for r, s in zip(setup.rewards, scores_of(images, part))]  # Eq. 11
-                losses = [weight[part] * h for h in hinges]  # Eq. 13
+                losses = [weight[part] * h for h in hinges]  # Eq. 12, 13: weighted, and below a mean over the batch
                 pulls = [torch.autograd.grad(loss.sum(), images)[0] for loss in losses]  # of each reward apart
-                images.backward(sum(pulls) / total)  # not yet into the weights: VAE and rewards are frozen
+                images.backward(sum(pulls) / total)  # to the latent only: VAE and rewards are frozen
                 measured.setdefault("loss", []).append(sum(losses).detach())
                 for r, pull in zip(setup.rewards, pulls if len(pulls) > 1 else []):  # which one dominates?
                     measured.setdefault(f"{r.name}_grad", []).append(pull.float().flatten(1).norm(dim=1))
@@ -141,10 +142,8 @@ def gradient(
     if cfg.keep_gathered:  # or what is whole would outlive the update
         keep_gathered(pipe.flux, False)
     measured |= dict(anchor=distances) if distances else {}
-    log = {**log, **{name: torch.cat(values).view(-1, b).mean(0) for name, values in measured.items()}}
-    return {
-        name: value.detach().float().cpu().expand(value.numel() if value.ndim else b) for name, value in log.items()
-    }
+    log = log | {name: torch.cat(v).view(-1, b).mean(0) for name, v in measured.items()}  # over the calls of reward
+    return {name: value.detach().float().cpu().expand(b) for name, value in log.items()}
 
 
 def draw_noise(cfg: Config, setup: Setup, step: int, i: int) -> tuple[Tensor, torch.Generator]:

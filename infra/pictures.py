@@ -19,6 +19,7 @@ from infra.jsonl import read_log
 PAD, LINE = 6, 13  # pixels between things, and a line of text
 PAGE, GRID, INK = "#ffffff", "#d8dee4", "#57606a"
 PALETTE = ("#24292f", "#0969da", "#bc4c00", "#1a7f37", "#cf222e", "#8250df", "#7d4e00", "#1b7c83")  # dark on white
+STYLES = ("-", "--")
 FRAME = "#1a7f37"  # of what is right
 ROUND = (1, 2, 5, 10)  # what ticks are apart, times a power of ten
 Lines = dict[str, tuple[Sequence[float], ...]]  # name -> x, y and perhaps half the width of a band
@@ -60,10 +61,10 @@ def grid_of(
     side: int,
     framed: Sequence[Sequence[bool]] | None = None,
 ) -> Image.Image:
-    """A grid of cells; a cell is images one above the other, some framed, and a caption of up to three lines."""
+    """A grid of cells; a cell is images one above the other, some framed, and a caption of up to four lines."""
     font = ImageFont.load_default(11)
     height = round(side * cells[0][0].shape[1] / cells[0][0].shape[2])
-    texts = [textwrap.wrap(c.removeprefix("a photo of "), width=max(8, side // 6))[:3] for c in captions]
+    texts = [textwrap.wrap(c.removeprefix("a photo of "), width=max(8, side // 6))[:4] for c in captions]
     stack = (height + 2) * len(cells[0])
     width, tall = side + PAD, stack + LINE * max(len(t) for t in texts) + PAD
     rows = -(-len(cells) // columns)
@@ -92,16 +93,19 @@ def save_png(picture: Image.Image, path: Path) -> None:
 def line_chart(axes: Axes, lines: Lines, title: str, across: str = "step") -> None:
     """Draw lines over one x axis, each named, with its last value, at its end.
 
-    A line is (x, y) or (x, y, half): half is the half-width of a shaded band, such as a 95% interval.
+    A line is (x, y) or (x, y, half): half is the half-width of a shaded band, such as a 95% interval.  Where there are
+    more lines than colors, the others are dashed.
     """
     ends = []
-    for color, (name, (x, y, *half)) in zip(itertools.cycle(PALETTE), lines.items()):
-        axes.plot(x, y, color=color, linewidth=1.6)
+    for (style, color), (name, (x, y, *half)) in zip(
+        itertools.cycle(itertools.product(STYLES, PALETTE)), lines.items()
+    ):
+        axes.plot(x, y, style, color=color, linewidth=1.6)
         if half:
             low, high = np.asarray(y) - half[0], np.asarray(y) + half[0]
             axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
         digits = 3 if abs(y[-1]) < 1 else 2
-        ends.append((y[-1], f"{name} {y[-1]:.{digits}f}", color))
+        ends.append((y[-1], f"{name} {y[-1]:.{digits}f}{' ┄┄' * (style == STYLES[1])}", color))
     dress(axes, title, across)
     name_ends(axes, ends)
 
