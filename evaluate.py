@@ -40,6 +40,7 @@ from infra.lora_files import lora_file, read_lora
 from infra.pictures import save_png, to_pil
 from infra.prompts import read_entries, shard
 from infra.summary import sheets, summarize, table
+from infra.user_code import contents
 from rewards import Reward, check_rewards, name_of, open_reward, score_all
 from sample import Pipeline, grid, sample, too_long
 
@@ -188,7 +189,7 @@ def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
     if twice := [m for m in cfg.model if labels.count(label(m)) > 1]:
         raise ValueError(f"--model {' '.join(twice)}: these would all be called {label(twice[0])}")
     entries = read_entries(cfg.prompts)
-    tags = [e.get("tag") for e in entries]
+    tags = [e["tag"] if isinstance(e.get("tag"), str) else None for e in entries]  # a list of them is no task
     if cfg.geneval and not all(tags):
         raise ValueError(
             f"--geneval needs prompts with GenEval's tags, and {cfg.prompts} has some without: python -m tools.prompts"
@@ -205,29 +206,36 @@ def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
 def flags_of(cfg: Config, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """What an evaluation's numbers depend on, as config.json has it."""
     flags = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in RUNTIME}, default=str))
-    return flags | dict(prompts=[e["prompt"] for e in entries])
+    return flags | dict(prompts=[e["prompt"] for e in entries], rewards_read=contents(cfg.rewards))
 
 
 def weights_of(source: Path) -> list[list[Any]]:
-    """Names, sizes and times of a model's files, by which one sees that it was written again."""
+    """Names, sizes and times of a model's or a transformer's files, by which one sees that it was written again."""
     inner = sorted((source / "transformer").glob("*.safetensors"))
     files = [source] if source.is_file() else inner or sorted(source.glob("*.safetensors"))
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
-def check_out(cfg: Config, flags: dict[str, Any], sources: dict[str, Path]) -> None:
+def check_out(cfg: Config, flags: dict[str, Any], sources: dict[str, Path], weights: dict[str, list]) -> None:
     """Raise ValueError if the folder holds results of other flags or weights, or something else."""
     check_writable(f"--out {cfg.out}", cfg.out)
     file = cfg.out / "config.json"
     if file.exists():
-        before = asdict(Config()) | json.loads(file.read_text())  # flags that it did not know yet
-        if other := [k for k in flags if flags[k] != before[k]]:
-            raise ValueError(f"--out {cfg.out} holds an evaluation with another --{other[0].replace('_', '-')}")
+        try:
+            before = flags | asdict(Config()) | json.loads(file.read_text())  # what it did not know yet
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): remove {cfg.out}, or choose another --out") from None
+        other = next((k for k in flags if flags[k] != before[k]), "").replace("_", "-")
+        if other == "rewards-read":
+            raise ValueError(f"--out {cfg.out} holds an evaluation by {', '.join(flags['rewards_read'])} as it was: "
+                             "remove it, or choose another --out")  # fmt: skip
+        if other:
+            raise ValueError(f"--out {cfg.out} holds an evaluation with another --{other}")
     elif cfg.out.exists() and any(cfg.out.iterdir()):
         raise ValueError(f"--out {cfg.out} is occupied by something else")
     for name, source in sources.items():
         file = cfg.out / name / "weights"
-        if file.exists() and json.loads(file.read_text()) != weights_of(source):
+        if file.exists() and json.loads(file.read_text()) != weights[name]:
             raise ValueError(f"{source} was written again since {cfg.out / name} was evaluated: remove that folder")
     if cfg.geneval:
         check_geneval(cfg.geneval, list(sources), len(flags["prompts"]))
@@ -242,13 +250,13 @@ def check_geneval(out: Path, models: list[str], count: int) -> None:
             raise ValueError(f"--geneval: {folder} holds {min(others)} of other prompts, which counts too: remove it")
 
 
-def claim(cfg: Config, flags: dict[str, Any], sources: dict[str, Path]) -> None:
+def claim(cfg: Config, flags: dict[str, Any], weights: dict[str, list]) -> None:
     """Take the folder for these flags and weights."""
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    (cfg.out / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
-    for name, source in sources.items():
-        (cfg.out / name).mkdir(exist_ok=True)
-        (cfg.out / name / "weights").write_text(json.dumps(weights_of(source)))
+    with replacing(cfg.out / "config.json") as part:
+        part.write_text(json.dumps(flags, indent=2) + "\n")
+    for name, files in weights.items():
+        with replacing(cfg.out / name / "weights") as part:
+            part.write_text(json.dumps(files))
 
 
 def run(cfg: Config, world: World) -> None:
@@ -266,7 +274,10 @@ def run(cfg: Config, world: World) -> None:
         raise ValueError(f"--strength {cfg.strength} needs --base FOLDER: {whole[0]} is no LoRA")
     places = {m: Path(m) if Path(m).exists() else d.location.folder for m, d in found.items()}  # the latter a hub id's
     sources, flags = {label(m): place for m, place in places.items()}, flags_of(cfg, entries)
-    on_first_rank(partial(check_out, cfg, flags, sources))
+    weights = {name: weights_of(place) for name, place in sources.items()}
+    for m, (location, *_) in found.items():
+        weights[label(m)] += weights_of(location.transformer) if location.lora else []
+    on_first_rank(partial(check_out, cfg, flags, sources, weights))
     for name, source in sources.items():
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         pipe = load(source, world.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
@@ -277,7 +288,7 @@ def run(cfg: Config, world: World) -> None:
         if not rewards:
             of = (pipe.device, pipe.clip_tokenizer, False, sizes[0], [entry["prompt"] for entry in entries])
             rewards = [open_reward(s, *of) for s in cfg.rewards]
-            on_first_rank(partial(claim, cfg, flags, sources))
+            on_first_rank(partial(claim, cfg, flags, weights))
         if world.rank == 0 and (warning := too_long(pipe, [entry["prompt"] for entry in entries])):
             print(warning, file=sys.stderr)
         folder = cfg.out / name

@@ -212,10 +212,11 @@ def means_of(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[str
     return by_task | {reward.name: round(overall, 9)}  # equal where the same number of images is right
 
 
+@torch.no_grad()
 def try_score(score: Score, spec: str, device: Device, size: tuple[int, int], prompts: Sequence[str]) -> None:
     """Try a user's function (images, prompts) -> (b,) on random images. Raises ValueError saying what is wrong."""
     for n in (2, 1):
-        images = torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        images = torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
         try:
             result = score(images, list(islice(cycle(prompts), n)))
         except Exception as error:

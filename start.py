@@ -21,7 +21,7 @@ from baselines import Log
 from config import PRESETS, Config, Experiment, Method, sides
 from infra.anchor import frozen_copy
 from infra.checkpoints import folders
-from infra.checks import check_flags, check_folder, check_groups, check_prompts
+from infra.checks import check_flags, check_folder, check_groups, check_prompts, tell_changes
 from infra.distributed import World, fill, shard_flux, shard_frozen
 from infra.files import PART, recover, remove, replacing, set_aside
 from infra.folders import Pipeline, describe, load
@@ -32,7 +32,7 @@ from infra.lora_files import lora_file, read_lora
 from infra.meter import Flops, network_flops
 from infra.prompts import fingerprint, read_prompts, say
 from infra.reading import flux_file
-from infra.user_code import is_user_code, load_function, where
+from infra.user_code import contents, is_user_code, load_function, where
 from infra.watch import best_of
 from leaps import Samples
 from model import Flux, FluxConfig
@@ -72,6 +72,8 @@ class Setup:
 
 # ------------------------------------------------------------------------------------------- method
 
+UNSET = {f.name: f.default for f in fields(Method) if f.name not in ("method", "option")}  # then a method's own counts
+
 
 def method_of(name: str) -> Callable[..., dict[str, Tensor]]:
     """The function that --method names: of leaps.py or baselines.py, or FILE.py:FUNCTION. Raises ValueError."""
@@ -99,17 +101,17 @@ def keywords(method: Callable) -> dict[str, Any]:
 def options_of(cfg: Config, preset: Config) -> dict[str, Any]:
     """What the flags say of the method's keywords. Raises ValueError for a flag that it does not have."""
     known = keywords(method_of(cfg.method))
-    flags = [f.name for f in fields(Method) if f.name not in ("method", "option")]
-    for name in flags:
+    for name in UNSET:
         if name not in known and getattr(cfg, name) != getattr(preset, name):
             raise ValueError(
                 f"--{name.replace('_', '-')} means nothing with --method {cfg.method}, which has no such keyword"
             )
-    options = {name: getattr(cfg, name) for name in flags if name in known and getattr(cfg, name) is not None}
+    given = {name: getattr(cfg, name) for name, unset in UNSET.items() if getattr(cfg, name) != unset}
+    options = {name: value for name, value in given.items() if name in known}
     for text in cfg.option:
         name, equals, value = text.partition("=")
         # A keyword of yours may be called as a flag is, and mean something else.
-        own = [name for name in known if name not in flags or is_user_code(cfg.method)]
+        own = [name for name in known if name not in UNSET or is_user_code(cfg.method)]
         if not equals or name not in own:
             raise ValueError(
                 f"--option {text}: NAME=VALUE, of the keywords of {cfg.method} that are no flags: "
@@ -124,16 +126,21 @@ def options_of(cfg: Config, preset: Config) -> dict[str, Any]:
 
 def recorded(cfg: Config) -> dict[str, Any]:
     """The flags as config.json has them: the method's keywords with the values that count."""
-    known = keywords(method_of(cfg.method))
-    flags = json.loads(json.dumps(asdict(cfg), default=str))
-    return flags | {k: v for k, v in known.items() if k in flags and flags[k] is None}
+    flags = asdict(cfg)
+    known = keywords(method_of(cfg.method)).items()
+    flags |= {name: value for name, value in known if name in UNSET and flags[name] == UNSET[name]}
+    return json.loads(json.dumps(flags, default=str))
+
+
+def code_of(cfg: Config) -> dict[str, str]:
+    """The user's files that a run is made with, each with a hash."""
+    return contents([cfg.method, *cfg.reward, *cfg.watch])
 
 
 def fixed_names(cfg: Config) -> list[str]:
     """What --resume must find unchanged: the experiment, and the method with its keywords."""
     names = [f.name for f in fields(Experiment) if f.name not in ("prompts", "eval_prompts")]  # see check_prompts
-    names += ["method", "option"]
-    names += [name for name in keywords(method_of(cfg.method)) if hasattr(cfg, name)]
+    names += ["method", "option", *(name for name in keywords(method_of(cfg.method)) if name in UNSET)]
     return names + ["steps"] * cfg.decay  # the learning rate falls over all of them
 
 
@@ -228,6 +235,7 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     prompts, eval_prompts = read_prompts(cfg.prompts), read_prompts(cfg.eval_prompts)
     if cfg.resume and (out / "config.json").exists():
         check_prompts(out, prompts, eval_prompts, (cfg.prompts, cfg.eval_prompts))
+        tell_changes(out, code_of(cfg))
     for size in cfg.size:
         check_rewards([*cfg.reward, *cfg.watch], eval_prompts, sides(size), f"--eval-prompts {cfg.eval_prompts}")
         check_rewards(cfg.reward, prompts, sides(size), f"--prompts {cfg.prompts}")
@@ -276,10 +284,14 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
 def check_gradient(reward: Reward, prompts: list[str], size: tuple[int, int], device: torch.device) -> None:
     """Raise ValueError if a reward has no gradient in an image."""
     image = torch.rand(1, 3, *size, device=device).requires_grad_()
-    if not reward.score(image, prompts).requires_grad:
+    try:
+        score, why = reward.score(image, prompts), ""
+    except Exception as error:  # numpy takes nothing that has a gradient
+        score, why = None, f" ({where(error)})"
+    if score is None or not score.requires_grad:
         raise ValueError(
-            f"--reward {reward.name} has no gradient in the images: watch it, or take a method that needs none, such "
-            "as flow_grpo"
+            f"--reward {reward.name} has no gradient in the images{why}: watch it, or take a method that needs none, "
+            "such as flow_grpo"
         )
 
 
@@ -358,9 +370,9 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> tuple[list[Entry], Ent
     (out / "samples").mkdir(parents=True, exist_ok=True)
     for name in ("best", "final"):
         recover(out / name)
-    record = recorded(cfg) | dict(prompts_read=[fingerprint(setup.prompts), fingerprint(setup.eval_prompts)])
+    read = dict(prompts_read=[fingerprint(setup.prompts), fingerprint(setup.eval_prompts)], code_read=code_of(cfg))
     with replacing(out / "config.json") as part:
-        part.write_text(json.dumps(record, indent=2) + "\n")
+        part.write_text(json.dumps(recorded(cfg) | read, indent=2) + "\n")
     for later in [f for f in folders(out) if f.name > f"step_{first:06d}"]:
         if cfg.at is not None:
             shutil.rmtree(later)
@@ -374,10 +386,14 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> tuple[list[Entry], Ent
         set_aside(out / "best", mark := f".step_{kept['step']:06d}")
         say(f"{out / 'best'} is of step {kept['step']}, and is kept as best{mark}")
     truncate(out / "metrics.jsonl", first)
-    return truncate(out / "eval.jsonl", first), of_best(out, setup)
+    again = first % cfg.eval_every == 0 or first == cfg.steps  # or its evaluation, the last of a shorter run, stays
+    return truncate(out / "eval.jsonl", first if again else first + 1), of_best(out, setup)
 
 
 def of_best(out: Path, setup: Setup) -> Entry | None:
     """The evaluation that best/ is of, by the run's log; None if there is no best/."""
     evals = read_log(out / "eval.jsonl")
-    return best_of(evals, setup.watched[0].name) if evals and setup.watched and (out / "best").exists() else None
+    if not evals or not setup.watched or not (out / "best").exists():
+        return None
+    kept = [e for e in evals if "kept" in e]  # older runs have none
+    return kept[-1] if kept else best_of(evals, setup.watched[0].name)

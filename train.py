@@ -48,7 +48,7 @@ from infra.meter import Meter, peak_flops, peak_memory
 from infra.prompts import batch_of, shard
 from infra.saving import write_model
 from infra.seeds import generator_of
-from infra.watch import newly_hacked, shown, which_folder
+from infra.watch import newly_hacked, shown, value, which_folder
 from leaps import VJP, Samples, Velocity, hinge, vjp_of
 from model import Flux
 from rewards import means_of, reported, score_all
@@ -262,6 +262,8 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
             log.say(f"goes on from step {first}")
         try:
             kept = loop(cfg, setup, world, run, first, log, evals, kept)
+        except OSError as error:  # a log cannot be written: the disk is full, say
+            raise Stop(1, f"{error}; --resume goes on from the newest checkpoint in {out / 'checkpoints'}") from error
         finally:
             run.wait()  # for the checkpoint that is being written
             log.bar.close()
@@ -306,10 +308,11 @@ def loop(
                 with swapped(run.params, run.averaged):
                     entry, images = evaluate(cfg, setup, world)
                     evals.append(dict(step=step, **entry, seconds=time.time() - start))
-                    if watched and (kept is None or evals[-1][watched[0]] > kept[watched[0]]):
+                    if watched and (kept is None or value(evals[-1], watched[0]) > value(kept, watched[0])):
                         try:
                             write_model(out / "best", setup.pipe, world)
                             kept = evals[-1]
+                            kept["kept"] = "best/"  # for a run that goes on
                         except OSError as error:  # the disk is full, say: no reason to lose the run
                             log.say(f"warning: {error}")
                 log.evaluation(evals[-1], images[shown(setup.eval_prompts)], captions)

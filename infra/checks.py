@@ -10,7 +10,8 @@ from config import Config
 from infra.checkpoints import folders
 from infra.distributed import CUT, World
 from infra.files import PART, check_writable
-from infra.prompts import fingerprint
+from infra.jsonl import read_log
+from infra.prompts import fingerprint, say
 from infra.trackers import check_trackers
 
 
@@ -113,6 +114,8 @@ def check_folder(cfg: Config, out: Path, now: dict[str, Any], defaults: dict[str
         if now[name] != earlier:
             flag = name.replace("_", "-")
             raise ValueError(f"--resume with --{flag} {now[name]}, but {out} was started with {earlier}")
+    for log in ("metrics.jsonl", "eval.jsonl"):
+        read_log(out / log)
     check_checkpoints(cfg, out, [f.name for f in folders(out)])
 
 
@@ -129,6 +132,13 @@ def check_prompts(out: Path, prompts: list[str], eval_prompts: list[str], paths:
         if value != earlier:
             flag = name.replace("_", "-")
             raise ValueError(f"--resume with --{flag} {path}, which says something else than when {out} was started")
+
+
+def tell_changes(out: Path, now: dict[str, str]) -> None:
+    """Warn of files of the user's that are others than those which a run was made with so far, by their hashes."""
+    before = json.loads((out / "config.json").read_text()).get("code_read", now)
+    for file in sorted(f for f in now if now[f] != before.get(f, now[f])):
+        say(f"warning: {file} has changed since {out} was started: numbers before and after may not be alike")
 
 
 def check_checkpoints(cfg: Config, out: Path, names: Sequence[str]) -> None:

@@ -15,9 +15,18 @@ def append(path: Path, entry: Entry) -> None:
 
 
 def read_log(path: Path) -> list[Entry]:
-    """The objects of a JSON-lines file; a last line that a kill cut short is left out."""
+    """The objects of a JSON-lines file; a last line that a kill cut short is left out.
+
+    Raises ValueError naming the file and the line that is none.
+    """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entries += [json.loads(line)] if line.endswith("\n") else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is damaged ({error}): remove that line") from None
+    return entries
 
 
 def truncate(path: Path, step: int) -> list[Entry]:

@@ -1,7 +1,8 @@
 """What a run tells and writes down: lines on the screen, metrics and evaluations, pictures, trackers."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,26 +41,35 @@ class Log:
         samples = self.out / "samples"
         sheet = samples / f"step_{entry['step']:04d}.png"
         if self.speaks:
-            contact_sheet(images / 255, captions, sheet, columns=8)
-            if entry["step"] == 0:
-                torch.save(images, samples / "first.pt")
-            torch.save(images, samples / "last.pt")
+            with self.forgiving():
+                contact_sheet(images / 255, captions, sheet, columns=8)
+                if entry["step"] == 0:
+                    torch.save(images, samples / "first.pt")
+                torch.save(images, samples / "last.pt")
             append(self.out / "eval.jsonl", entry)
-        self.track(entry["step"], entry, [sheet])
+        self.track(entry["step"], entry, [sheet] if sheet.exists() else [])
         means = {k: v for k, v in entry.items() if isinstance(v, float) and k != "seconds"}
         self.say(f"step {entry['step']:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
 
     def pictures(self, prompts: Sequence[str], tasks: Sequence[str], evals: Sequence[Entry]) -> None:
         """before_after.png, of the images of the first and the last evaluation, and curves.png."""
         if self.speaks:
-            pair = [
-                torch.load(self.out / "samples" / f"{name}.pt", weights_only=True) / 255 for name in ("first", "last")
-            ]
-            chosen = shown(prompts)
-            judged = [e.get("by_prompt", {}).get("judge") for e in (evals[0], evals[-1])]
-            right = [tuple(of_image[i] > 0.5 for of_image in judged) for i in chosen] if all(judged) else None
-            before_after(*pair, [prompts[i] for i in chosen], self.out / "before_after.png", right=right)
-            curves(self.out, self.out / "curves.png", tasks)
+            with self.forgiving():
+                curves(self.out, self.out / "curves.png", tasks)
+                samples = self.out / "samples"
+                pair = [torch.load(samples / f"{name}.pt", weights_only=True) / 255 for name in ("first", "last")]
+                chosen = shown(prompts)
+                judged = [e.get("by_prompt", {}).get("judge") for e in (evals[0], evals[-1])]
+                right = [tuple(of_image[i] > 0.5 for of_image in judged) for i in chosen] if all(judged) else None
+                before_after(*pair, [prompts[i] for i in chosen], self.out / "before_after.png", right=right)
+
+    @contextmanager
+    def forgiving(self) -> Iterator[None]:
+        """A picture that cannot be written, as on a full disk, is no reason to lose a run."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # the latter is torch.save's
+            self.say(f"warning: a picture is not written: {error}")
 
 
 def note_nonfinite(out: Path, step: int, seed: int, norm: float, ranks: Sequence[tuple], speaks: bool) -> str:

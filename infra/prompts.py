@@ -80,7 +80,7 @@ def from_table(text: str, path: Path) -> list[Entry] | None:
     A file that is not called .csv or .tsv is one only if it has more columns than one, and all rows have all of
     them: "prompt, text" may be a prompt too.
     """
-    first = text.lstrip().partition("\n")[0]
+    first = next((line for line in text.split("\n") if line.strip()), "")  # its first cell may be empty, as pandas'
     called, separator = path.suffix.lower() in (".csv", ".tsv"), "\t" if "\t" in first else ","
     header = [cell.strip().strip('"') for cell in first.split(separator)]
     if (column := prompt_key(header)) is None:
@@ -118,15 +118,17 @@ def from_lines(text: str, path: Path) -> list[Entry]:
     if left_out := len(lines) - len(written):
         say(f"{path}: {left_out} of {len(lines)} lines {'starts' if left_out == 1 else 'start'} with # and a space: "
             "read as comments")  # fmt: skip
-    is_json = path.suffix in (".json", ".jsonl") or any(is_object(line) for _, line in written)
+    called = path.suffix in (".json", ".jsonl")
+    is_json = called or any(is_object(line) for _, line in written)
     entries = []
     for number, line in written:
         where = f"{path}, line {number}"
+        in_json = (is_json and line.startswith("{")) or (called and line.startswith('"'))
         try:
-            entry = json.loads(line) if is_json and line.startswith("{") else {"prompt": line}
+            entry = json.loads(line) if in_json else line
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: no JSON ({error})") from error
-        entries.append(with_prompt(entry, where))
+        entries.append(with_prompt({"prompt": entry} if isinstance(entry, str) else entry, where))
     return entries
 
 

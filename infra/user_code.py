@@ -4,10 +4,12 @@ What the file imports is the user's: their installed packages, and the files bes
 as one of ours is (config.py, model.py, ...).  None of it takes the place of our own modules.
 """
 
+import hashlib
 import importlib.util
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -20,6 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def is_user_code(spec: str) -> bool:
     """Whether a name on the command line is one of a file's functions."""
     return ".py:" in spec
+
+
+def contents(specs: Iterable[str]) -> dict[str, str]:
+    """A hash of each file that some of the names are functions of."""
+    files = {re.match(r"(.*?\.py):", spec).group(1) for spec in specs if is_user_code(spec)}
+    return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:8] for f in sorted(files) if Path(f).is_file()}
 
 
 def load_function(spec: str, kind: str) -> Callable[..., Any]:
@@ -37,7 +45,7 @@ def load_function(spec: str, kind: str) -> Callable[..., Any]:
     try:
         with beside(folder, clash, theirs):
             module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the latter by a main() or parse_args() that nothing guards
         raise ValueError(f"{kind} file {file} does not run: {where(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -83,7 +91,7 @@ def top_names(folder: Path) -> set[str]:
     return {f.stem for f in folder.glob("*.py")} | {f.parent.name for f in folder.glob("*/__init__.py")}
 
 
-def where(error: Exception) -> str:
+def where(error: BaseException) -> str:
     """An error of the user's code, with the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"

@@ -4,6 +4,7 @@ Works on the evaluations of a run, as in its eval.jsonl.  Images of the same pro
 evaluation, so what counts is the differences a prompt, in units of their standard error.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,14 @@ import numpy as np
 Entry = dict[str, Any]
 
 
+def value(entry: Entry, name: str) -> float:
+    """A watched reward; one that is not a number is below all others."""
+    return -math.inf if math.isnan(entry[name]) else entry[name]
+
+
 def best_of(evals: Sequence[Entry], name: str) -> Entry:
     """The first of the evaluations with the highest value of a watched reward."""
-    return max(evals, key=lambda e: e[name])
+    return max(evals, key=lambda e: value(e, name))
 
 
 def has_fallen(before: Entry, after: Entry, name: str) -> bool:
