@@ -156,7 +156,7 @@ class Run:
     """Updates."""
     out: Path | None = None
     """Run folder; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""
-    patience: int = 3
+    patience: int = 2
     """Evaluations that a watched reward may stay below its best, while the trained one rises, before a warning."""
     stop_early: bool = False
     """Stop at that warning instead of going on."""

@@ -38,9 +38,10 @@ from infra.files import replacing
 from infra.jsonl import read_log
 from infra.locations import find
 from infra.lora_files import lora_file
+from infra.methods import keywords, method_of, on_zeros, options_of, recorded, try_method
 from infra.user_code import is_user_code
 from rewards import resolve
-from start import check_model, keywords, method_of, on_zeros, options_of, recorded, try_method
+from start import check_model
 
 CELLS = RESULTS / "cells"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable to the bit, and two fit on two cores

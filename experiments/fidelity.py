@@ -41,12 +41,13 @@ from experiments.draw import draw
 from experiments.record import file_of, named, record
 from infra.distributed import device_of
 from infra.folders import Pipeline, load
+from infra.methods import keywords, method_of, options_of
 from infra.prompts import read_prompts
 from infra.seeds import generator_of
 from leaps import Samples, Velocity, hinge, leapalign, rollout, vjp_of
 from rewards import Reward, open_reward
 from sample import decode, encode, grid, velocity_of
-from start import check_gradient, keywords, method_of, options_of
+from start import check_gradient
 
 TRAIN = TrainConfig()
 GROUP = 8  # samples of a prompt, neighbours: policy gradients compare them, and all methods see the same samples

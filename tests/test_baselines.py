@@ -20,8 +20,9 @@ import train
 from baselines import advantages, draw_pair, draw_steps, lagrange_weights, late_step, transition
 from config import Config
 from infra.distributed import copy, join, whole
+from infra.methods import method_of
 from leaps import Samples, leapalign, pick_leaps, rollout, vjp_of
-from start import method_of, prepare
+from start import prepare
 from tests.processes import spread
 from tests.test_leaps import SIGMAS, Constant, Field, T, flat_grad, gaussian, generator
 

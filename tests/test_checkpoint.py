@@ -23,7 +23,7 @@ from torch import Tensor
 
 import train
 from config import Config
-from infra import checkpoints
+from infra import checkpoints, logs
 from infra.checkpoints import folders
 from infra.checks import check_flags
 from infra.distributed import join
@@ -32,7 +32,7 @@ from infra.folders import load
 from infra.jsonl import append, read_log, truncate
 from infra.logs import note_nonfinite
 from infra.trackers import open_trackers
-from start import prepare
+from start import of_best, prepare
 from tests.processes import spread, start
 
 ROOT = Path(train.__file__).parent
@@ -156,7 +156,7 @@ def test_a_run_resumed_from_an_older_checkpoint_forgets_the_newer_ones(undisturb
 def test_a_best_model_of_after_an_older_checkpoint_is_kept_beside_what_is_made_again(undisturbed, tmp_path):
     cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True, at=6)
     evals = read_log(cfg.out / "eval.jsonl")
-    evals[-1]["judge"] = 2.0  # of step 8
+    evals[-1] |= dict(judge=2.0, kept="best/")  # of step 8
     (cfg.out / "eval.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
     (cfg.out / "best" / "mine.txt").write_text("of step 8")
     assert completed(1, cfg) == ""
@@ -182,6 +182,45 @@ def failing_once(cfg: Config) -> tuple[str, list[int]]:
 def test_a_best_model_that_could_not_be_written_gives_way_to_the_next_that_can(base, tmp_path):
     ((message, steps),) = spread(1, failing_once, replace(base, out=tmp_path / "run"))
     assert message == "" and steps[:2] == [0, 4] and (tmp_path / "run" / "best").exists()
+    assert ["kept" in entry for entry in read_log(tmp_path / "run" / "eval.jsonl")][:2] == [False, True]
+
+
+def test_best_is_of_the_evaluation_that_the_log_says_and_in_older_logs_of_the_highest(tmp_path):
+    setup, log = SimpleNamespace(watched=[SimpleNamespace(name="judge")]), tmp_path / "eval.jsonl"
+    (tmp_path / "best").mkdir()
+    for judge in (0.1, 0.9, 0.2):
+        append(log, dict(step=judge, judge=judge))
+    assert of_best(tmp_path, setup)["judge"] == 0.9
+    append(log, dict(step=3, judge=0.3, kept="best/"))
+    append(log, dict(step=4, judge=0.95))  # the disk was full
+    assert of_best(tmp_path, setup)["judge"] == 0.3
+
+
+def test_a_run_that_is_made_longer_keeps_what_its_end_was_evaluated_as(base, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", steps=3, eval_every=2, decay=False)
+    assert completed(1, cfg) == ""
+    before = without_seconds(cfg.out / "eval.jsonl")
+    assert completed(1, replace(cfg, steps=4, resume=True)) == ""
+    after = without_seconds(cfg.out / "eval.jsonl")
+    assert [e["step"] for e in after] == [0, 2, 3, 4] and after[:3] == before
+
+
+def not_a_number_at_first(cfg: Config) -> str:
+    """The judge has no number at the first evaluation."""
+    real, made = train.evaluate, []
+
+    def evaluate(*args):
+        entry, images = real(*args)
+        made.append(entry)
+        return (entry | dict(judge=float("nan")) if len(made) == 1 else entry), images
+
+    train.evaluate = evaluate
+    return run(cfg)
+
+
+def test_a_first_evaluation_that_is_no_number_gives_way_to_the_next(base, tmp_path):
+    assert spread(1, not_a_number_at_first, replace(base, out=tmp_path / "run")) == [""]
+    assert ["kept" in entry for entry in read_log(tmp_path / "run" / "eval.jsonl")][:2] == [True, True]
 
 
 def test_export_writes_the_averaged_weights_of_any_checkpoint(undisturbed, tmp_path):
@@ -401,6 +440,26 @@ def test_a_save_that_fails_at_the_very_end_is_told_and_training_goes_on_on_all_r
     assert (tmp_path / "run" / "final").exists() and not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def without_room(cfg: Config, what: str) -> tuple[str, str]:
+    """Neither pictures nor what is saved for them can be written; or the log of updates cannot."""
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in ("contact_sheet", "before_after", "curves") if what == "pictures" else ("append",):
+        setattr(logs, name, fail)
+    return told(cfg)
+
+
+def test_a_picture_that_cannot_be_written_is_no_end_of_a_run_and_a_log_that_cannot_is_told(base, tmp_path, capfd):
+    cfg = replace(base, out=tmp_path / "pictures")
+    ((message, _),) = spread(1, without_room, cfg, "pictures")
+    assert message == "" and capfd.readouterr().out.count("warning: a picture is not written") == 4  # 3, and the last
+    assert len(read_log(cfg.out / "eval.jsonl")) == 3 and (cfg.out / "final").exists()
+    ((message, _),) = spread(1, without_room, replace(base, out=tmp_path / "logs"), "logs")
+    assert message.startswith("1 [Errno 28] No space left") and "--resume goes on" in message
+
+
 # ------------------------------------------------------------------------------------------ not finite
 
 
@@ -462,6 +521,9 @@ def test_a_log_that_a_kill_cut_is_read_up_to_there_and_truncated_by_step(tmp_pat
     append(file, {"step": 2})
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 2]
     assert read_log(tmp_path / "none.jsonl") == truncate(tmp_path / "none.jsonl", 3) == []
+    file.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=f"{file}, line 2, is damaged"):
+        read_log(file)
 
 
 def test_every_update_logs_where_its_time_went(undisturbed):

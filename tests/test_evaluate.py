@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import evaluate
@@ -250,6 +250,49 @@ def test_a_folder_of_other_settings_or_of_a_model_since_rewritten_is_not_mixed_i
     (weights,) = (model / "transformer").glob("*.safetensors")
     os.utime(weights)
     assert "was written again" in again()
+
+
+def test_nor_is_one_by_a_reward_file_that_was_changed_since(few, tmp_path, monkeypatch, capsys):
+    (file := tmp_path / "mine.py").write_text("def f(images, prompts): return images.mean((1, 2, 3))")
+    flags = [
+        "--rewards",
+        f"{file}:f",
+        "--prompts",
+        str(few),
+        "--num",
+        "1",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    evaluate.main()
+    file.write_text("def f(images, prompts): return 100 * images.mean((1, 2, 3))")
+    assert "mine.py as it was" in refused(monkeypatch, capsys, *flags)
+    (tmp_path / "o" / "config.json").write_text("")
+    assert "config.json is damaged" in refused(monkeypatch, capsys, *flags)
+
+
+def test_nor_is_one_of_a_lora_whose_base_was_written_again(few, tmp_path, monkeypatch, capsys):
+    base = shutil.copytree(TINY, tmp_path / "base")
+    (weights,) = (base / "transformer").glob("*.safetensors")
+    width, channels = load_file(weights)["x_embedder.weight"].shape
+    a, b = (f"transformer.x_embedder.lora_{x}.weight" for x in "AB")
+    save_file({a: torch.zeros(1, channels), b: torch.zeros(width, 1)}, lora := tmp_path / "lora.safetensors")
+    flags = ["--model", str(lora), "--base", str(base), "--rewards", "lattice", "--prompts", str(few), "--num", "1"]
+    flags += ["--steps", "1", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    evaluate.main()
+    os.utime(weights)
+    assert "was written again" in refused(monkeypatch, capsys, *flags)
+
+
+def test_tags_that_are_no_words_are_no_tasks(tmp_path):
+    (file := tmp_path / "tags.json").write_text(json.dumps([{"prompt": "a cat", "tag": ["shape", "easy"]}]))
+    assert evaluate.prepare(evaluate.Config(prompts=file, rewards=("tiny",))) == (
+        [{"prompt": "a cat", "tag": ["shape", "easy"]}], None
+    )  # fmt: skip
 
 
 def test_scores_that_this_machine_does_not_see_yet_are_named_in_place_of_a_report(tmp_path):

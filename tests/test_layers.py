@@ -15,9 +15,10 @@ HEIGHT = {  # a module may import what is lower, or of its own package
     "infra": 1, "scorers.common": 1,
     "scorers": 2,
     "rewards": 3, "sample": 3, "baselines": 3,
-    "start": 4,
-    "train": 5, "evaluate": 5,
-    "shapes.world": 0, "shapes.judge": 0, "shapes.models": 2, "shapes": 6, "tools": 6, "experiments": 7, "tests": 8,
+    "infra.methods": 4,
+    "start": 5,
+    "train": 6, "evaluate": 6,
+    "shapes.world": 0, "shapes.judge": 0, "shapes.models": 2, "shapes": 7, "tools": 7, "experiments": 8, "tests": 9,
 }  # fmt: skip
 POPULAR = (
     "clip", "hpsv2", "hpsv3", "ImageReward", "imagereward", "pickscore", "judge", "files", "logs", "logger", "utils",

@@ -15,10 +15,12 @@ import baselines
 import leaps
 import train
 from config import PRESETS, Config, Experiment, Machine, Method, Run, parse
-from infra.checks import check_folder, check_prompts
+from infra.checks import check_folder, check_prompts, tell_changes
 from infra.distributed import join, stop_signals
 from infra.meter import Meter
-from start import fixed_names, is_method, keywords, method_of, options_of, prepare, recorded, try_method
+from infra.methods import fixed_names, is_method, keywords, method_of, options_of, recorded, try_method
+from infra.user_code import contents
+from start import prepare
 from tests.test_baselines import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +131,24 @@ def test_a_keyword_of_ones_own_may_be_called_as_a_flag_of_another_kind(tmp_path)
     (tmp_path / "mine.py").write_text("def mine(s, *, weight=0.5): ...\n")
     cfg = Config(method=f"{tmp_path / 'mine.py'}:mine", option=("weight=0.7",))
     assert options_of(cfg, Config()) == dict(weight=0.7)
+
+
+def test_keywords_of_ones_own_are_recorded_as_json_reads_them_and_are_no_flags_of_the_run(tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(s, *, window=(0, 1), steps=2, nested_only=True): ...\n")
+    cfg = Config(method=f"{tmp_path / 'mine.py'}:mine", decay=False)
+    assert recorded(cfg) == json.loads(json.dumps(recorded(cfg))) and recorded(cfg)["window"] == [0, 1]
+    assert "steps" not in fixed_names(cfg) and "window" in fixed_names(cfg)
+    assert options_of(cfg, Config()) == {} and recorded(cfg)["nested_only"] is True  # the flag's False is no wish
+
+
+def test_a_resumed_run_tells_of_code_that_has_changed(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(dict(code_read={"a.py": "1", "b.py": "2"})))
+    tell_changes(tmp_path, {"a.py": "1", "b.py": "3", "c.py": "4"})
+    assert capsys.readouterr().err.startswith("warning: b.py has changed since")
+    (file := tmp_path / "mine.py").write_text("def f(images, prompts): ...")
+    before = contents([f"{file}:f:0.5", "tiny", "leapalign"])
+    file.write_text("def f(images, prompts): return 1")
+    assert list(before) == [str(file)] and contents([f"{file}:f"]) != before
 
 
 def test_a_preset_of_the_paper_leaves_other_methods_their_own_defaults():

@@ -51,6 +51,12 @@ def test_json_lines_are_read_for_their_prompt_and_keep_the_rest(tmp_path):
     assert read_prompts(written(tmp_path, '{"prompt": "a \u2028cat"}\na\x85dog\n')) == ["a \u2028cat", "a\x85dog"]
 
 
+def test_json_lines_may_be_strings_where_the_file_is_called_so(tmp_path):
+    (file := tmp_path / "strings.jsonl").write_text('"a cat"\n"a \\"dog\\""\n')
+    assert read_prompts(file) == ["a cat", 'a "dog"']
+    assert read_prompts(written(tmp_path, '"a cat"\n')) == ['"a cat"']
+
+
 def test_a_json_array_such_as_hpdv2s_is_read_too(tmp_path):
     file = written(tmp_path, '[\n {"prompt": "a cat", "rank": [1, 2]},\n "a dog"]')
     assert read_entries(file) == [{"prompt": "a cat", "rank": [1, 2]}, {"prompt": "a dog"}]
@@ -101,6 +107,12 @@ def test_a_tab_separated_table_is_read_by_its_header(suffix, tmp_path):
     assert read_entries(file)[1]["Category"] == "Artifacts"
     file.write_bytes(PARTI.replace("bond", '"bond" or "no bond"').encode())  # quotes that are no table's
     assert read_prompts(file)[0] == '"bond" or "no bond"'
+
+
+@pytest.mark.parametrize("suffix", ["txt", "tsv"])
+def test_a_table_that_pandas_wrote_with_its_index_is_read(suffix, tmp_path):
+    (file := tmp_path / f"table.{suffix}").write_text("\n\tPrompt\tCategory\n0\ta cat\tsingle\n1\ta dog\ttwo\n")
+    assert read_prompts(file) == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv"])

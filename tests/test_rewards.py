@@ -23,6 +23,7 @@ from scorers.clip import clip, load_clip
 from scorers.common import CLIP_MEAN, CLIP_STD, preprocess
 from shapes.models import make_tokenizers
 from shapes.world import all_prompts, scenes
+from start import check_gradient
 
 try:  # transformers 5 has PIL under a name of its own, in 4.57 it is the only one that needs no torchvision
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -271,12 +272,23 @@ def test_a_users_function_is_tried_with_prompts_of_the_run(tmp_path):
         open_reward(f"{file}:of_prompt")
 
 
+def test_a_reward_that_computes_in_numpy_can_be_watched_but_not_trained_on(tmp_path):
+    file = tmp_path / "in_numpy.py"
+    file.write_text(
+        "import torch\ndef mean(images, prompts): return torch.from_numpy(images.cpu().numpy().mean((1, 2, 3)))\n"
+    )
+    reward = open_reward(f"{file}:mean")
+    with pytest.raises(ValueError, match=r"no gradient in the images \(RuntimeError: Can't call numpy"):
+        check_gradient(reward, ["a photo of a circle"], (64, 64), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     "code, words",
     [
         (None, "no file"),
         ("def f(images, prompts) return", "does not run: SyntaxError"),
         ("import no_such_module", "does not run: ModuleNotFoundError"),
+        ("import sys\nsys.exit()", "does not run: SystemExit"),
         ("g = 1", "defines no function 'f'"),
         ("def f(images): return images", "fails on images .*takes 1 positional argument"),
         ("def f(images, prompts): return images.mean()", r"one score per image, \(2,\) for 2, and returned \(\)"),

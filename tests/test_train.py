@@ -19,12 +19,13 @@ from infra.distributed import join
 from infra.folders import load
 from infra.jsonl import read_log
 from infra.meter import Meter
+from infra.methods import recorded
 from infra.seeds import generator_of
 from infra.watch import is_hacked, which_folder
 from rewards import LAMBDA, WEIGHTS
 from shapes.models import make_tokenizers
 from shapes.world import TASKS
-from start import Setup, prepare, recorded
+from start import Setup, prepare
 from tests.processes import script
 from tests.tiny_rewards import write_hpsv2, write_hpsv3
 
