@@ -21,7 +21,7 @@ from baselines import advantages, draw_pair, draw_steps, lagrange_weights, late_
 from config import Config
 from infra.distributed import copy, join, whole
 from infra.methods import method_of
-from leaps import Samples, leapalign, pick_leaps, rollout, vjp_of
+from leaps import Samples, leap, leapalign, pick_leaps, rollout, similarity_weight, vjp_of
 from start import prepare
 from tests.processes import spread
 from tests.test_leaps import SIGMAS, Constant, Field, T, flat_grad, gaussian, generator
@@ -77,6 +77,34 @@ def steps_of(x: Tensor, field: Field, active, detach: bool, stop: int = T) -> Te
     return x
 
 
+# ---------------------------------------------------------------------------------------------- leapalign, whole
+
+OPTIONS = [{}, dict(leaps=1), dict(leaps=3), dict(alpha=1.0), dict(low=0.3), dict(high=0.7), dict(distance=0.4),
+           dict(nested_only=True), dict(nested_only=True, leaps=3), dict(weight="d_j"), dict(weight="none"),
+           dict(reward_input="xhat_0"), dict(reward_input="xhat_0", leaps=3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_leapalign_is_autograd_through_its_leaps_with_each_of_its_options_and_logs_what_they_were(options):
+    plain = dict(alpha=0.3, tau=0.1, leaps=2, weight="both", low=0.0, high=1.0, distance=None, nested_only=False)
+    o, field, xhat = plain | options, Field(), "reward_input" in options
+    ro = rollout(field, noise(0), SIGMAS)
+    for seed in range(4):
+        picks = pick_leaps(SIGMAS, generator(seed), o["leaps"], o["low"], o["high"], o["distance"])
+        w, d = similarity_weight(ro, picks, o["tau"], o["weight"])
+        x0 = leap(field, ro, picks, o["alpha"], o["nested_only"])
+        last = picks[-1]
+        rewarded = ro.x[last] - SIGMAS[last] * ro.v[last] if xhat else ro.x[-1]
+        (-(w * score(x0 - x0.detach() + rewarded)).mean()).backward()
+        expected = flat_grad(field)
+        assert close(gradient_of(leapalign, seed=seed, **options), expected)
+        log = leapalign(samples(Field(), seed), **options)
+        assert (log["k"], log["j"]) == (SIGMAS[picks[0]], SIGMAS[last])
+        torch.testing.assert_close(log["d_0"], d[-1])
+        torch.testing.assert_close(log["d_j"], sum(d[:-1]) / (len(d) - 1) if len(d) > 1 else torch.zeros_like(w))
+        torch.testing.assert_close(log["w"], w)
+
+
 # ------------------------------------------------------------------------------------- the paper's baselines
 
 
@@ -86,6 +114,7 @@ def test_refl_is_one_step_and_its_prediction(seed):
     x = rollout(field, noise(0), SIGMAS).x[i]
     (-score(x - SIGMAS[i] * field(x, SIGMAS[i])).mean()).backward()
     assert close(gradient_of(baselines.refl, seed=seed), flat_grad(field))
+    assert baselines.refl(samples(Field(), seed))["k"] == SIGMAS[i]
 
 
 def test_refl_and_drtune_stop_at_one_of_the_last_eleven_of_twenty_five():
@@ -94,6 +123,9 @@ def test_refl_and_drtune_stop_at_one_of_the_last_eleven_of_twenty_five():
     short = {late_step(samples(Field(), seed)._replace(sigmas=sigmas), last=2) for seed in range(50)}
     assert short == {23, 24} and late_step(samples(Field(), 0), last=99) in range(T)
     assert found == set(range(14, 25))
+    for steps, window in ((8, 4), (12, 5)):  # of other T in proportion, rounded
+        s = samples(Field(), 0)._replace(sigmas=torch.linspace(1, 0, steps + 1))
+        assert {late_step(s) for _ in range(200)} == set(range(steps - window, steps))
 
 
 def test_draft_lv_is_the_last_step_from_the_rollout_and_from_noised_copies_of_its_end():
@@ -119,7 +151,7 @@ def test_drtune_detaches_every_input_and_trains_equally_spaced_steps(seed):
 
 @pytest.mark.parametrize("active, steps", [(1, 25), (2, 25), (3, 25), (2, 2), (9, 2)])
 def test_drtune_draws_its_steps_among_all_and_one_at_least_of_those_it_makes(active, steps):
-    firsts, apart = set(), steps // min(active, steps)
+    firsts, apart, reached = set(), steps // min(active, steps), False
     for seed in range(300):
         asked: list[int] = []
 
@@ -131,6 +163,8 @@ def test_drtune_draws_its_steps_among_all_and_one_at_least_of_those_it_makes(act
         assert 1 <= len(asked) <= active and asked[-1] <= late
         assert all(b - a == apart for a, b in itertools.pairwise(asked))
         firsts.add(asked[0])
+        reached |= asked[-1] == late
+    assert reached
     if (active, steps) == (2, 25):
         assert firsts == set(range(13))
 
@@ -168,8 +202,8 @@ def test_sparse_replaces_some_velocities_of_the_sum(rho):
     assert close(gradient_of(baselines.flowbp_sparse, seed=3, rho=rho), flat_grad(field))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_bridge_keeps_one_nested_term(seed, alpha=0.3, active=4):
+@pytest.mark.parametrize("seed, active", [*((seed, 4) for seed in range(5)), (5, 2)])  # with 2, j is the second step
+def test_bridge_keeps_one_nested_term(seed, active, alpha=0.3):
     g, field = generator(seed), Field()
     j = max(pick_leaps(SIGMAS, g))
     before = min(max(round(active * j / T), 1), active - 1)
@@ -216,6 +250,10 @@ def test_lagrange_integrates_the_polynomial_through_cached_velocities(seed, alph
         x = ro.x[end] + landed - landed.detach()
     w = 1 / (distances[0].clamp(min=tau) + distances[1].clamp(min=tau))
     (-(w * score(x)).mean()).backward()
+    log = baselines.flowbp_lagrange(samples(Field(), seed), alpha=alpha, tau=tau, rho=rho)
+    assert (log["k"], log["j"]) == (SIGMAS[k], SIGMAS[j])
+    for name, value in dict(d_j=distances[0], d_0=distances[1], w=w).items():
+        torch.testing.assert_close(log[name], value)
     options = dict(alpha=alpha, tau=tau, rho=rho)
     assert close(gradient_of(baselines.flowbp_lagrange, seed=seed, **options), flat_grad(field))
 

@@ -115,6 +115,7 @@ def test_an_update_costs_what_the_meter_counts(spec, counted):
 
 @pytest.mark.parametrize("spec", ["refl", "drtune", "flowbp_lagrange"])
 def test_where_a_step_is_drawn_the_meter_counts_one_of_the_possible_costs(spec, counted):
+    assert len({spent(spec, SMALL, n + 1) - spent(spec, SMALL, n) for n in range(1, 9)}) > 1
     each = {spent(spec, SMALL, n + 1) - (spent(spec, SMALL, n) if n else 0) for n in range(40)}
     assert {counted(spec, step) for step in range(3)} <= each
 
@@ -350,6 +351,23 @@ def test_a_plan_runs_nothing(tmp_path, started, capsys):
     told = capsys.readouterr().out
     assert not started and not list(tmp_path.iterdir())
     assert "12 runs of 12 are to do" in told  # 6 of the grid; leapalign has as many updates in both tables
+    table = Config(methods=("leapalign",), seeds=1, steps=6, grid=(1,), flags=SMALL, work=tmp_path / "work")
+    compare.run(replace(table, equal=("updates",), out=tmp_path / "m.json"))
+    compare.run(replace(table, equal=("updates",), seeds=2, plan=True))
+    assert "1 runs of 2 are to do" in capsys.readouterr().out
+
+
+def test_the_rate_is_chosen_by_what_is_asked_for_among_runs_that_did_not_diverge(tmp_path, monkeypatch):
+    ends = {1e-4: dict(judge=0.9, tiny=1.0), 2e-4: dict(judge=0.5, tiny=2.0), 4e-4: dict(judge=0.6, tiny=3.0)}
+
+    def ran(cell: Cell, work: Path) -> dict:
+        return run_of(GRID_SEED, diverged=cell.lr > 3e-4, **ends[round(cell.lr, 9)])
+
+    monkeypatch.setattr(compare, "run_cell", ran)
+    for select, multiple in (("judge", 1), ("tiny", 2)):  # 4 is higher by the latter, but ended early
+        table = Config(grid=(1, 2, 4), select=select)
+        chosen, _ = compare.choose(table, lambda spec, m: compare.cell(spec, SMALL, 0, m * 1e-4, 6, 6), "leapalign")
+        assert chosen == multiple
 
 
 @pytest.mark.parametrize("equal", [("updates",), ("updates", "evaluations")])

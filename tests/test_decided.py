@@ -9,7 +9,7 @@ import torch
 
 from experiments import decided
 from experiments.decided import SIZE, THINGS, Config, captions, networks, pairs, switched
-from experiments.draw_decided import half_way, share
+from experiments.draw_decided import captions_table, half_way, share
 from infra.folders import Pipeline, load
 from sample import decode, draw_noise, grid, sample, sigmas
 from shapes.judge import judge
@@ -97,6 +97,13 @@ def test_what_never_occurs_has_no_share_and_a_dash_in_the_table():
     assert np.isnan(share(dict(second=[0.0, 0.0]))).all()
 
 
+def test_a_share_is_of_what_wins_without_a_switch_and_its_interval_is_the_binomials():
+    found = dict(first=[0.0, 0.1], second=[0.5, 0.6])
+    assert share(found).tolist() == [1.0, 1.2]
+    table = captions_table(dict(things=dict(count=found), num=100, levels=[1.0, 0.0]))
+    assert "| count | 0.500 ±0.098 |" in table  # 1.96 sqrt(0.25 / 100)
+
+
 def test_a_thing_is_decided_where_its_share_falls_to_a_half():
     shares = share(dict(second=[0.8, 0.6, 0.2, 0.1]))
     assert shares.tolist() == pytest.approx([1, 0.75, 0.25, 0.125])
@@ -115,6 +122,18 @@ def test_the_command_measures_captions_and_networks_and_draws_them(few, tmp_path
         assert len(of_thing["first"]) == len(of_thing["second"]) == T + 1
     assert "| position |" in capsys.readouterr().out
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("found.png", "found-networks.png"))
+
+
+def test_the_tuned_network_makes_the_first_steps_where_the_result_says_so(few, tmp_path, monkeypatch):
+    loaded, load_one = [], decided.load
+    monkeypatch.setattr(decided, "load", lambda *which: loaded.append(load_one(*which)) or loaded[-1])
+    monkeypatch.setattr(decided, "captions", lambda *_: dict(first=[0.0] * (T + 1), second=[1.0] * (T + 1)))
+    of_first = lambda cfg, first, *_: {task: [float(first is loaded[1])] * (T + 1) for task in TASKS}  # noqa: E731
+    monkeypatch.setattr(decided, "networks", of_first)
+    out = tmp_path / "found.json"
+    decided.run(Config(tuned=(Config().model,), num=6, rollout_steps=T, prompts=few, out=out))
+    (model,) = json.loads(out.read_text())["tuned"]
+    assert (model["tuned_first"]["two"][0], model["base_first"]["two"][0]) == (1.0, 0.0)
 
 
 def test_models_of_one_name_are_refused():

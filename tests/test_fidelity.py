@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from config import Config as TrainConfig
 from config import sides
-from experiments import fidelity
+from experiments import draw_fidelity, fidelity
 from experiments.cells import opened
 from experiments.draw_fidelity import TAU, trust
 from experiments.fidelity import (
@@ -28,7 +29,7 @@ from experiments.fidelity import (
 from infra.folders import load
 from infra.prompts import read_prompts
 from infra.seeds import generator_of
-from leaps import Rollout, hinge, leapalign, pick_leaps, similarity_weight
+from leaps import Rollout, Samples, hinge, leapalign, pick_leaps, similarity_weight
 from rewards import open_reward
 from sample import decode, encode, grid, sigmas, velocity_of
 from tests.test_leaps import SIGMAS, T, gaussian
@@ -196,11 +197,41 @@ def test_draws_share_their_noise_and_nothing_else():
 # ---------------------------------------------------------------------------------- the tiny model
 
 
+def test_a_weight_multiplies_each_samples_slope():
+    batch, weight = linear_batch(Linear()), torch.arange(1.0, 1 + B, dtype=torch.float64)
+    s = samples_of(batch, 0)
+    torch.testing.assert_close(s.reward(batch.noise, weight), weight[:, None, None] * batch.noise / B)
+
+
+def test_every_draw_in_every_batch_has_a_randomness_of_its_own():
+    network, seen = Linear(), []
+
+    def noted(s: Samples) -> dict:
+        seen.append(s.generator.initial_seed())
+        return fidelity.full(s)
+
+    measure(Config(draws=3), {"noted": noted}, network, [linear_batch(network)] * 2)
+    assert len(seen) == len(set(seen)) == 6
+
+
+def test_the_table_has_the_rank_correlation_of_what_may_tell_and_the_cosine():
+    places = [
+        dict(d_j=d_j, d_0=d_0, cosine=c) for d_j, d_0, c in ((3, 4, 0.1), (2, 1, 0.2), (1, 2, 0.9), (0.5, 3, 0.95))
+    ]
+    base = dict(model="m", rollout_steps=5, places=[places, places])
+    head, _, row = draw_fidelity.trust_table([base]).strip().splitlines()
+    found = dict(zip(head.split(" | ")[1:], row.split(" | ")[1:]))
+    assert found["-d_j"] == "1.000 ±0.000"  # in one order, though on no line
+    assert found["-d_0"] == "0.200 ±0.000"  # 1 - 6 (0 + 4 + 0 + 4) / (4 x 15) of the ranks
+
+
 def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_rollout():
     cfg, steps, size = Config(batch=8), 3, sides(TrainConfig.size[0])
-    pipe, reward, prompts = load(MODEL), open_reward("tiny"), read_prompts(TrainConfig.prompts)
+    pipe, prompts = load(MODEL), read_prompts(TrainConfig.prompts)
+    reward = replace(open_reward("tiny"), lam=0.0)  # which some of the samples have reached
     method, levels = opened("full", f"--rollout-steps {steps} --batch 8")
     batch = batch_of(cfg, pipe, reward, prompts, levels, 0)
+    assert not torch.equal(batch.noise, batch_of(cfg, pipe, reward, prompts, levels, 1).noise)
     ours, _ = gradient_of(pipe.flux, method, samples_of(batch, 0, 0, 1))
 
     chosen = torch.randperm(len(prompts), generator=generator_of(0, 0))[:1].tolist()
@@ -209,7 +240,9 @@ def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_roll
     for now, after in itertools.pairwise(levels):
         x = x + (after - now) * velocity(x, now)
     pipe.flux.zero_grad()
-    hinge(reward.score(decode(pipe, x, *size), texts), reward.lam).mean().backward()
+    scores = reward.score(decode(pipe, x, *size), texts)
+    assert 0 < (scores > reward.lam).sum() < len(scores)
+    hinge(scores, reward.lam).mean().backward()
     exact = torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
     assert {"embedders", "double", "single", "final"} == set(ours)
     assert sum(map(len, ours.values())) == len(exact)

@@ -303,7 +303,9 @@ def test_a_watched_reward_catches_a_hackable_one(tmp_path, few_prompts, capfd):
         ([5, 4, 3, 6], [1, 2, 3, 4], 1.0, False),  # it came back
         ([2, 5, 4, 3], [1, 2, 3, 4], 1.0, False),  # only two evaluations ago
         ([5, 4, 3, 2], [2, 3, 4, 1], 1.0, False),  # the reward fell too
+        ([5, 4, 3, 2], [2, 3, 4, 2], 1.0, False),  # or is where it was
         ([5, 4.9, 4.9, 4.9], [1, 2, 3, 4], 1.0, False),  # a change that noise explains
+        ([5, 4.79, 4.79, 4.79], [1, 2, 3, 4], 1.0, False),  # of one and a half standard errors
         ([5, 4.9, 4.9, 4.9], [1, 2, 3, 4], 0.1, True),  # images differ as much, but all changed alike
         ([5], [1], 1.0, False),
     ],
