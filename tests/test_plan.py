@@ -130,6 +130,37 @@ def test_bytes_held_and_sent_by_two_ranks_are_those_counted(flags):
         assert real == held
 
 
+def test_every_part_of_a_plan_is_counted_in_bytes_a_weight():
+    """With weights in fp32: 4 for themselves, 4 for gradients, 8 for moments, 4 for averages; all else by its shape."""
+    told = Plan(size="64", text_length=12, rollout_steps=3, rollout_batch=2, reward=("hpsv2",), recompute=False)
+    dtype, cost = torch.bfloat16, network_flops(planned_flux(CONFIG, None, torch.bfloat16), 16, 12)
+    with FakeTensorMode():
+        flux, lora = (planned_flux(CONFIG, rank, dtype) for rank in (None, 4))
+        parts = plan.memory(told, 2, flux, dtype)
+        lean = plan.memory(replace(told, lean=True), 1, flux, dtype)
+        anchored = plan.memory(replace(told, anchor=1.0), 2, flux, dtype)["base"]
+        anchored_lora = plan.memory(replace(told, anchor=1.0, lora=4), 2, lora, dtype)["base"]
+        fp8 = plan.memory(replace(told, fp8=True, lora=4), 1, lora, dtype)
+        leap = leap_bytes(flux, 1, 16, 12, dtype, False)
+    p, largest = (sum(w.numel() for w in m.parameters()) for m in (flux, flux.double_blocks[0]))
+    assert [parts[k] for k in ("weights", "gradients", "optimizer", "averages")] == [2 * p, 2 * p, 4 * p, 2 * p]
+    assert (lean["weights"], lean["gradients"], lean["averages"]) == (2 * p, 2 * p, 0)
+    assert (anchored, anchored_lora) == (p, 0)
+    assert parts["states"] == (3 + 1 + 3) * 2 * 16 * 64 * 4  # states and velocities of two rollouts, fp32
+    assert parts["rollout"] == 2 * 2 * largest and parts["leap"] == leap + parts["rollout"]
+    assert parts["rewards"] == 986_109_441 * 4  # of ViT-H-14, published
+    linear = max(w.numel() for w in flux.parameters() if w.ndim == 2)
+    assert fp8["rollout"] == linear * (4 + 2)  # up-cast by way of fp32
+    moments = 8 * (1 / 4 + 1 / 256)
+    assert plan.disk(told, flux) == 16 * p and plan.host_memory(told, 2, flux) == (16 * p + 4 * p) / 2
+    assert plan.disk(replace(told, lean=True), flux) == pytest.approx((2 + moments + 4) * p)
+    assert plan.host_memory(replace(told, lean=True), 1, flux) == pytest.approx((2 + moments + 4 + 2 + 4) * p)
+    # Two groups of two: each reduces within, and then all-reduces its half as a ring of two, which receives it once.
+    apart, together = (traffic(replace(told, shard=shard), 4, flux, dtype, cost) for shard in (2, 4))
+    reduces = 2 * 64 // 4  # two leaps of each sample, one at a time
+    assert apart["reduced"] == reduces * (4 * p / 2 + 4 * p / 2) and together["reduced"] == reduces * 4 * p * 3 / 4
+
+
 def test_a_cut_network_costs_a_share_and_a_lora_little():
     with FakeTensorMode():
         flux, lora = (planned_flux(FLUX_DEV, rank, torch.bfloat16) for rank in (None, 64))
