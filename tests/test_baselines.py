@@ -202,7 +202,7 @@ def test_sparse_replaces_some_velocities_of_the_sum(rho):
     assert close(gradient_of(baselines.flowbp_sparse, seed=3, rho=rho), flat_grad(field))
 
 
-@pytest.mark.parametrize("seed, active", [*((seed, 4) for seed in range(5)), (5, 2)])  # with 2, j is the second step
+@pytest.mark.parametrize("seed, active", [*((seed, 4) for seed in range(5)), (3, 2)])  # with 2, j is the second step
 def test_bridge_keeps_one_nested_term(seed, active, alpha=0.3):
     g, field = generator(seed), Field()
     j = max(pick_leaps(SIGMAS, g))

@@ -108,6 +108,19 @@ def test_the_scores_are_those_of_the_same_images_drawn_by_hand(evaluated, few):
     np.testing.assert_allclose(kept, images[7].permute(1, 2, 0).numpy(), atol=0.6 / 255)
 
 
+def test_seeds_count_on_over_seeds_prompts_and_images(tmp_path, monkeypatch):
+    seen: list[int] = []
+
+    def drawn(pipe, prompts, seeds, *_) -> torch.Tensor:
+        seen.extend(seeds)
+        return torch.zeros(len(seeds), 3, 16, 16)
+
+    monkeypatch.setattr(evaluate, "sample", drawn)
+    cfg = evaluate.Config(num=2, seed=3, size=("16",), batch=4)
+    evaluate.evaluate(None, [], [{"prompt": "a cat"}] * 5, range(5), cfg, tmp_path)
+    assert seen == list(range(30, 40))  # those of seeds 0, 1 and 2 lie before
+
+
 def test_contact_sheets_are_written(evaluated):
     for name in ("best", "worst", "changed"):
         assert Image.open(evaluated[0] / f"{name}.png").size[0] > 500

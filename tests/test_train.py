@@ -210,6 +210,59 @@ def test_a_method_that_asks_for_the_reward_several_times_logs_one_value_a_sample
     assert {len(values) for values in own.values()} == {len(prompts)} == {4}
 
 
+def test_updates_are_adamws_of_the_clipped_gradient_at_a_rate_that_falls_to_zero():
+    """Two of four updates against AdamW written out in float64."""
+    cfg = Config(batch=4, rollout_steps=2, steps=4, lr=1e-3, weight_decay=0.1, clip=0.5, ema=0.75)
+    b1, b2 = 0.9, 0.999
+    with join("cpu") as world:
+        setup = prepare(replace(cfg, out=Path("nonexistent")), world)
+        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+
+        def flat(tensors) -> torch.Tensor:
+            return torch.cat([t.detach().flatten() for t in tensors]).double()
+
+        weights = averages = flat(run.params)
+        first = second = torch.zeros_like(weights)
+        for step in range(2):
+            train.batch_gradient(cfg, setup, world, step, Meter(world.device))
+            g = flat(p.grad for p in run.params)
+            run.optimizer.zero_grad()
+            assert g.norm() > 2 * cfg.clip
+            g, lr = g * cfg.clip / g.norm(), cfg.lr * (1 - step / 4)
+            first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
+            scaled = first / (1 - b1 ** (step + 1)) / ((second / (1 - b2 ** (step + 1))).sqrt() + 1e-8)
+            weights = weights - lr * cfg.weight_decay * weights - lr * scaled
+            averages = 0.75 * averages + 0.25 * weights
+            train.update(cfg, setup, world, run, step)
+            moved = (flat(run.params) - weights).abs() / lr  # where a gradient is tiny, its sign is rounding's
+            assert moved.median() < 1e-3 and moved.mean() < 1e-2
+            assert ((flat(run.averaged) - averages).abs() / lr).mean() < 1e-2
+
+
+def test_what_has_reached_its_lambda_has_no_gradient_and_is_satisfied_where_all_rewards_have():
+    assert gradient_of_a_step(Config(lam=(-2.0,))).norm() == 0
+    vivid = f"{ROOT / 'shapes' / 'vivid.py'}:vivid"
+    for lam, satisfied in (((-2.0, -2.0), 1.0), ((-2.0, 2.0), 0.0)):
+        cfg = Config(out=Path("nonexistent"), batch=4, rollout_steps=2, reward=("tiny", vivid), lam=lam)
+        with join("cpu") as world:
+            own, _ = train.batch_gradient(cfg, prepare(cfg, world), world, 0, Meter(world.device))
+        assert own["satisfied"].mean() == satisfied
+
+
+def test_a_policy_gradient_raises_the_weighted_sum_of_the_rewards():
+    def gradient(*rewards: str) -> torch.Tensor:
+        cfg = Config(method="flow_grpo", reward=rewards, out=Path("nonexistent"), batch=8, rollout_steps=2)
+        with join("cpu") as world:
+            setup = prepare(cfg, world)
+            train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
+        return torch.cat([p.grad.flatten() for p in setup.pipe.flux.parameters()])
+
+    vivid = f"{ROOT / 'shapes' / 'vivid.py'}:vivid"
+    alone, nothing, half = gradient("tiny"), gradient("tiny", f"{vivid}:0"), gradient("tiny", f"{vivid}:0.5")
+    torch.testing.assert_close(nothing, alone)
+    assert (half - alone).norm() > 0.01 * alone.norm()
+
+
 def test_one_gradient_differs_by_method_and_by_ablation():
     settings = [dict(), dict(method="refl"), dict(method="full"), dict(alpha=0.0), dict(weight="none"),
                 dict(reward_input="xhat_0"), dict(leaps=1), dict(nested_only=True)]  # fmt: skip
