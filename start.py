@@ -114,10 +114,7 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     method = partial(method, **options)
     for of_size in levels:
         needs_gradient = try_method(method, of_size, group)
-    if needs_gradient and "judge" in map(name_of, cfg.reward):
-        raise ValueError(f"--reward judge has no gradient, which {cfg.method} needs: flow_grpo does without")
-    if cfg.lam and not needs_gradient:
-        raise ValueError(f"--lam means nothing with --method {cfg.method}, which takes the rewards as they are")
+    check_needs(cfg, needs_gradient)
     specs, first = [*cfg.reward, *cfg.watch], sides(cfg.size[0])
     # Functions are tried before weights are read; of networks it is known that they have a gradient.
     tried = [s for s in specs if is_user_code(s) or name_of(s) in RULES]
@@ -148,6 +145,14 @@ def prepare(cfg: Config, world: World, preset: Config | None = None) -> Setup:
     if cfg.anchor and not cfg.export:
         base = pipe.flux if cfg.lora else frozen_copy(pipe.flux, world, pipe.compute)
     return Setup(pipe, method, group, rewards, watched, prompts, eval_prompts, sizes, base, out)
+
+
+def check_needs(cfg: Config, needs_gradient: bool) -> None:
+    """Raise ValueError if the rewards are not what a method asks for: their gradient, or them as they are."""
+    if needs_gradient and "judge" in map(name_of, cfg.reward):
+        raise ValueError(f"--reward judge has no gradient, which {cfg.method} needs: flow_grpo does without")
+    if cfg.lam and not needs_gradient:
+        raise ValueError(f"--lam means nothing with --method {cfg.method}, which takes the rewards as they are")
 
 
 def check_gradient(reward: Reward, prompts: list[str], size: tuple[int, int], device: torch.device) -> None:

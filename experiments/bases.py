@@ -9,9 +9,10 @@ They begin as the shipped base and are trained on its own pairs of noise and ima
 encoders are its own.  Training resumes, with the same flags.
 """
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -98,12 +99,19 @@ def run(cfg: Config) -> None:
     kinds = dict(reflowed=(0.0, 2e-4), bent=(cfg.bend, 1e-3))  # and learning rates: arcs are new to the base
     if present := [name for name in kinds if (cfg.out / name).exists()]:
         raise ValueError(f"--out {cfg.out} has {present[0]}/ already: remove it, or give another folder")
+    flags = cfg.out / "flags.json"  # until both are there
+    now = json.dumps({name: str(value) for name, value in asdict(cfg).items() if name != "out"})
+    if flags.exists() and flags.read_text() != now:
+        raise ValueError(
+            f"--out {cfg.out} holds a run of other flags, {flags.read_text()}: go on with those or remove it"
+        )
     pipe = load(cfg.model)
     with torch.no_grad():
         table = encode(pipe, [p.text for p in PROMPTS])
     pairs = own_pairs(pipe, table, cfg.pairs, cfg.seed)
     work = shapes.fit.Config(work=cfg.out, seed=cfg.seed)
     cfg.out.mkdir(parents=True, exist_ok=True)
+    flags.write_text(now)
     shipped = {name: tensor.clone() for name, tensor in pipe.flux.state_dict().items()}
     pipe.flux.requires_grad_(True)
     for name, (bend, lr) in kinds.items():
@@ -114,6 +122,7 @@ def run(cfg: Config) -> None:
         save(cfg.out / name, pipe.location.folder, pipe.flux.config, weights)
         print(f"wrote {cfg.out / name}")
         (cfg.out / f"{name}.pt").unlink()  # or a later run with other flags would take it for its own
+    flags.unlink()
 
 
 if __name__ == "__main__":

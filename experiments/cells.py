@@ -32,16 +32,19 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from config import Config, Experiment, Method, parse
+from config import Config, Experiment, Method, parse, sides
 from experiments.record import RESULTS, ROOT, origin
+from infra.checks import check_flags, check_groups
+from infra.distributed import World, device_of
 from infra.files import replacing
 from infra.jsonl import read_log
 from infra.locations import find
 from infra.lora_files import lora_file
 from infra.methods import keywords, method_of, on_zeros, options_of, recorded, try_method
+from infra.prompts import read_prompts
 from infra.user_code import is_user_code
-from rewards import resolve
-from start import check_model
+from rewards import check_rewards, resolve
+from start import check_model, check_needs
 
 CELLS = RESULTS / "cells"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable to the bit, and two fit on two cores
@@ -127,12 +130,19 @@ def digest(path: str) -> str:
 
 @cache
 def opened(spec: str, flags: str) -> tuple[Callable[..., Any], Tensor]:
-    """A method with its options, and the noise levels of its rollouts. Raises ValueError if it cannot be."""
+    """A method with its options, and the noise levels of its rollouts. Raises ValueError if train.py would not run."""
     cfg = config_of(spec, flags)
+    alone = World(0, 1, device_of(cfg.device), None)
     try:
+        check_flags(cfg, alone)
+        for size in map(sides, cfg.size):
+            check_rewards([*cfg.reward, *cfg.watch], read_prompts(cfg.eval_prompts), size)
+            check_rewards(cfg.reward, read_prompts(cfg.prompts), size)
         method, levels = method_of(cfg.method), check_model(cfg)[0]
         options = options_of(cfg, Config())
-        try_method(partial(method, **options), levels, options.get("group", keywords(method).get("group", 1)))
+        group = options.get("group", keywords(method).get("group", 1))
+        check_groups(cfg, alone, group)
+        check_needs(cfg, try_method(partial(method, **options), levels, group))
         on_zeros(partial(method, **options), levels, cfg.batch, torch.Generator())
     except ValueError as error:
         raise ValueError(f"{spec} {flags}: {error}") from error

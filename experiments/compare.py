@@ -197,7 +197,12 @@ def run(cfg: Config) -> None:
     rows = rows_of(cfg, flags)
     for spec in rows:
         opened(spec, flags)  # all are tried before any is run
-    check_select(cfg, config_of(rows[0], flags).reward)
+    rewards = config_of(rows[0], flags).reward
+    if other := [spec for spec in rows if config_of(spec, flags).reward != rewards]:
+        raise ValueError(
+            f"--reward in {other[0]!r}: rows are compared by what they all raise, which --flags can change"
+        )
+    check_select(cfg, rewards)
     equals = cfg.equal if cfg.table == "methods" else ("updates",)
     steps = {equal: steps_at(equal, rows, flags, cfg.steps) for equal in equals}
     choosing = rows if cfg.table == "methods" and len(cfg.grid) > 1 else []
@@ -230,7 +235,7 @@ def run(cfg: Config) -> None:
         for spec, (_, tried) in chosen.items()
     }
     out = file_of(cfg, cfg.table)
-    record(out, kind=cfg.table, rewards=config_of(rows[0], flags).reward, select=cfg.select, grid=grid, tables=tables)
+    record(out, kind=cfg.table, rewards=rewards, select=cfg.select, grid=grid, tables=tables)
     draw(out)
 
 

@@ -237,12 +237,15 @@ def places(network: nn.Module, batch: Batch, true: Gradient) -> list[Numbers]:
 
 def check(cfg: Config) -> None:
     """Raise ValueError naming the flag."""
+    if not cfg.model or not cfg.methods or min(cfg.rollout_steps, default=0) < 1:
+        raise ValueError("--model, --methods and --rollout-steps: give at least one of each, of steps at least 1")
     for spec in cfg.methods:
         row, others = config_of(spec, ""), {f.name for group in (Experiment, Run, Machine) for f in fields(group)}
         given = [word.partition("=")[0] for word in shlex.split(spec) if word.startswith("--")]
         if ignored := [flag for flag in given if flag.removeprefix("--").replace("-", "_") in others]:
             raise ValueError(f"{ignored[0]} in {spec!r}: a row has flags of its method only")
-        if GROUP % (group := options_of(row, TRAIN).get("group", keywords(method_of(row.method)).get("group", 1))):
+        group = options_of(row, TRAIN).get("group", keywords(method_of(row.method)).get("group", 1))
+        if group < 1 or GROUP % group:
             raise ValueError(f"--group {group} in {spec!r}: a prompt has {GROUP} samples here, a multiple of a group")
     if cfg.draws < 2 or cfg.noises < 1:
         raise ValueError(

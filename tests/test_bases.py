@@ -60,7 +60,7 @@ def test_it_writes_two_folders_that_load_and_share_all_but_the_transformer(tmp_p
     weights = [pipe.flux.img_in.weight, *(load(tmp_path / name).flux.img_in.weight for name in ("reflowed", "bent"))]
     assert not any(torch.equal(a, b) for a, b in zip(weights, [*weights[1:], weights[0]]))
     assert torch.equal(load(tmp_path / "bent").vae.decoder.conv_in.weight, pipe.vae.decoder.conv_in.weight)
-    assert not list(tmp_path.glob("*.pt"))  # which a run with other flags would go on from
+    assert not [*tmp_path.glob("*.pt"), *tmp_path.glob("*.json")]  # which a run with other flags would go on from
     with pytest.raises(ValueError, match="has reflowed/ already"):
         bases.run(Config(out=tmp_path))
 
@@ -75,5 +75,7 @@ def test_a_run_that_was_stopped_between_the_two_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(bases, "fit", stopped)
         bases.run(cfg)
+    with pytest.raises(ValueError, match="holds a run of other flags"):
+        bases.run(Config(out=tmp_path, pairs=32, steps=2))
     bases.run(cfg)
     assert all((tmp_path / name / "transformer").is_dir() for name in ("reflowed", "bent"))

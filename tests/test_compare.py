@@ -142,7 +142,11 @@ def test_every_row_of_the_tables_can_be_run(spec):
 
 @pytest.mark.parametrize(
     "spec, words",
-    [("refll", "--method refll"), ("refl --alpha 1", "--alpha means nothing"), ("flow_grpo --group 7", "groups of 7")],
+    [
+        ("refll", "--method refll"),
+        ("refl --alpha 1", "--alpha means nothing"),
+        ("flow_grpo --group 7", "--group 7: a rank's 8"),
+    ],
 )
 def test_a_row_that_cannot_be_is_refused_by_name(spec, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -245,7 +249,11 @@ def test_a_rows_own_flags_win_over_those_of_all_rows():
     [(dict(also=("refl --lr 1e-5",)), "--lr in 'refl --lr 1e-5'"), (dict(flags="--seed=3"), "--seed in '--seed=3'"),
      (dict(flags="--stop-early"), "--stop-early in"), (dict(also=("refl --skip_nonfinite 5",)), "--skip-nonfinite in"),
      (dict(select="jugde"), "--select jugde is not evaluated; there are attr"), (dict(equal=()), "--equal: give"),
-     (dict(watch=("tiny",), flags="--reward judge", methods=("flow_grpo",), select="vivid"), "--select vivid")],
+     (dict(watch=("tiny",), flags="--reward judge", methods=("flow_grpo",), select="vivid"), "--select vivid"),
+     (dict(also=("flow_grpo --reward judge",)), "two are named 'judge'"), (dict(also=("leapalign --tau 0",)), "--tau"),
+     (dict(also=("leapalign --lam 0.4 0.3",)), "--lam has 2 values"), (dict(also=("refl --size 96",)), "--size 96"),
+     (dict(also=("flow_grpo --lam 0.4",)), "--lam means nothing"), (dict(also=("flow_grpo --group 3",)), "--group 3"),
+     (dict(also=("refl --reward shapes/vivid.py:vivid",), watch=("judge",)), "rows are compared by what they all")],
 )  # fmt: skip
 def test_what_would_fail_after_hours_is_refused_before_any_run(changes, words, tmp_path, started):
     with pytest.raises(ValueError, match=words):
@@ -385,14 +393,17 @@ def test_rates_are_chosen_at_equal_evaluations_whatever_the_table(equal, tmp_pat
 
 @pytest.mark.parametrize("kind", ["methods", "ranges"])  # of rows that one names, perhaps none has a range
 def test_a_table_shows_what_ended_early_and_a_rate_at_the_edge(tmp_path, kind):
-    rows = {"leapalign": [run_of(0), run_of(1)], "full": [run_of(0, "full", True), run_of(1, "full", judge=0.6)]}
+    rows = {
+        "leapalign": [run_of(0, judge=0.3), run_of(1, judge=0.3)],
+        "full": [run_of(0, "full", True), run_of(1, "full", judge=0.6)],
+    }
     grid = {"full": [dict(lr=lr, steps=9, score=0.5) for lr in (1e-4, 2e-4)]}
     origin = dict(command="c", hardware="h", date="d", revision="r", kind=kind, rewards=["tiny"], select="judge")
     (tmp_path / "m.json").write_text(json.dumps(origin | dict(grid=grid, tables=dict(updates=rows))))
     draw(tmp_path / "m.json")
     text = (tmp_path / "m.md").read_text()
     assert "| full (1 of 2 diverged) | 0.500 ±1.271 |" in text and "0.0001* |" in text and "| base | 0.400 |" in text
-    assert "| full (1 of 2 diverged) | +0.100 ±1.271 |" in text
+    assert "| full (1 of 2 diverged) | +0.200 ±1.271 |" in text
 
 
 def test_differences_are_to_the_first_row_and_to_the_one_that_ends_highest():

@@ -278,6 +278,9 @@ def test_what_the_picture_calls_the_weight_of_eq_12_is_what_leapalign_weighs_wit
     "flags, words",
     [
         (dict(draws=1), "--draws 1"),
+        (dict(methods=()), "--methods"),
+        (dict(rollout_steps=(0,)), "--rollout-steps"),
+        (dict(methods=("flow_grpo --group 0",)), "--group 0"),
         (dict(batch=12), "--batch 12"),
         (dict(methods=("leapalign --rollout-steps 12",)), "--rollout-steps in"),
         (dict(reward="judge", methods=("full",)), "--reward judge has no gradient"),
