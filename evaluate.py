@@ -10,7 +10,8 @@ Prints means with 95% intervals, and the differences to the first model, paired 
     best.png  worst.png  changed.png        by the first reward: of the last model, and its change from the first
     MODEL/00000.json  00000.png             a prompt's scores and its first image, small; what is there is kept
 
-The interval is Student's over prompts: images of one prompt are averaged first, as they are not independent.
+The interval is Student's over prompts: images of one prompt are averaged first, as they are not independent.  So the
+judge's mean is over prompts, where a run's own evaluations have the mean over tasks: the same with as many of each.
 """
 
 import gc
