@@ -1,7 +1,7 @@
 """Make everything the shapes world ships, from nothing:  python -m shapes.prepare
 
 Each stage writes its result to --work and is skipped when that is there; an interrupted one goes on from its last
-checkpoint.  By its stages it takes about two hours on two cores.  All of it in minutes, and nothing shipped replaced:
+checkpoint.  It takes two hours on two cores.  All of it in minutes, and nothing shipped replaced:
 
     python -m shapes.prepare --scale 0.002 --work /tmp/try --out /tmp/try/out
 
