@@ -441,20 +441,21 @@ def test_a_save_that_fails_at_the_very_end_is_told_and_training_goes_on_on_all_r
 
 
 def without_room(cfg: Config, what: str) -> tuple[str, str]:
-    """Neither pictures nor what is saved for them can be written; or the log of updates cannot."""
+    """Pictures cannot be written, or logs cannot; why it stopped, and what was said on stdout."""
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     for name in ("contact_sheet", "before_after", "curves") if what == "pictures" else ("append",):
         setattr(logs, name, fail)
-    return told(cfg)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        return run(cfg), said.getvalue()
 
 
-def test_a_picture_that_cannot_be_written_is_no_end_of_a_run_and_a_log_that_cannot_is_told(base, tmp_path, capfd):
+def test_a_picture_that_cannot_be_written_is_no_end_of_a_run_and_a_log_that_cannot_is_told(base, tmp_path):
     cfg = replace(base, out=tmp_path / "pictures")
-    ((message, _),) = spread(1, without_room, cfg, "pictures")
-    assert message == "" and capfd.readouterr().out.count("warning: a picture is not written") == 4  # 3, and the last
+    ((message, said),) = spread(1, without_room, cfg, "pictures")
+    assert message == "" and said.count("warning: a picture is not written") == 4  # of each evaluation, and at the end
     assert len(read_log(cfg.out / "eval.jsonl")) == 3 and (cfg.out / "final").exists()
     ((message, _),) = spread(1, without_room, replace(base, out=tmp_path / "logs"), "logs")
     assert message.startswith("1 [Errno 28] No space left") and "--resume goes on" in message

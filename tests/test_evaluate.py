@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -141,7 +142,8 @@ def killed_after(cfg: evaluate.Config, count: int) -> None:
     written = itertools.count()
 
     def hook(event: str, args: tuple) -> None:
-        if event == "os.rename" and str(args[1]).endswith(".json") and next(written) == count:
+        scores = event == "os.rename" and re.fullmatch(r"\d+\.json", Path(args[1]).name)
+        if scores and next(written) == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
