@@ -47,6 +47,7 @@ from rewards import check_rewards, resolve
 from start import check_model, check_needs
 
 CELLS = RESULTS / "cells"
+AS_PUBLISHED = "--reward-input None"  # a row has its method's own keywords and those that it names, not the preset's
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable to the bit, and two fit on two cores
 NONFINITE = 3  # train.py's exit code for a run that came to a number that is not finite
 
@@ -96,7 +97,7 @@ class Cell:
 def words(spec: str, flags: str) -> list[str]:
     """Of a command line: the flags of all cells, then the row's own, which win."""
     method, *own = shlex.split(spec)
-    return [*shlex.split(flags), "--method", method, *own]
+    return [*shlex.split(AS_PUBLISHED), *shlex.split(flags), "--method", method, *own]
 
 
 @cache  # tyro is not for several threads: all rows are read before any runs

@@ -14,10 +14,12 @@ Where rows make other numbers of updates, their averages (--ema) reach as far ba
 gives its own: with one decay for all, 40 updates would be judged with nearly half of the base in their weights, and 140
 with next to nothing.
 
+A row has its method's own keywords, the paper's, and those that it names: not the preset's --reward-input.
+
 A learning rate is chosen for each method, from the same grid, on a seed that no table uses, by the judge at the end of
 a run at equal evaluations: from the middle of the grid on, uphill, until the next one does worse.  The tables of
-ablations and ranges have train.py's rate throughout: at the higher one that is chosen for LeapAlign, its seeds differ
-too much to tell rows apart.
+ablations and ranges have one low rate throughout: at the higher one that is chosen for LeapAlign, its seeds differ too
+much to tell rows apart.
 
 What a run came to is a file in experiments/results/cells, and is not measured again (cells.py): a table that is there
 already takes seconds, and a row more takes its own runs.  The results are in --out, and experiments/draw.py makes
@@ -41,6 +43,7 @@ from rewards import name_of
 from shapes.world import TASKS
 
 GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds are 0, 1, 2, ...
+LOW = 7e-5  # the learning rate of ablations and ranges
 POINTS = 4  # evaluations of a run after its base, at most
 METHODS = (
     "leapalign", "leapalign --reward-input xhat_0", "refl", "draft_lv", "drtune", "full", "flowbp_sparse",
@@ -74,9 +77,9 @@ class Config:
     """Updates of the reference."""
     equal: tuple[Literal["evaluations", "updates"], ...] = ("evaluations", "updates")
     """Of the table of methods: give every row the reference's number of network evaluations, or of updates."""
-    grid: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-    """Learning rates to choose from, as multiples of train.py's; a single one is not chosen but taken. Ablations and
-    ranges take a single one, 1 by default."""
+    grid: tuple[float, ...] = (1.75e-5, 3.5e-5, 7e-5, 1.4e-4, 2.8e-4, 5.6e-4, 1.12e-3, 2.24e-3)
+    """Learning rates to choose from; a single one is not chosen but taken. Ablations and ranges take a single one,
+    7e-5 by default."""
     select: str = "judge"
     """The reward or task by which a learning rate is chosen, as eval.jsonl names it."""
     watch: tuple[str, ...] = ("judge", "shapes/vivid.py:vivid")
@@ -124,9 +127,9 @@ def check(cfg: Config) -> None:
     if not cfg.equal:
         raise ValueError("--equal: give evaluations, updates, or both")
     if not cfg.grid or min(cfg.grid) <= 0:
-        raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: give one multiple or more, above 0")
+        raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: give one learning rate or more, above 0")
     if cfg.table != "methods" and len(cfg.grid) > 1 and cfg.grid != Config.grid:
-        raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: the table of {cfg.table} takes one multiple")
+        raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: the table of {cfg.table} takes one learning rate")
 
 
 def check_words(texts: Sequence[str]) -> None:
@@ -180,12 +183,12 @@ def climb(score: Callable[[float], tuple[Any, ...]], rates: Sequence[float]) -> 
 
 
 def choose(cfg: Config, trial: Callable[[str, float], Cell], spec: str) -> tuple[float, list[dict[str, Any]]]:
-    """A row's multiple of the learning rate, and all runs that were made to find it."""
+    """A row's learning rate, and all runs that were made to find it."""
     tried = {}
 
-    def score(multiple: float) -> tuple[bool, float]:
-        tried[multiple] = run_cell(trial(spec, multiple), cfg.work)
-        return not tried[multiple]["diverged"], tried[multiple]["curve"][-1][cfg.select]
+    def score(lr: float) -> tuple[bool, float]:
+        tried[lr] = run_cell(trial(spec, lr), cfg.work)
+        return not tried[lr]["diverged"], tried[lr]["curve"][-1][cfg.select]
 
     return climb(score, cfg.grid), list(tried.values())
 
@@ -211,18 +214,17 @@ def run(cfg: Config) -> None:
         config_of(spec, cell(spec, flags, 0, 1.0, steps[equal][spec], cfg.steps).flags)  # read before there are threads
 
     # Seed by seed, so that what is there when it is stopped is a whole table of fewer seeds.
-    def cells_of(multiples: dict[str, float]) -> dict[tuple[str, str, int], Cell]:
+    def cells_of(lr: dict[str, float]) -> dict[tuple[str, str, int], Cell]:
         keys = itertools.product(range(cfg.seeds), equals, rows)
-        return {(e, s, n): cell(s, flags, n, multiples[s] * lr, steps[e][s], cfg.steps) for n, e, s in keys}
+        return {(e, s, n): cell(s, flags, n, lr[s], steps[e][s], cfg.steps) for n, e, s in keys}
 
-    def trial(spec: str, multiple: float) -> Cell:
-        return cell(spec, flags, GRID_SEED, multiple * lr, updates_of_trials[spec], cfg.steps)
+    def trial(spec: str, lr: float) -> Cell:
+        return cell(spec, flags, GRID_SEED, lr, updates_of_trials[spec], cfg.steps)
 
-    lr = config_of(rows[0], flags).lr
-    taken = cfg.grid[0] if len(cfg.grid) == 1 else 1.0  # where none is chosen
+    taken = cfg.grid[0] if len(cfg.grid) == 1 else LOW  # where none is chosen
     if cfg.plan:
         middle = len(cfg.grid) // 2
-        trials = [trial(spec, multiple) for spec in choosing for multiple in sorted(cfg.grid)[middle - 1 : middle + 2]]
+        trials = [trial(spec, lr) for spec in choosing for lr in sorted(cfg.grid)[middle - 1 : middle + 2]]
         likely = dict.fromkeys(rows, sorted(cfg.grid)[middle] if choosing else taken)
         return say_plan(flags, steps, list(dict.fromkeys([*trials, *cells_of(likely).values()])))
     chosen = at_once(partial(choose, cfg, trial), choosing, cfg.jobs)

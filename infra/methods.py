@@ -48,7 +48,7 @@ def options_of(cfg: Config, preset: Config) -> dict[str, Any]:
     """What the flags say of the method's keywords. Raises ValueError for a flag that it does not have."""
     known = keywords(method_of(cfg.method))
     for name in UNSET:
-        if name not in known and getattr(cfg, name) != getattr(preset, name):
+        if name not in known and getattr(cfg, name) not in (UNSET[name], getattr(preset, name)):
             raise ValueError(
                 f"--{name.replace('_', '-')} means nothing with --method {cfg.method}, which has no such keyword"
             )

@@ -15,8 +15,7 @@ import pytest
 from scipy import stats
 
 import train
-from config import PRESETS
-from config import Config as TrainConfig
+from config import PRESETS, parse
 from experiments import cells, compare, draw_compare
 from experiments.cells import Cell, cost, opened, spent, updates_within
 from experiments.compare import ABLATIONS, GRID_SEED, METHODS, Config, climb, windows
@@ -239,6 +238,16 @@ def test_a_cell_is_another_one_where_the_preset_is_but_for_what_its_own_flags_sa
     cells.config_of.cache_clear()
 
 
+def test_a_row_has_its_methods_own_keywords_and_not_the_presets():
+    preset = PRESETS["shapes"][1]
+    assert preset.reward_input == "xhat_0" and cells.config_of("leapalign", "").reward_input is None
+    assert opened("leapalign", "")[0].keywords == {} and opened("refl", "")[0].keywords == {}
+    assert opened("leapalign --reward-input xhat_0", "")[0].keywords == dict(reward_input="xhat_0")
+    assert opened("leapalign", "--reward-input xhat_0")[0].keywords == dict(reward_input="xhat_0")  # of all rows
+    row = Cell("leapalign", SMALL, seed=0, lr=1e-4, steps=4, eval_every=2)
+    assert parse(row.arguments)[0].reward_input is None  # the run itself is what is counted
+
+
 def test_a_rows_own_flags_win_over_those_of_all_rows():
     assert cells.config_of("leapalign --batch 16", "--batch 8 --alpha 0.1").batch == 16
     assert cells.config_of("leapalign", "--batch 8 --alpha 0.1").alpha == 0.1
@@ -300,12 +309,11 @@ def seeds_and_rates(started: list[list[str]]) -> set[tuple[int, float]]:
 
 
 def test_rates_are_chosen_on_a_seed_of_their_own_and_used_at_all_others(tmp_path, started, capsys):
-    lr = TrainConfig.lr
-    grid = tuple(rate / lr for rate in (0.2e-4, 0.4e-4, 0.5e-4, lr, 1e-4, 2e-4, 4e-4))
+    grid = (0.2e-4, 0.4e-4, 0.5e-4, 0.7e-4, 1e-4, 2e-4, 4e-4)
     table = Config(methods=("leapalign", "refl"), seeds=2, steps=6, grid=grid, flags=SMALL, work=tmp_path / "work")
     compare.run(replace(table, out=tmp_path / "methods.json"))
-    tried = {(seed, round(rate, 9)) for seed, rate in seeds_and_rates(started)}
-    assert tried == {(GRID_SEED, rate) for rate in (lr, 1e-4, 2e-4)} | {(0, 1e-4), (1, 1e-4)}
+    tried = seeds_and_rates(started)
+    assert tried == {(GRID_SEED, rate) for rate in (0.7e-4, 1e-4, 2e-4)} | {(0, 1e-4), (1, 1e-4)}
     result = json.loads((tmp_path / "methods.json").read_text())
     assert list(result["tables"]) == ["evaluations", "updates"] and set(result["grid"]) == {"leapalign", "refl"}
     assert [r["steps"] for r in result["tables"]["updates"]["refl"]] == [6, 6]
@@ -324,17 +332,17 @@ def test_a_table_with_flags_of_ones_own_does_not_replace_what_the_repository_sho
         assert file_of(replace(own, out=tmp_path / "mine.json"), "methods") == tmp_path / "mine.json"
 
 
-def test_ablations_and_ranges_have_train_pys_rate_and_choose_none(tmp_path, started):
+def test_ablations_and_ranges_have_one_low_rate_and_choose_none(tmp_path, started):
     for name in ("ablations", "ranges"):
         table = Config(table=name, seeds=1, steps=2, flags="--batch 8", work=tmp_path)
         compare.run(replace(table, out=tmp_path / f"{name}.json"))
         result = json.loads((tmp_path / f"{name}.json").read_text())
-        assert {r["lr"] for row in result["tables"]["updates"].values() for r in row} == {TrainConfig.lr}
+        assert {r["lr"] for row in result["tables"]["updates"].values() for r in row} == {7e-5}
         assert not result["grid"] and (tmp_path / f"{name}.png").stat().st_size > 1000
-    compare.run(replace(table, methods=("leapalign",), grid=(2,), out=tmp_path / "twice.json"))
-    assert seeds_and_rates(started[-1:]) == {(0, 2 * TrainConfig.lr)}
-    with pytest.raises(ValueError, match="--grid 2 4: the table of ranges takes one multiple"):
-        compare.run(replace(table, grid=(2, 4)))
+    compare.run(replace(table, methods=("leapalign",), grid=(1e-3,), out=tmp_path / "high.json"))
+    assert seeds_and_rates(started[-1:]) == {(0, 1e-3)}
+    with pytest.raises(ValueError, match=r"--grid 0\.1 0\.2: the table of ranges takes one learning rate"):
+        compare.run(replace(table, grid=(0.1, 0.2)))
 
 
 @pytest.mark.parametrize("peak, tried", [(2, 3), (1, 4), (4, 3), (8, 3), (0.25, 5), (0.0625, 5)])
@@ -359,7 +367,7 @@ def test_a_plan_runs_nothing(tmp_path, started, capsys):
     told = capsys.readouterr().out
     assert not started and not list(tmp_path.iterdir())
     assert "12 runs of 12 are to do" in told  # 6 of the grid; leapalign has as many updates in both tables
-    table = Config(methods=("leapalign",), seeds=1, steps=6, grid=(1,), flags=SMALL, work=tmp_path / "work")
+    table = Config(methods=("leapalign",), seeds=1, steps=6, grid=(1e-4,), flags=SMALL, work=tmp_path / "work")
     compare.run(replace(table, equal=("updates",), out=tmp_path / "m.json"))
     compare.run(replace(table, equal=("updates",), seeds=2, plan=True))
     assert "1 runs of 2 are to do" in capsys.readouterr().out
@@ -369,19 +377,18 @@ def test_the_rate_is_chosen_by_what_is_asked_for_among_runs_that_did_not_diverge
     ends = {1e-4: dict(judge=0.9, tiny=1.0), 2e-4: dict(judge=0.5, tiny=2.0), 4e-4: dict(judge=0.6, tiny=3.0)}
 
     def ran(cell: Cell, work: Path) -> dict:
-        return run_of(GRID_SEED, diverged=cell.lr > 3e-4, **ends[round(cell.lr, 9)])
+        return run_of(GRID_SEED, diverged=cell.lr > 3e-4, **ends[cell.lr])
 
     monkeypatch.setattr(compare, "run_cell", ran)
-    for select, multiple in (("judge", 1), ("tiny", 2)):  # 4 is higher by the latter, but ended early
-        table = Config(grid=(1, 2, 4), select=select)
-        chosen, _ = compare.choose(table, lambda spec, m: compare.cell(spec, SMALL, 0, m * 1e-4, 6, 6), "leapalign")
-        assert chosen == multiple
+    for select, lr in (("judge", 1e-4), ("tiny", 2e-4)):  # 4e-4 is higher by the latter, but ended early
+        table = Config(grid=tuple(ends), select=select)
+        chosen, _ = compare.choose(table, lambda spec, lr: compare.cell(spec, SMALL, 0, lr, 6, 6), "leapalign")
+        assert chosen == lr
 
 
 @pytest.mark.parametrize("equal", [("updates",), ("updates", "evaluations")])
 def test_rates_are_chosen_at_equal_evaluations_whatever_the_table(equal, tmp_path, started):
-    lr = TrainConfig.lr
-    table = Config(methods=("leapalign", "full"), seeds=1, steps=8, equal=equal, grid=(1, 1e-4 / lr), flags=SMALL)
+    table = Config(methods=("leapalign", "full"), seeds=1, steps=8, equal=equal, grid=(7e-5, 1e-4), flags=SMALL)
     compare.run(replace(table, work=tmp_path / "work", out=tmp_path / "m.json"))
     runs = [dict(itertools.pairwise(c)) for c in started]
     within = updates_within("full", SMALL, spent("leapalign", SMALL, 8))
@@ -441,7 +448,7 @@ def test_a_method_of_a_file_enters_a_real_table(tmp_path, monkeypatch, results):
     monkeypatch.chdir(tmp_path)
     mine = "my_method.py:noisy_steps --option count=2"
     flags = f"--rollout-steps 3 --batch 8 --eval-prompts {shlex.quote(str(tmp_path / 'few.txt'))}"
-    table = Config(methods=("leapalign", mine), seeds=1, steps=1, grid=(1,), flags=flags, watch=("judge",))
+    table = Config(methods=("leapalign", mine), seeds=1, steps=1, grid=(1e-4,), flags=flags, watch=("judge",))
     compare.run(replace(table, table="ablations", out=tmp_path / "table.json"))  # at equal updates alone
     rows = json.loads((tmp_path / "table.json").read_text())["tables"]["updates"]
     (ours,), (theirs,) = rows["leapalign"], rows[mine]

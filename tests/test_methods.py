@@ -194,7 +194,7 @@ OLDER = dict(
 
 
 def test_a_run_from_before_flags_were_grouped_goes_on(tmp_path):
-    cfg = Config(out=tmp_path, resume=True, steps=200)
+    cfg = Config(out=tmp_path, resume=True, steps=200, lr=7e-5, eval_every=50)
     paths = dict(model=cfg.model, prompts=str(cfg.prompts), eval_prompts=str(cfg.eval_prompts))
     (tmp_path / "config.json").write_text(json.dumps(OLDER | paths))
 
