@@ -12,7 +12,8 @@ leapalign in leaps.py; all others are in baselines.py.  Writes, to --out:
     config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png
     checkpoints/step_NNNNNN/  best/  final/
 
-The shapes preset differs from the paper in learning rate, decay, length, T and EMA: shapes/README.md says why.
+The shapes preset differs from the paper in learning rate, decay, length, T, EMA and the image that is rewarded:
+shapes/README.md says why.
 """
 
 import os
