@@ -356,7 +356,7 @@ def test_a_signal_saves_and_stops_with_a_code_to_requeue_on(number, code, base, 
 
 def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
     # So many updates that the signal comes before the last one, however busy the machine is.
-    cfg = replace(base, out=tmp_path / "run", steps=1000, decay=False, resume=True)
+    cfg = replace(base, out=tmp_path / "run", steps=1000, decay=False, resume=True, reward_input="xhat_0")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", "localhost:0"]
     launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "900"]
