@@ -96,7 +96,8 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Method:
-    """How the gradient is made. A flag that the method does not have is refused; None is the method's own default."""
+    """How the gradient is made. A flag that the method does not have is refused, unless the preset has it; None is the
+    method's own default."""
 
     method: str = "leapalign"
     """leapalign, the paper's; refl, draft_lv, drtune, full, flowbp_sparse, flowbp_bridge, flowbp_lagrange, flow_grpo,
@@ -265,7 +266,7 @@ PAPER = Config(
 )
 NEEDS = "Needs weights/FLUX.1-dev, weights/train-prompts.txt"  # and the files of the rewards
 PRESETS = {
-    # On the shapes world x_0, which the paper rewards, gains less and is soon lost; shapes/README.md has both measured.
+    # With x_0, the paper's, this world gains less, and longer runs lose it again: see shapes/README.md.
     "shapes": (
         "The tiny Flux and reward that the repository ships: minutes on two CPU cores.",
         Config(reward_input="xhat_0"),

@@ -54,7 +54,7 @@ def one_step(x_k: Tensor, v_k: Tensor, k: Tensor, j: Tensor) -> Tensor:
 
 
 def prediction(ro: Rollout, step: int) -> Tensor:
-    """xhat_{0|k}: where a leap from a step to level 0 lands; ReFL and an ablation of the paper reward it, not x_0."""
+    """xhat_{0|k}: where a leap from a step to level 0 lands; ReFL and an ablation of the paper reward it."""
     return one_step(ro.x[step], ro.v[step], ro.sigmas[step], torch.zeros_like(ro.sigmas[step]))
 
 

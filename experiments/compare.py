@@ -214,9 +214,9 @@ def run(cfg: Config) -> None:
         config_of(spec, cell(spec, flags, 0, 1.0, steps[equal][spec], cfg.steps).flags)  # read before there are threads
 
     # Seed by seed, so that what is there when it is stopped is a whole table of fewer seeds.
-    def cells_of(lr: dict[str, float]) -> dict[tuple[str, str, int], Cell]:
+    def cells_of(rates: dict[str, float]) -> dict[tuple[str, str, int], Cell]:
         keys = itertools.product(range(cfg.seeds), equals, rows)
-        return {(e, s, n): cell(s, flags, n, lr[s], steps[e][s], cfg.steps) for n, e, s in keys}
+        return {(e, s, n): cell(s, flags, n, rates[s], steps[e][s], cfg.steps) for n, e, s in keys}
 
     def trial(spec: str, lr: float) -> Cell:
         return cell(spec, flags, GRID_SEED, lr, updates_of_trials[spec], cfg.steps)

@@ -71,11 +71,10 @@ def options_of(cfg: Config, preset: Config) -> dict[str, Any]:
 
 
 def recorded(cfg: Config) -> dict[str, Any]:
-    """The flags as config.json has them: the method's keywords with the values that count."""
-    flags = asdict(cfg)
-    known = keywords(method_of(cfg.method)).items()
-    flags |= {name: value for name, value in known if name in UNSET and flags[name] == UNSET[name]}
-    return json.loads(json.dumps(flags, default=str))
+    """The flags as config.json has them: of keywords only the method's, with the values that count."""
+    known = keywords(method_of(cfg.method))
+    left = [name for name, unset in UNSET.items() if name not in known or getattr(cfg, name) == unset]
+    return json.loads(json.dumps(asdict(cfg) | {name: known.get(name, UNSET[name]) for name in left}, default=str))
 
 
 def code_of(cfg: Config) -> dict[str, str]:

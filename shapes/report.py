@@ -2,8 +2,8 @@
 
 The judge on scenes and through the VAE; the base, a task at a time, with few steps and with many, on prompts that
 alignment may see and on those held out; how straight its trajectories are, by k and j, and whether an update along
-LeapAlign's gradient is worth one along the true gradient; how well the reward tells the base's right images from its
-wrong ones, and whether its gradient in x_0 leads anywhere.
+LeapAlign's gradient (of x_0) is worth one along the true gradient; how well the reward tells the base's right images
+from its wrong ones, and whether its gradient in x_0 leads anywhere.
 """
 
 import copy
@@ -18,7 +18,7 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from baselines import full, refl
-from config import Config as TrainConfig
+from config import PRESETS
 from infra.folders import Pipeline, load
 from infra.prompts import read_prompts
 from infra.seeds import generator_of
@@ -30,7 +30,7 @@ from shapes.lessons import fades, half_painted
 from shapes.reward import OFFSET
 from shapes.world import SIZE, TASKS, Prompt, all_prompts, by_task, is_held_out, layout, render, scenes
 
-PRESET = TrainConfig()
+PRESET = PRESETS["shapes"][1]
 TAU = 0.1
 
 

@@ -62,6 +62,8 @@ def test_groups_hold_every_flag_once_and_defaults_are_the_methods_own():
     assert sorted(names) == sorted(f.name for f in fields(Config)) and len(set(names)) == len(names)
     assert recorded(Config())["alpha"] == 0.3 and recorded(Config(method="flowbp_bridge"))["alpha"] == 0.1
     assert recorded(Config(method="flowbp_bridge", alpha=0.7))["alpha"] == 0.7
+    assert recorded(parse(["shapes"])[0])["reward_input"] == "xhat_0"
+    assert recorded(parse(["shapes", "--method", "refl"])[0])["reward_input"] is None  # it has no such keyword
 
 
 def test_help_shows_the_groups_as_boxes(capsys):
@@ -74,6 +76,7 @@ def test_help_shows_the_groups_as_boxes(capsys):
 def test_a_preset_may_hold_what_another_method_does_not_have():
     cfg, preset = parse(["flux-dev-pickscore", "--method", "refl"])
     assert preset is PRESETS["flux-dev-pickscore"][1] and cfg.alpha == 0.1 and options_of(cfg, preset) == {}
+    assert options_of(*parse(["shapes", "--method", "refl", "--reward-input", "None"])) == {}
     cfg, preset = parse(["flux-dev-pickscore", "--method", "refl", "--alpha", "0.2"])
     with pytest.raises(ValueError, match="--alpha means nothing with --method refl"):
         options_of(cfg, preset)

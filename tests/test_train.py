@@ -399,7 +399,7 @@ def test_the_last_lines_name_the_folder_to_use_and_why():
 def test_the_flux_presets_are_the_papers_settings_and_name_what_they_need(preset, alpha, lam, lr):
     description, cfg = PRESETS[preset]
     method = recorded(cfg)  # with the defaults of leapalign
-    assert (method["alpha"], method["tau"]) == (alpha, 0.1)
+    assert (method["alpha"], method["tau"], method["reward_input"]) == (alpha, 0.1, "x_0")
     assert (cfg.lr, cfg.ema, cfg.decay) == (lr, 0.995, False)
     assert (cfg.rollout_steps, cfg.size, cfg.guidance, cfg.batch, cfg.steps) == (25, ("720",), 3.5, 64, 300)
     assert LAMBDA[cfg.reward[0]] == lam and cfg.lam == () and set(cfg.watch).isdisjoint(cfg.reward)
