@@ -246,6 +246,8 @@ def flat(flags: Flags) -> Config:
     return Config(**values)
 
 
+# With x_0, the paper's, this world gains less, and longer runs lose it again: see shapes/README.md.
+SHAPES = Config(reward_input="xhat_0")
 PAPER = Config(
     steps=300,
     model="weights/FLUX.1-dev",
@@ -266,11 +268,7 @@ PAPER = Config(
 )
 NEEDS = "Needs weights/FLUX.1-dev, weights/train-prompts.txt"  # and the files of the rewards
 PRESETS = {
-    # With x_0, the paper's, this world gains less, and longer runs lose it again: see shapes/README.md.
-    "shapes": (
-        "The tiny Flux and reward that the repository ships: minutes on two CPU cores.",
-        Config(reward_input="xhat_0"),
-    ),
+    "shapes": ("The tiny Flux and reward that the repository ships: minutes on two CPU cores.", SHAPES),
     "flux-dev-hpsv2": (
         f"FLUX.1-dev and HPSv2.1 as in the paper. {NEEDS}, weights/HPS_v2.1_compressed.pt, and weights/PickScore_v1 to "
         "watch.",

@@ -18,7 +18,7 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from baselines import full, refl
-from config import PRESETS
+from config import SHAPES as PRESET
 from infra.folders import Pipeline, load
 from infra.prompts import read_prompts
 from infra.seeds import generator_of
@@ -30,7 +30,6 @@ from shapes.lessons import fades, half_painted
 from shapes.reward import OFFSET
 from shapes.world import SIZE, TASKS, Prompt, all_prompts, by_task, is_held_out, layout, render, scenes
 
-PRESET = PRESETS["shapes"][1]
 TAU = 0.1
 
 
