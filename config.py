@@ -6,11 +6,13 @@
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from tyro.conf import OmitArgPrefixes
+
+from infra.flags import flags
 
 HERE = Path(__file__).parent
 
@@ -23,7 +25,7 @@ def sides(size: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-@dataclass(frozen=True)
+@flags
 class Experiment:
     """What decides the result: --resume must find it unchanged."""
 
@@ -94,7 +96,7 @@ class Experiment:
     """Alpha of the LoRA; None: twice its rank."""
 
 
-@dataclass(frozen=True)
+@flags
 class Method:
     """How the gradient is made. A flag that the method does not have is refused, unless the preset has it; None is the
     method's own default."""
@@ -150,12 +152,12 @@ class Method:
     """mix_grpo (25): updates until the window moves on by a step."""
 
 
-@dataclass(frozen=True)
+@flags
 class Run:
     """How long, what is written where, and when it ends."""
 
-    steps: int = 100
-    """Updates."""
+    updates: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 100
+    """Updates of the weights."""
     out: Path | None = None
     """Run folder; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""
     patience: int = 2
@@ -180,7 +182,7 @@ class Run:
     """Where to log beside metrics.jsonl and eval.jsonl. Needs that package."""
 
 
-@dataclass(frozen=True)
+@flags
 class Machine:
     """What only memory and time depend on."""
 
@@ -197,10 +199,6 @@ class Machine:
     """Compile the transformer's blocks."""
     shard: int | None = None
     """Ranks that share a copy of the weights, such as the 8 of a node; None: all of them."""
-    keep_gathered: bool = False
-    """Keep the weights whole through a rollout: one gather instead of one an evaluation, if memory allows."""
-    shard_frozen: bool = False
-    """Cut T5 and the rewards over the ranks too."""
     offload_encoders: bool = False
     """Keep T5's layers on the CPU but while they compute: for a single small GPU."""
     check_every: int = 50
@@ -249,7 +247,7 @@ def flat(flags: Flags) -> Config:
 # With x_0, the paper's, this world gains less, and longer runs lose it again: see shapes/README.md.
 SHAPES = Config(reward_input="xhat_0")
 PAPER = Config(
-    steps=300,
+    updates=300,
     model="weights/FLUX.1-dev",
     prompts=Path("weights/train-prompts.txt"),
     eval_prompts=HERE / "prompts.txt",

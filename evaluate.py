@@ -34,16 +34,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import sides
-from infra.distributed import World, gather, join, on_first_rank
+from formats.folders import describe, load_pipeline
+from formats.lora_files import lora_file, read_lora
+from infra.distributed import Process, all_gather_objects, join, on_first_rank
 from infra.files import check_writable, replacing
-from infra.folders import describe, load
-from infra.lora_files import lora_file, read_lora
 from infra.pictures import save_png, to_pil
-from infra.prompts import read_entries, shard
-from infra.summary import sheets, summarize, table
-from infra.user_code import contents
-from rewards import Reward, check_rewards, name_of, open_reward, score_all
-from sample import Pipeline, grid, sample, too_long
+from infra.prompts import read_entries, rows_of_rank
+from infra.summary import format_table, summarize, write_sheets
+from infra.user_code import file_hashes
+from rewards import Reward, check_rewards, open_reward, reward_name, score_all
+from sample import Pipeline, sample, token_grid, truncation_warning
 
 HERE = Path(__file__).parent
 THUMB = 256  # pixels, the longest side of the images that are always kept
@@ -195,7 +195,7 @@ def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
         raise ValueError(
             f"--geneval needs prompts with GenEval's tags, and {cfg.prompts} has some without: python -m tools.prompts"
         )
-    if "judge" in map(name_of, cfg.rewards):
+    if "judge" in map(reward_name, cfg.rewards):
         task_of = open_reward("judge").task_of
         try:
             tags = [task_of(e["prompt"]) for e in entries]
@@ -207,7 +207,7 @@ def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
 def flags_of(cfg: Config, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """What an evaluation's numbers depend on, as config.json has it."""
     flags = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in RUNTIME}, default=str))
-    return flags | dict(prompts=[e["prompt"] for e in entries], rewards_read=contents(cfg.rewards))
+    return flags | dict(prompts=[e["prompt"] for e in entries], rewards_read=file_hashes(cfg.rewards))
 
 
 def weights_of(source: Path) -> list[list[Any]]:
@@ -260,7 +260,7 @@ def claim(cfg: Config, flags: dict[str, Any], weights: dict[str, list]) -> None:
             part.write_text(json.dumps(files))
 
 
-def run(cfg: Config, world: World) -> None:
+def run(cfg: Config, process: Process) -> None:
     entries, tags = prepare(cfg)
     rewards: list[Reward] = []
     check_rewards(cfg.rewards)
@@ -269,7 +269,7 @@ def run(cfg: Config, world: World) -> None:
         if location.lora:  # small beside its model: it is read to see that it fits
             read_lora(location.lora, weights.config)
     for size, description in itertools.product(map(sides, cfg.size), found.values()):
-        grid(description, *size)
+        token_grid(description, *size)
         check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
     if cfg.strength != 1 and not cfg.base and (whole := [m for m in cfg.model if not lora_file(m)]):
         raise ValueError(f"--strength {cfg.strength} needs --base FOLDER: {whole[0]} is no LoRA")
@@ -281,24 +281,24 @@ def run(cfg: Config, world: World) -> None:
     on_first_rank(partial(check_out, cfg, flags, sources, weights))
     for name, source in sources.items():
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-        pipe = load(source, world.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
+        pipe = load_pipeline(source, process.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
         sizes = sizes_of(cfg, pipe)
         for size in sizes:
-            grid(pipe, *size)
+            token_grid(pipe, *size)
             check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
         if not rewards:
             of = (pipe.device, pipe.clip_tokenizer, False, sizes[0], [entry["prompt"] for entry in entries])
             rewards = [open_reward(s, *of) for s in cfg.rewards]
             on_first_rank(partial(claim, cfg, flags, weights))
-        if world.rank == 0 and (warning := too_long(pipe, [entry["prompt"] for entry in entries])):
+        if process.rank == 0 and (warning := truncation_warning(pipe, [entry["prompt"] for entry in entries])):
             print(warning, file=sys.stderr)
         folder = cfg.out / name
         todo = on_first_rank(partial(missing, folder, len(entries), rewards, cfg))  # others may not see all files yet
-        evaluate(pipe, rewards, entries, shard(todo, world.rank, world.size), cfg, folder)
+        evaluate(pipe, rewards, entries, rows_of_rank(todo, process.rank, process.world_size), cfg, folder)
         del pipe
         gc.collect()  # the next model needs the room
-        gather(None)
-    if world.rank == 0:
+        all_gather_objects(None)
+    if process.rank == 0:
         report(cfg, entries, tags, rewards, list(sources))
 
 
@@ -313,9 +313,9 @@ def report(
     summary = summarize(scores, tags, cfg.size)
     results = {"summary": summary, "scores": {m: {k: v.tolist() for k, v in scores[m].items()} for m in scores}}
     (cfg.out / "results.json").write_text(json.dumps(results).replace("NaN", "null") + "\n")
-    sheets(scores, [e["prompt"] for e in entries], cfg.out)
+    write_sheets(scores, [e["prompt"] for e in entries], cfg.out)
     print(f"{len(entries)} prompts, {cfg.num} images each, {cfg.steps} steps; ± is half of a 95% interval\n")
-    print(table(summary))
+    print(format_table(summary))
     print(f"wrote {cfg.out}: results.json {' '.join(sorted(p.name for p in cfg.out.glob('*.png')))}")
 
 
@@ -323,8 +323,8 @@ def main() -> None:
     rank = int(os.environ.get("RANK", 0))
     cfg = tyro.cli(Config, description=__doc__, console_outputs=rank == 0)
     try:
-        with join(cfg.device, patience=timedelta(days=1)) as world:  # ranks wait for the slowest
-            run(cfg, world)
+        with join(cfg.device, patience=timedelta(days=1)) as process:  # ranks wait for the slowest
+            run(cfg, process)
     except ValueError as error:
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         raise SystemExit(2) from None

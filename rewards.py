@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from infra.user_code import is_user_code, load_function, where
+from infra.user_code import describe_error, is_user_code, load_function
 from scorers.common import Device, Score, Scorer, check_tensors, file_in
 
 TINY = Path(__file__).parent / "shapes" / "tiny-reward"
@@ -67,7 +67,7 @@ class Reward:
 # --------------------------------------------------------------------------------- from the command line
 
 
-def resolve(spec: str) -> tuple[str, str, float]:
+def parse_reward(spec: str) -> tuple[str, str, float]:
     """Name, path and weight of a reward; of a user's file the name is empty. ValueError if there can be no such."""
     what, weight = re.fullmatch(rf"(.*?)(?::({WEIGHT}))?", spec, re.DOTALL).groups()
     try:
@@ -121,11 +121,11 @@ def open_reward(
     `size` is height and width of the images that a user's function is tried on, with the first of `prompts`.
     Raises ValueError naming the spec and what is wrong with it.
     """
-    name, path, weight = resolve(spec)
+    name, path, weight = parse_reward(spec)
     if not name:
         score = load_function(path, "reward")
         try_score(score, path, device, size, prompts)
-        return Reward(score, name=name_of(spec), weight=weight)
+        return Reward(score, name=reward_name(spec), weight=weight)
     scorer = open_scorer(name, path, device, tokenizer, recompute)
     return Reward(*scorer, name=name, weight=weight, lam=LAMBDA.get(name))
 
@@ -159,7 +159,7 @@ def open_scorer(
     return clip(path, device, recompute)
 
 
-def name_of(spec: str) -> str:
+def reward_name(spec: str) -> str:
     """The name that a spec begins with, or the function of a user's."""
     what = re.sub(f":{WEIGHT}$", "", spec)
     return what.rpartition(":")[2] if is_user_code(what) else what.partition("=")[0]
@@ -172,9 +172,9 @@ def check_rewards(
 
     The prompts, which come from `source`, and the size of the images: only the judge minds.
     """
-    names = [name_of(spec) for spec in specs]
+    names = [reward_name(spec) for spec in specs]
     for spec, name in zip(specs, names, strict=True):
-        resolve(spec)
+        parse_reward(spec)
         if name in LOGGED or (is_user_code(spec) and name == "judge"):
             raise ValueError(f"reward {spec!r}: call the function something else than {name}, which is logged")
     if twice := {name for name in names if names.count(name) > 1}:
@@ -192,7 +192,7 @@ def score_all(reward: Reward, images: Tensor, prompts: Sequence[str], device: De
     return reward.scale * torch.cat([reward.score(part.to(device), list(text)).cpu() for part, text in parts])
 
 
-def reported(rewards: list[Reward], means: dict[str, float]) -> dict[str, float]:
+def reported_means(rewards: list[Reward], means: dict[str, float]) -> dict[str, float]:
     """What is logged of the trained rewards: each by name as it is reported, and `reward`.
 
     That is the only one; or, of several, the weighted sum of their scores in the loss, which is what training raises.
@@ -201,7 +201,7 @@ def reported(rewards: list[Reward], means: dict[str, float]) -> dict[str, float]
     return {"reward": sum(r.weight * means[r.name] / (r.scale if several else 1) for r in rewards), **means}
 
 
-def means_of(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+def mean_scores(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """The mean of reported scores (n,), by name; where prompts have tasks, each task's, and the mean over the tasks."""
     if reward.task_of is None:
         return {reward.name: scores.mean().item()}
@@ -220,7 +220,7 @@ def try_score(score: Score, spec: str, device: Device, size: tuple[int, int], pr
         try:
             result = score(images, list(islice(cycle(prompts), n)))
         except Exception as error:
-            raise ValueError(f"reward {spec} fails on images {tuple(images.shape)}: {where(error)}") from error
+            raise ValueError(f"reward {spec} fails on images {tuple(images.shape)}: {describe_error(error)}") from error
         if not isinstance(result, Tensor) or result.shape != (n,):
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(f"reward {spec} must return one score per image, ({n},) for {n}, and returned {got}")

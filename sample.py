@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from config import sides
+from formats.folders import PATCH, Pipeline, load_pipeline
 from infra.distributed import device_of
 from infra.files import check_writable
-from infra.folders import PATCH, Pipeline, load
 from infra.pictures import contact_sheet
 from infra.prompts import read_prompts
 from leaps import Velocity, rollout
@@ -61,7 +61,7 @@ def clip_length(pipe: Pipeline) -> int:
     return min(pipe.clip_tokenizer.model_max_length, pipe.clip.config.max_position_embeddings)
 
 
-def too_long(pipe: Pipeline, prompts: Sequence[str]) -> str | None:
+def truncation_warning(pipe: Pipeline, prompts: Sequence[str]) -> str | None:
     """A warning with the numbers if `encode` cuts some of the prompts, else None."""
     cut = []
     lengths = {
@@ -96,7 +96,7 @@ def unpack(x: Tensor, rows: int, columns: int) -> Tensor:
 # --------------------------------------------------------------------------------------- sampling
 
 
-def grid(pipe: Any, height: int, width: int) -> tuple[int, int]:
+def token_grid(pipe: Any, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of tokens in an image. Raises ValueError for a size that is not whole tokens.
 
     `pipe` is a Pipeline, or a Description of one: what has a `cell`.
@@ -171,7 +171,7 @@ def sample(
     batch: int = 64,
 ) -> Tensor:
     """Images in [0, 1] on the CPU, (len(prompts), 3, height, width), one per prompt and seed."""
-    rows, columns = grid(pipe, height, width)
+    rows, columns = token_grid(pipe, height, width)
     levels = sigmas(pipe.schedule, steps, rows * columns).to(pipe.device)
     images = []
     for i in range(0, len(prompts), batch):
@@ -237,10 +237,10 @@ def main() -> None:
         check_writable(f"--out {cfg.out}", cfg.out.parent)
         size, device = cfg.size and sides(cfg.size), device_of(cfg.device)
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-        pipe = load(cfg.model, device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
+        pipe = load_pipeline(cfg.model, device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
         height, width = size or sides(str(pipe.vae.config.sample_size))
-        grid(pipe, height, width)
-        if warning := too_long(pipe, prompts):
+        token_grid(pipe, height, width)
+        if warning := truncation_warning(pipe, prompts):
             print(warning, file=sys.stderr)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -28,31 +28,30 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, parse
+from formats.saving import write_model
 from infra.anchor import anchored, without_lora
-from infra.checkpoints import Run, load_newest, save_checkpoint
+from infra.checkpoints import State, load_checkpoint, save_checkpoint
 from infra.distributed import (
+    Process,
     Stop,
-    World,
+    all_gather_objects,
     check_agreement,
-    fingerprint,
-    gather,
+    full_tensor,
     join,
-    keep_gathered,
     on_first_rank,
     stop_signals,
     swapped,
-    whole,
+    weights_hash,
 )  # fmt: skip
 from infra.jsonl import Entry
 from infra.logs import Log, note_nonfinite
 from infra.meter import Meter, peak_flops, peak_memory
-from infra.prompts import batch_of, shard
-from infra.saving import write_model
+from infra.prompts import prompts_of_update, rows_of_rank
 from infra.seeds import generator_of
-from infra.watch import newly_hacked, shown, value, which_folder
+from infra.watch import folder_advice, hacking_warnings, preview_indices, watched_value
 from leaps import VJP, Samples, Velocity, hinge, vjp_of
 from model import Flux
-from rewards import means_of, reported, score_all
+from rewards import mean_scores, reported_means, score_all
 from sample import Text, decode, encode, sample, velocity_of
 from start import Setup, announce, open_folder, prepare
 
@@ -86,8 +85,6 @@ def gradient(
 
     @torch.no_grad()
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        if cfg.keep_gathered:
-            keep_gathered(pipe.flux, True)
         with meter("rollout", forwards=b):
             return network(slice(None))(x, sigma)
 
@@ -98,8 +95,6 @@ def gradient(
         return anchored(network(part), base, cfg.anchor / total, distances.append)
 
     def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
-        if cfg.keep_gathered:  # activations need the room
-            keep_gathered(pipe.flux, False)
         apart = b if cfg.anchor else 0  # the base once, and the network again
         with meter("leaps", forwards=apart, backwards=b + wrt_x * apart):
             levels = torch.as_tensor(sigma).expand(b)  # a method may have one a sample
@@ -140,11 +135,9 @@ def gradient(
     # What all samples share is drawn after x_1, from the same generator, alike for all parts of a batch.
     shared = draw_noise(cfg, setup, step, 0)[1]
     log = setup.method(Samples(noise, size.levels, shared, velocity, vjp, reward, score, total, step))
-    if cfg.keep_gathered:  # or what is whole would outlive the update
-        keep_gathered(pipe.flux, False)
     measured |= dict(anchor=distances) if distances else {}
     log = log | {name: torch.cat(v).view(-1, b).mean(0) for name, v in measured.items()}  # over the calls of reward
-    return {name: value.detach().float().cpu().expand(b) for name, value in log.items()}
+    return {name: watched_value.detach().float().cpu().expand(b) for name, watched_value in log.items()}
 
 
 def draw_noise(cfg: Config, setup: Setup, step: int, i: int) -> tuple[Tensor, torch.Generator]:
@@ -158,7 +151,7 @@ def draw_noise(cfg: Config, setup: Setup, step: int, i: int) -> tuple[Tensor, to
 
 def draw_prompts(cfg: Config, setup: Setup, step: int) -> list[str]:
     """The prompts of a step's batch: one after the other, each `setup.group` times where a method compares."""
-    different = batch_of(setup.prompts, step, cfg.batch // setup.group, cfg.seed)
+    different = prompts_of_update(setup.prompts, step, cfg.batch // setup.group, cfg.seed)
     return [prompt for prompt in different for _ in range(setup.group)]
 
 
@@ -166,11 +159,11 @@ def draw_prompts(cfg: Config, setup: Setup, step: int) -> list[str]:
 
 
 def batch_gradient(
-    cfg: Config, setup: Setup, world: World, step: int, meter: Meter
+    cfg: Config, setup: Setup, process: Process, step: int, meter: Meter
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Add the gradient of this rank's part of a batch, --rollout-batch samples at a time; its values and prompts."""
     prompts = draw_prompts(cfg, setup, step)
-    my_range = shard(range(cfg.batch), world.rank, world.size)
+    my_range = rows_of_rank(range(cfg.batch), process.rank, process.world_size)
     together = cfg.rollout_batch or len(my_range)
     logs = []
     for first in range(my_range.start, my_range.stop, together):
@@ -179,27 +172,27 @@ def batch_gradient(
     return {name: torch.cat([log[name] for log in logs]) for name in logs[0]}, prompts[my_range.start : my_range.stop]
 
 
-def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict[str, Any]:
+def update(cfg: Config, setup: Setup, process: Process, run: State, step: int) -> dict[str, Any]:
     """One update of weights and averages; returns what to log.
 
     Raises Stop, with the weights as before, if a number is not finite.
     """
-    began, meter = time.perf_counter(), Meter(world.device)
-    own, prompts = batch_gradient(cfg, setup, world, step, meter)
+    began, meter = time.perf_counter(), Meter(process.device)
+    own, prompts = batch_gradient(cfg, setup, process, step, meter)
 
     # FSDP averages gradients over the ranks: a rank's own mean over its samples is all there is to do.
     with meter("update"):
-        norm = whole(nn.utils.clip_grad_norm_(run.params, cfg.clip)).item()
+        norm = full_tensor(nn.utils.clip_grad_norm_(run.params, cfg.clip)).item()
 
     # Every rank sees every value, so that all come to the same decisions below.
-    ranks = gather((own, meter.counts, prompts))
+    ranks = all_gather_objects((own, meter.counts, prompts))
     means = {name: torch.cat([values[name] for values, *_ in ranks]).mean().item() for name in own}
     if not np.isfinite([norm, *means.values()]).all():
         run.optimizer.zero_grad()
-        raise Stop(NONFINITE, note_nonfinite(setup.out, step, cfg.seed, norm, ranks, speaks=world.rank == 0))
+        raise Stop(NONFINITE, note_nonfinite(setup.out, step, cfg.seed, norm, ranks, speaks=process.rank == 0))
 
     with meter("update"):
-        run.set_lr(cfg.lr * (1 - step / cfg.steps) if cfg.decay else cfg.lr)
+        run.set_lr(cfg.lr * (1 - step / cfg.updates) if cfg.decay else cfg.lr)
         torch.manual_seed(generator_of(cfg.seed, step, 1).initial_seed())  # --lean rounds at random
         run.optimizer.step()
         run.optimizer.zero_grad()
@@ -207,15 +200,17 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
 
     counts = [counts for _, counts, _ in ranks]
     forwards, backwards = (sum(c[name] for c in counts) for name in ("forwards", "backwards"))
-    entry = dict(step=step, **reported(setup.rewards, means), grad_norm=norm, forwards=forwards, backwards=backwards)
-    entry |= {k: sum(c[k] for c in counts) / world.size for k in counts[0] if k.startswith("seconds")}
+    entry = dict(
+        step=step, **reported_means(setup.rewards, means), grad_norm=norm, forwards=forwards, backwards=backwards
+    )
+    entry |= {k: sum(c[k] for c in counts) / process.world_size for k in counts[0] if k.startswith("seconds")}
     entry["seconds_update"] = meter.counts["seconds_update"]
     entry["seconds"] = time.perf_counter() - began
-    entry["memory"] = peak_memory(world.device)
+    entry["memory"] = peak_memory(process.device)
     cost = setup.size(step).flops
     flops = (forwards - backwards) * cost.forward + backwards * cost.both
-    entry["tflops"] = flops / entry["seconds"] / world.size / 1e12  # per rank, of the transformer alone
-    if peak := peak_flops(world.device):
+    entry["tflops"] = flops / entry["seconds"] / process.world_size / 1e12  # per rank, of the transformer alone
+    if peak := peak_flops(process.device):
         entry["mfu"] = entry["tflops"] * 1e12 / peak
     return entry
 
@@ -223,46 +218,46 @@ def update(cfg: Config, setup: Setup, world: World, run: Run, step: int) -> dict
 # --------------------------------------------------------------------------------------- an evaluation
 
 
-def evaluate(cfg: Config, setup: Setup, world: World) -> tuple[dict[str, Any], Tensor]:
+def evaluate(cfg: Config, setup: Setup, process: Process) -> tuple[dict[str, Any], Tensor]:
     """Mean rewards of the network as it is, on fixed prompts and noise; and the images, (n, 3, h, w) uint8.
 
     `by_prompt` holds the watched rewards of each image, so that evaluations can be compared pair by pair.
     """
     prompts, batch = setup.eval_prompts, cfg.rollout_batch or 64
-    each = -(-len(prompts) // world.size)  # the same on every rank, padded: they gather weights together
-    my_prompts = [min(i, len(prompts) - 1) for i in range(world.rank * each, (world.rank + 1) * each)]
+    each = -(-len(prompts) // process.world_size)  # the same on every rank, padded: they gather weights together
+    my_prompts = [min(i, len(prompts) - 1) for i in range(process.rank * each, (process.rank + 1) * each)]
     texts, seeds = [prompts[i] for i in my_prompts], [10**6 + i for i in my_prompts]
     size = setup.sizes[0]
     images = sample(setup.pipe, texts, seeds, cfg.rollout_steps, size.height, size.width, cfg.guidance, batch)
     rewards = [*setup.rewards, *setup.watched]
-    own = {r.name: score_all(r, images, texts, world.device, batch) for r in rewards}
-    ranks = gather((images.mul(255).round().byte(), own))
+    own = {r.name: score_all(r, images, texts, process.device, batch) for r in rewards}
+    ranks = all_gather_objects((images.mul(255).round().byte(), own))
     scores = {name: torch.cat([of_rank[name] for _, of_rank in ranks])[: len(prompts)] for name in own}
-    means = {k: v for r in rewards for k, v in means_of(r, scores[r.name], prompts).items()}
+    means = {k: v for r in rewards for k, v in mean_scores(r, scores[r.name], prompts).items()}
     by_prompt = {r.name: [round(x, 5) for x in scores[r.name].tolist()] for r in setup.watched}
     images = torch.cat([images for images, _ in ranks])[: len(prompts)]
-    return {**reported(setup.rewards, means), "by_prompt": by_prompt}, images
+    return {**reported_means(setup.rewards, means), "by_prompt": by_prompt}, images
 
 
 # -------------------------------------------------------------------------------------------- the loop
 
 
-def train(cfg: Config, setup: Setup, world: World) -> None:
+def train(cfg: Config, setup: Setup, process: Process) -> None:
     """From the first update to final/. Raises Stop where it must end early, with everything saved that can be."""
     out, began = setup.out, time.time()
-    run = Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
+    run = State(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
     try:
-        first = load_newest(out, run, cfg.at) if cfg.resume else 0
+        first = load_checkpoint(out, run, cfg.at) if cfg.resume else 0
     except ValueError as error:
         raise Stop(2, f"error: {error}") from None
     log = None
     if not cfg.export:
         evals, kept = on_first_rank(lambda: open_folder(cfg, setup, first))
-        log = Log(cfg, out, first, speaks=world.rank == 0)
+        log = Log(cfg, out, first, speaks=process.rank == 0)
         if first:
             log.say(f"goes on from step {first}")
         try:
-            kept = loop(cfg, setup, world, run, first, log, evals, kept)
+            kept = loop(cfg, setup, process, run, first, log, evals, kept)
         except OSError as error:  # a log cannot be written: the disk is full, say
             raise Stop(1, f"{error}; --resume goes on from the newest checkpoint in {out / 'checkpoints'}") from error
         finally:
@@ -271,7 +266,7 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
 
     try:
         with swapped(run.params, run.averaged):
-            write_model(cfg.export or out / "final", setup.pipe, world)
+            write_model(cfg.export or out / "final", setup.pipe, process)
     except OSError as error:
         kept = f"the weights are in {out / 'checkpoints'}, --resume --export PATH writes them"
         raise Stop(1, f"{error}; {kept}") from error
@@ -280,13 +275,20 @@ def train(cfg: Config, setup: Setup, world: World) -> None:
         log.pictures(setup.eval_prompts, tasks, evals)
         log.say(f"{time.time() - began:.0f} s; wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
         if setup.watched:
-            log.say(which_folder(kept, evals[-1], setup.watched[0].name))
-    elif world.rank == 0:
+            log.say(folder_advice(kept, evals[-1], setup.watched[0].name))
+    elif process.rank == 0:
         print(f"wrote {cfg.export}, the averaged weights after {first} updates")
 
 
 def loop(
-    cfg: Config, setup: Setup, world: World, run: Run, first: int, log: Log, evals: list[Entry], kept: Entry | None
+    cfg: Config,
+    setup: Setup,
+    process: Process,
+    run: State,
+    first: int,
+    log: Log,
+    evals: list[Entry],
+    kept: Entry | None,
 ) -> Entry | None:
     """Evaluate, save, update, from step `first` on. `evals` grows by an entry an evaluation.
 
@@ -294,30 +296,32 @@ def loop(
     """
     out, start, watched = setup.out, time.time(), [r.name for r in setup.watched]
     skipped, saved, satisfied = 0, first, False
-    captions = [setup.eval_prompts[i] for i in shown(setup.eval_prompts)]
+    captions = [setup.eval_prompts[i] for i in preview_indices(setup.eval_prompts)]
     with stop_signals() as signals:
-        for step in range(first, cfg.steps + 1):
-            last = step == cfg.steps
+        for step in range(first, cfg.updates + 1):
+            last = step == cfg.updates
 
             # A rank that has gone its own way would train a model of its own without a word.
             if step == first or step % cfg.check_every == 0:
                 same = dict(step=step, flags=repr(cfg), prompts=draw_prompts(cfg, setup, step))
-                check_agreement(world, same | dict(vae=fingerprint(setup.pipe.vae.parameters())), run.params)
+                check_agreement(process, same | dict(vae=weights_hash(setup.pipe.vae.parameters())), run.params)
 
             # The averaged weights are what is evaluated and kept: they are better than the last ones, and steadier.
             if step % cfg.eval_every == 0 or last:
                 with swapped(run.params, run.averaged):
-                    entry, images = evaluate(cfg, setup, world)
+                    entry, images = evaluate(cfg, setup, process)
                     evals.append(dict(step=step, **entry, seconds=time.time() - start))
-                    if watched and (kept is None or value(evals[-1], watched[0]) > value(kept, watched[0])):
+                    if watched and (
+                        kept is None or watched_value(evals[-1], watched[0]) > watched_value(kept, watched[0])
+                    ):
                         try:
-                            write_model(out / "best", setup.pipe, world)
+                            write_model(out / "best", setup.pipe, process)
                             kept = evals[-1]
                             kept["kept"] = "best/"  # for a run that goes on
                         except OSError as error:  # the disk is full, say: no reason to lose the run
                             log.say(f"warning: {error}")
-                log.evaluation(evals[-1], images[shown(setup.eval_prompts)], captions)
-                warnings = newly_hacked(evals, watched, cfg.patience)
+                log.evaluation(evals[-1], images[preview_indices(setup.eval_prompts)], captions)
+                warnings = hacking_warnings(evals, watched, cfg.patience)
                 for warning in warnings:
                     log.say(warning)
                 last |= cfg.stop_early and bool(warnings)
@@ -325,7 +329,7 @@ def loop(
                 break
 
             try:
-                entry = update(cfg, setup, world, run, step)
+                entry = update(cfg, setup, process, run, step)
             except Stop as stop:
                 skipped += 1
                 if skipped > cfg.skip_nonfinite:
@@ -341,7 +345,7 @@ def loop(
             log.bar.update()
 
             # A signal reaches one rank first: all must agree that it came, and save the same step.
-            caught = [number for of_rank in gather(list(signals)) for number in of_rank]
+            caught = [number for of_rank in all_gather_objects(list(signals)) for number in of_rank]
             if (step + 1) % cfg.save_every == 0 or caught:
                 save_checkpoint(out, run, saved := step + 1, cfg.keep)
             if caught:
@@ -359,15 +363,15 @@ def main() -> None:
     with ExitStack() as stack:
         try:
             # While one rank writes a large model, all others wait.
-            world = stack.enter_context(join(cfg.device, cfg.shard, timedelta(hours=1)))
-            setup = prepare(cfg, world, preset)
+            process = stack.enter_context(join(cfg.device, cfg.shard, timedelta(hours=1)))
+            setup = prepare(cfg, process, preset)
         except ValueError as error:  # a flag or a file, perhaps of one node only
             print(f"\nerror: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
             raise SystemExit(2) from None
         if rank == 0 and not cfg.export:
-            print(announce(cfg, preset, setup, world))
+            print(announce(cfg, preset, setup, process))
         try:
-            train(cfg, setup, world)
+            train(cfg, setup, process)
         except Stop as stop:
             if rank == 0:
                 print(f"\n{stop.message}", file=sys.stderr)

@@ -34,16 +34,16 @@ except ImportError:  # Windows
 
 from config import Config, Experiment, Method, parse, sides
 from experiments.record import RESULTS, ROOT, origin
+from formats.locations import locate
+from formats.lora_files import lora_file
 from infra.checks import check_flags, check_groups
-from infra.distributed import World, device_of
+from infra.distributed import Process, device_of
 from infra.files import replacing
 from infra.jsonl import read_log
-from infra.locations import find
-from infra.lora_files import lora_file
-from infra.methods import keywords, method_of, on_zeros, options_of, recorded, try_method
+from infra.methods import find_method, method_keywords, method_options, on_zeros, recorded_flags, try_method
 from infra.prompts import read_prompts
 from infra.user_code import is_user_code
-from rewards import check_rewards, resolve
+from rewards import check_rewards, parse_reward
 from start import check_model, check_needs
 
 CELLS = RESULTS / "cells"
@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def numbers(self) -> dict[str, float]:
-        return dict(seed=self.seed, lr=self.lr, steps=self.steps, eval_every=self.eval_every, save_every=50)
+        return dict(seed=self.seed, lr=self.lr, updates=self.steps, eval_every=self.eval_every, save_every=50)
 
     @property
     def arguments(self) -> list[str]:
@@ -79,7 +79,7 @@ class Cell:
         cfg = replace(config_of(self.spec, self.flags), **self.numbers)
         # What files hold counts, not where they are.
         names = {f.name for f in (*fields(Experiment), *fields(Method))} - {"model", "base", "prompts", "eval_prompts"}
-        flags = {name: value for name, value in recorded(cfg).items() if name in names or name == "steps"}
+        flags = {name: value for name, value in recorded_flags(cfg).items() if name in names or name == "updates"}
         hub_ids = [name for name in (cfg.model, cfg.base) if name and not Path(name).exists()]
         found = [digest(str(path)) for path in inputs(cfg)] + hub_ids
         decides = json.dumps([flags, found], sort_keys=True)
@@ -108,11 +108,11 @@ def config_of(spec: str, flags: str) -> Config:
 
 def inputs(cfg: Config) -> list[Path]:
     """The files and folders that decide a run beside its flags; what is no path, as a hub id, is not among them."""
-    specs = [*(resolve(spec)[1] for spec in (*cfg.reward, *cfg.watch)), cfg.method * is_user_code(cfg.method)]
+    specs = [*(parse_reward(spec)[1] for spec in (*cfg.reward, *cfg.watch)), cfg.method * is_user_code(cfg.method)]
     files = [spec.rpartition(":")[0] if is_user_code(spec) else spec for spec in specs]
     names = (cfg.model, cfg.base, cfg.prompts, cfg.eval_prompts, *files)
     if lora_file(cfg.model) and not cfg.base:  # its note names what it lies over
-        names += find(cfg.model)[:2]
+        names += locate(cfg.model)[:2]
     return [Path(name) for name in names if name and Path(name).exists()]
 
 
@@ -133,15 +133,15 @@ def digest(path: str) -> str:
 def opened(spec: str, flags: str) -> tuple[Callable[..., Any], Tensor]:
     """A method with its options, and the noise levels of its rollouts. Raises ValueError if train.py would not run."""
     cfg = config_of(spec, flags)
-    alone = World(0, 1, device_of(cfg.device), None)
+    alone = Process(0, 1, device_of(cfg.device), None)
     try:
         check_flags(cfg, alone)
         for size in map(sides, cfg.size):
             check_rewards([*cfg.reward, *cfg.watch], read_prompts(cfg.eval_prompts), size)
             check_rewards(cfg.reward, read_prompts(cfg.prompts), size)
-        method, levels = method_of(cfg.method), check_model(cfg)[0]
-        options = options_of(cfg, Config())
-        group = options.get("group", keywords(method).get("group", 1))
+        method, levels = find_method(cfg.method), check_model(cfg)[0]
+        options = method_options(cfg, Config())
+        group = options.get("group", method_keywords(method).get("group", 1))
         check_groups(cfg, alone, group)
         check_needs(cfg, try_method(partial(method, **options), levels, group))
         on_zeros(partial(method, **options), levels, cfg.batch, torch.Generator())

@@ -39,7 +39,7 @@ from experiments.cells import Cell, at_once, config_of, opened, run_cell, spent,
 from experiments.command import main
 from experiments.draw import draw
 from experiments.record import file_of, record
-from rewards import name_of
+from rewards import reward_name
 from shapes.world import TASKS
 
 GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds are 0, 1, 2, ...
@@ -147,7 +147,7 @@ def check_words(texts: Sequence[str]) -> None:
 
 def check_select(cfg: Config, rewards: Sequence[str]) -> None:
     """Raise ValueError if no evaluation has the number that learning rates are chosen by."""
-    names = {"reward", *map(name_of, (*rewards, *cfg.watch))}
+    names = {"reward", *map(reward_name, (*rewards, *cfg.watch))}
     if "judge" in names:
         names |= set(TASKS)
     if cfg.select not in names:

@@ -12,7 +12,6 @@ import tyro
 
 from experiments.command import main
 from experiments.draw_compare import draw_compare
-from experiments.draw_decided import draw_decided
 from experiments.draw_fidelity import draw_fidelity
 
 
@@ -21,7 +20,7 @@ class Config:
     """Write the tables and pictures of results."""
 
     results: tyro.conf.Positional[tuple[Path, ...]]
-    """Files that compare, experts, fidelity or decided wrote."""
+    """Files that compare or fidelity wrote."""
 
 
 def draw(path: Path) -> None:
@@ -30,8 +29,9 @@ def draw(path: Path) -> None:
         result = json.loads(path.read_text())
         kind = result["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of compare, experts, fidelity or decided: {error!r}") from error
-    dict(fidelity=draw_fidelity, decided=draw_decided).get(kind, draw_compare)(result, path)
+        raise ValueError(f"{path} is no result of compare or fidelity: {error!r}") from error
+    draw_kind = draw_fidelity if kind == "fidelity" else draw_compare
+    draw_kind(result, path)
     print(path.with_suffix(".md").read_text())
 
 

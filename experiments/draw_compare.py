@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from experiments.tables import markdown, origin, shown
 from infra.pictures import GRID, INK, PALETTE, dress, line_chart, save_row
-from infra.summary import interval
+from infra.summary import confidence_interval
 
 LAYOUT = ("position", "count")  # the tasks that early steps decide, if the paper is right
 Cells = list[dict[str, Any]]  # the runs of a row, seed by seed
@@ -37,14 +37,14 @@ def gain(*names: str) -> Callable[[dict], float]:
 
 def mean_of(cells: Cells, measure: Callable[[dict], float]) -> tuple[float, float]:
     """Mean and half of its 95% interval over seeds; NaN for the half where there is one seed."""
-    return interval([measure(cell) for cell in cells])
+    return confidence_interval([measure(cell) for cell in cells])
 
 
 def change_of(cells: Cells, reference: Cells, measure: Callable[[dict], float]) -> tuple[float, float]:
     """Mean difference to the reference, and half of its interval; raises ValueError where the seeds are others."""
     if [c["seed"] for c in cells] != [c["seed"] for c in reference]:
         raise ValueError(f"{cells[0]['spec']} and {reference[0]['spec']} have other seeds, and cannot be paired")
-    return interval([measure(a) - measure(b) for a, b in zip(cells, reference)])
+    return confidence_interval([measure(a) - measure(b) for a, b in zip(cells, reference)])
 
 
 def measures(result: dict, rows: Rows) -> list[str]:

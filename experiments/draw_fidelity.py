@@ -12,7 +12,7 @@ from scipy import stats
 
 from experiments.tables import markdown, origin, shown
 from infra.pictures import PALETTE, dress, line_chart, name_ends, save_row
-from infra.summary import interval
+from infra.summary import confidence_interval
 
 Base = dict[str, Any]  # a model at a T
 TAU = 0.1  # of Eq. 12, the paper's
@@ -28,8 +28,8 @@ def table(base: Base) -> str:
     layers = [layer for layer in next(iter(base["methods"].values())) if layer != "all"]
     lines = []
     for spec, of_layer in base["methods"].items():
-        own = [shown(*interval(of_layer["all"][name])) for name in numbers]
-        parts = [shown(*interval(of_layer[layer]["cosine"])) for layer in layers]
+        own = [shown(*confidence_interval(of_layer["all"][name])) for name in numbers]
+        parts = [shown(*confidence_interval(of_layer[layer]["cosine"])) for layer in layers]
         lines.append([spec, *own, *parts, f"{base['evaluations'][spec]:.1f}"])
     head = ["", "cosine", "norm", "cosine of the mean", "spread", *layers, "evaluations"]
     return markdown(head, lines)
@@ -52,7 +52,9 @@ def trust_table(bases: list[Base]) -> str:
                 {name: stats.spearmanr(values, cosine).statistic for name, values in trust(d_j, d_0).items()}
                 for d_j, d_0, cosine in zip(found["d_j"], found["d_0"], found["cosine"])
             ]
-        lines.append([title_of(base), *(shown(*interval([of[name] for of in ranked])) for name in ranked[0])])
+        lines.append(
+            [title_of(base), *(shown(*confidence_interval([of[name] for of in ranked])) for name in ranked[0])]
+        )
     return markdown(["", *ranked[0]], lines)
 
 
@@ -64,7 +66,7 @@ def report(result: dict[str, Any]) -> str:
         f"{len(bases[0]['straightness'])} batches of {result['batch']} samples; mean and 95% interval over batches.\n"
     ]
     for base in bases:
-        straight = shown(*interval(base["straightness"]))
+        straight = shown(*confidence_interval(base["straightness"]))
         parts += [f"{title_of(base)}; mean squared distance of velocities from x_1 - x_0, relative: {straight}\n"]
         parts += [table(base)]
     if long := [base for base in bases if base["rollout_steps"] > 2]:  # of two steps there is one pair

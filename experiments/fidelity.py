@@ -39,14 +39,14 @@ from experiments.cells import config_of, opened, spent
 from experiments.command import main
 from experiments.draw import draw
 from experiments.record import file_of, named, record
+from formats.folders import Pipeline, load_pipeline
 from infra.distributed import device_of
-from infra.folders import Pipeline, load
-from infra.methods import keywords, method_of, options_of
+from infra.methods import find_method, method_keywords, method_options
 from infra.prompts import read_prompts
 from infra.seeds import generator_of
 from leaps import Samples, Velocity, hinge, leapalign, rollout, vjp_of
 from rewards import Reward, open_reward
-from sample import decode, encode, grid, velocity_of
+from sample import decode, encode, token_grid, velocity_of
 from start import check_gradient
 
 TRAIN = TrainConfig()
@@ -154,7 +154,7 @@ def batch_of(cfg: Config, pipe: Pipeline, reward: Reward, prompts: list[str], le
     random = generator_of(cfg.seed, n)
     chosen = torch.randperm(len(prompts), generator=random)[: cfg.batch // GROUP].tolist()
     texts = [prompts[i] for i in chosen for _ in range(GROUP)]
-    rows, columns = grid(pipe, *sides(TRAIN.size[0]))
+    rows, columns = token_grid(pipe, *sides(TRAIN.size[0]))
     noise = torch.randn(cfg.batch, rows * columns, pipe.flux.config.in_channels, generator=random).to(pipe.device)
     velocity = velocity_of(pipe.flux, encode(pipe, texts), rows, columns)
 
@@ -244,7 +244,7 @@ def check(cfg: Config) -> None:
         given = [word.partition("=")[0] for word in shlex.split(spec) if word.startswith("--")]
         if ignored := [flag for flag in given if flag.removeprefix("--").replace("-", "_") in others]:
             raise ValueError(f"{ignored[0]} in {spec!r}: a row has flags of its method only")
-        group = options_of(row, TRAIN).get("group", keywords(method_of(row.method)).get("group", 1))
+        group = method_options(row, TRAIN).get("group", method_keywords(find_method(row.method)).get("group", 1))
         if group < 1 or GROUP % group:
             raise ValueError(f"--group {group} in {spec!r}: a prompt has {GROUP} samples here, a multiple of a group")
     if cfg.draws < 2 or cfg.noises < 1:
@@ -270,7 +270,7 @@ def run(cfg: Config) -> None:
     opened_methods = {key: {spec: opened(spec, words) for spec in cfg.methods} for key, words in flags.items()}
     for (model, steps), methods in opened_methods.items():
         print(f"{model}, {steps} steps", flush=True)
-        pipe = load(Path(model), device, torch.float32)
+        pipe = load_pipeline(Path(model), device, torch.float32)
         reward = open_reward(cfg.reward, cfg.device, pipe.clip_tokenizer)
         check_gradient(reward, prompts[:1], sides(TRAIN.size[0]), device)
         levels = next(iter(methods.values()))[1]

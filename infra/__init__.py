@@ -1,14 +1,8 @@
-"""What a method needs around it: folders, prompts, logs, processes, checkpoints, pictures."""
+"""What a run needs around its method: processes, checkpoints, prompts, logs, pictures."""
 
-import importlib.util
-import sys
+import logging
 
-# Where torchao is installed, diffusers and transformers import it, which prints warnings at every start, for their own
-# quantization, which nothing here uses. They look for it once, so it is hidden while they do; infra/lean.py finds it.
-if "torchao" not in sys.modules and importlib.util.find_spec("torchao"):
-    sys.modules["torchao"] = None
-    from diffusers.utils import is_torchao_available as diffusers_looks
-    from transformers.utils import is_torchao_available as transformers_looks
-
-    diffusers_looks(), transformers_looks()
-    del sys.modules["torchao"]
+# diffusers and transformers import torchao where it is installed. Its import logs warnings about kernels and enums that
+# nothing here uses, at every start and on every rank.
+for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
+    logging.getLogger(name).setLevel(logging.ERROR)

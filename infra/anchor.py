@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from infra.distributed import World, local, shard_flux
-from infra.lora import LoRA
+from formats.lora import LoRA
+from infra.distributed import Process, local_shard, shard_flux
 from leaps import VJP, Velocity, vjp_of
 from model import Flux
 
@@ -56,12 +56,12 @@ def without_lora(flux: Flux, velocity: Velocity) -> Velocity:
 
 
 @torch.no_grad()
-def frozen_copy(flux: Flux, world: World, dtype: torch.dtype) -> Flux:
+def frozen_copy(flux: Flux, process: Process, dtype: torch.dtype) -> Flux:
     """A copy of a network that is never trained, in the dtype it computes in, cut over the ranks as the other is."""
     with torch.device("meta"):
         copy = Flux(flux.config).to(dtype).requires_grad_(False)
-    shard_flux(copy, world, dtype)
-    copy.to_empty(device=world.device)
+    shard_flux(copy, process, dtype)
+    copy.to_empty(device=process.device)
     for ours, theirs in zip(copy.parameters(), flux.parameters(), strict=True):
-        local(ours).copy_(local(theirs))
+        local_shard(ours).copy_(local_shard(theirs))
     return copy

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
-from infra.distributed import gather
+from infra.distributed import all_gather_objects
 from infra.files import PART, beside, part_of, put_in_place
 from model import Flux
 
@@ -41,7 +41,7 @@ SUMS = "sums.json"
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
-class Run:
+class State:
     """What training changes: the network's trained parameters, their averages and the optimizer.
 
     `lean` is for weights in bf16: they are rounded at random, so that updates smaller than their precision survive on
@@ -93,7 +93,7 @@ class Run:
         return self.written and self.written.result()
 
 
-def folders(out: Path) -> list[Path]:
+def checkpoint_folders(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted((out / "checkpoints").glob("step_??????"))
 
@@ -110,7 +110,7 @@ def sums(files: Iterable[Path]) -> dict[str, int]:
     return result
 
 
-def save_checkpoint(out: Path, run: Run, step: int, keep: int) -> None:
+def save_checkpoint(out: Path, run: State, step: int, keep: int) -> None:
     """Begin to write a checkpoint; `run.wait()` tells when it is there. One at a time: first waits for the last."""
     run.wait()
     state = tree_map_only(Tensor, copied, run.state(step))
@@ -143,7 +143,7 @@ def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.Pr
         own = sums([*part.glob(f"__{rank}_*"), *([part / ".metadata"] if rank == 0 else [])])
     except (Exception, CheckpointException) as error:  # whichever rank's disk is full, torch tells all of them
         reason = reason_of(error)
-    everyone = gather((reason, own), group)
+    everyone = all_gather_objects((reason, own), group)
     failed = next((reason for reason, _ in everyone if reason), None)
     if rank == 0 and not failed:
         try:
@@ -151,14 +151,17 @@ def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.Pr
             put_in_place(part, folder)  # a step that is repeated after a fallback has one there
         except OSError as error:
             failed = reason_of(error)
-    failed = gather(failed, group)[0]
+    failed = all_gather_objects(failed, group)[0]
     if failed:
         gc.collect()  # torch's errors hold the whole copy, in a circle
     if rank == 0:
-        for old in [part] if failed else folders(out)[:-keep]:
+        for old in [part] if failed else checkpoint_folders(out)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     if rank == 0 and failed:
-        newest, free = folders(out)[-1] if folders(out) else "none", shutil.disk_usage(out).free / 1e9
+        newest, free = (
+            checkpoint_folders(out)[-1] if checkpoint_folders(out) else "none",
+            shutil.disk_usage(out).free / 1e9,
+        )
         print(
             f"warning: no checkpoint could be written ({failed}; {free:.1f} GB free); the newest is {newest}",
             file=sys.stderr,
@@ -184,20 +187,20 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def load_newest(out: Path, run: Run, at: int | None = None) -> int:
+def load_checkpoint(out: Path, run: State, at: int | None = None) -> int:
     """Fill `run` from the newest checkpoint that can be read, and return its step; 0 if there is none.
 
     One that cannot be read is passed over with a warning, for the one before; `at` takes that of one step only.
     Raises ValueError if there are some and none can be read.
     """
-    found = [f for f in folders(out) if at is None or f.name == f"step_{at:06d}"]
+    found = [f for f in checkpoint_folders(out) if at is None or f.name == f"step_{at:06d}"]
     for folder in reversed(found):
         state, reason = run.state(0), None
         try:
             check_sums(folder)
         except Exception as error:
             reason = reason_of(error)
-        reasons = [r for r in gather(reason) if r]
+        reasons = [r for r in all_gather_objects(reason) if r]
         if not reasons:
             dcp.load(state, checkpoint_id=folder)
             return int(state["step"])

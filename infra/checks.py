@@ -7,17 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from infra.checkpoints import folders
-from infra.distributed import CUT, World
+from infra.checkpoints import checkpoint_folders
+from infra.distributed import CUT, Process
 from infra.files import PART, check_writable
 from infra.jsonl import read_log
-from infra.prompts import fingerprint, say
+from infra.prompts import print_once, prompts_hash
 from infra.trackers import check_trackers
 
 
-def check_flags(cfg: Config, world: World) -> None:
+def check_flags(cfg: Config, process: Process) -> None:
     """Raise ValueError naming the flag that cannot be, and why."""
-    counts = ("steps", "batch", "rollout_steps", "eval_every", "text_length", "patience", "save_every", "keep", "lora")
+    counts = (
+        "updates",
+        "batch",
+        "rollout_steps",
+        "eval_every",
+        "text_length",
+        "patience",
+        "save_every",
+        "keep",
+        "lora",
+    )
     of_methods = ("active", "nodes", "last", "group", "window", "every")
     for name in (*counts, *of_methods, "rollout_batch", "micro_batch", "check_every"):
         if (value := getattr(cfg, name)) is not None and value < 1:
@@ -35,8 +45,8 @@ def check_flags(cfg: Config, world: World) -> None:
         raise ValueError(f"--tau must be positive, got {cfg.tau}: the weight of an exact leap is 1 / (2 tau)")
     if not 0 <= cfg.ema < 1:
         raise ValueError(f"--ema must be in [0, 1), got {cfg.ema}")
-    if cfg.batch % world.size:
-        raise ValueError(f"--batch {cfg.batch} does not divide into {world.size} ranks: take a multiple of it")
+    if cfg.batch % process.world_size:
+        raise ValueError(f"--batch {cfg.batch} does not divide into {process.world_size} ranks: take a multiple of it")
     if not cfg.size:
         raise ValueError("--size: give one or more")
     if not cfg.reward:
@@ -48,33 +58,31 @@ def check_flags(cfg: Config, world: World) -> None:
     if cfg.stop_early and not cfg.watch:
         raise ValueError("--stop-early needs a reward to --watch")
     check_trackers(cfg.log)
-    if cfg.bf16 and not (cfg.lora or cfg.lean) and world.device.type not in CUT:
+    if cfg.bf16 and not (cfg.lora or cfg.lean) and process.device.type not in CUT:
         raise ValueError(
             f"--bf16 with --device {cfg.device}: weights that are trained are fp32 there, and compute in it: add --lora"
         )
-    if cfg.fp8 and world.device.type not in CUT:
+    if cfg.fp8 and process.device.type not in CUT:
         raise ValueError(f"--fp8 with --device {cfg.device}: only cpu and cuda have numbers of eight bits")
-    if cfg.shard_frozen and world.device.type not in CUT:
-        raise ValueError(f"--shard-frozen: nothing is cut on --device {cfg.device}, only on cpu and cuda")
-    if cfg.lean and world.size > 1:
-        raise ValueError(f"--lean is for one GPU, and there are {world.size} ranks: they share the weights without it")
+    if cfg.lean and process.world_size > 1:
+        raise ValueError(
+            f"--lean is for one GPU, and there are {process.world_size} ranks: they share the weights without it"
+        )
     if cfg.lean and (cfg.lora or not cfg.bf16):
         raise ValueError("--lean keeps all trained weights in bf16: it needs --bf16, and --lora trains others")
-    if cfg.fp8 and (not cfg.lora or world.size > 1):
+    if cfg.fp8 and (not cfg.lora or process.world_size > 1):
         raise ValueError("--fp8 is for what a LoRA changes, on one GPU: it needs --lora, and several share the weights")
     if cfg.lean and importlib.util.find_spec("torchao") is None:
         raise ValueError("--lean needs torchao's optimizer: pip install torchao")
-    if cfg.shard_frozen and cfg.offload_encoders:
-        raise ValueError("--shard-frozen and --offload-encoders: T5 is either cut over the ranks or on the CPU")
     if cfg.export and cfg.export.suffix == ".safetensors" and cfg.lora:
         raise ValueError(f"--export {cfg.export}: a LoRA run has a LoRA's file to write, into a folder: give one")
     if (cfg.export or cfg.at is not None) and not cfg.resume:
         raise ValueError("--export and --at need --resume: they name a checkpoint of the run in --out")
 
 
-def check_groups(cfg: Config, world: World, group: int) -> None:
+def check_groups(cfg: Config, process: Process, group: int) -> None:
     """Raise ValueError if a rank's samples, or those of a rollout, do not divide into groups of one prompt."""
-    share = cfg.batch // world.size
+    share = cfg.batch // process.world_size
     if share % group or (cfg.rollout_batch or share) % group:
         raise ValueError(
             f"--group {group}: a rank's {share} of --batch and its --rollout-batch must be multiples of it"
@@ -116,7 +124,7 @@ def check_folder(cfg: Config, out: Path, now: dict[str, Any], defaults: dict[str
             raise ValueError(f"--resume with --{flag} {now[name]}, but {out} was started with {earlier}")
     for log in ("metrics.jsonl", "eval.jsonl"):
         read_log(out / log)
-    check_checkpoints(cfg, out, [f.name for f in folders(out)])
+    check_checkpoints(cfg, out, [f.name for f in checkpoint_folders(out)])
 
 
 def check_prompts(out: Path, prompts: list[str], eval_prompts: list[str], paths: Sequence[Path]) -> None:
@@ -124,7 +132,7 @@ def check_prompts(out: Path, prompts: list[str], eval_prompts: list[str], paths:
 
     Their files may have moved since.  A run from before their contents were noted goes by the paths.
     """
-    before, now = json.loads((out / "config.json").read_text()), [fingerprint(prompts), fingerprint(eval_prompts)]
+    before, now = json.loads((out / "config.json").read_text()), [prompts_hash(prompts), prompts_hash(eval_prompts)]
     names = ("prompts", "eval_prompts")
     if "prompts_read" not in before:
         now, before = list(map(str, paths)), before | dict(prompts_read=[before[name] for name in names])
@@ -138,7 +146,7 @@ def tell_changes(out: Path, now: dict[str, str]) -> None:
     """Warn of files of the user's that are others than those which a run was made with so far, by their hashes."""
     before = json.loads((out / "config.json").read_text()).get("code_read", now)
     for file in sorted(f for f in now if now[f] != before.get(f, now[f])):
-        say(f"warning: {file} has changed since {out} was started: numbers before and after may not be alike")
+        print_once(f"warning: {file} has changed since {out} was started: numbers before and after may not be alike")
 
 
 def check_checkpoints(cfg: Config, out: Path, names: Sequence[str]) -> None:
@@ -149,5 +157,5 @@ def check_checkpoints(cfg: Config, out: Path, names: Sequence[str]) -> None:
     if cfg.export and not names:
         raise ValueError(f"--export: {has}")
     first = cfg.at if cfg.at is not None else max((int(name[-6:]) for name in names), default=0)
-    if first > cfg.steps and not cfg.export:
-        raise ValueError(f"--steps {cfg.steps}, but the run in {out} is at {first}: --at takes an older checkpoint")
+    if first > cfg.updates and not cfg.export:
+        raise ValueError(f"--updates {cfg.updates}, but the run in {out} is at {first}: --at takes an older checkpoint")

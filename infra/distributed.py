@@ -24,12 +24,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.t5.modeling_t5 import T5Block
 
 from model import Flux
 
@@ -37,11 +35,11 @@ Item = TypeVar("Item")
 CUT = ("cpu", "cuda")  # kinds of devices whose weights FSDP2 cuts
 
 
-class World(NamedTuple):
+class Process(NamedTuple):
     """This process among all."""
 
     rank: int
-    size: int
+    world_size: int
     device: torch.device
     mesh: DeviceMesh  # (shard,), or (replicate, shard) where groups hold copies of each other
 
@@ -59,7 +57,7 @@ def device_of(name: str) -> torch.device:
 
 
 @contextmanager
-def join(device: str, shard: int | None = None, patience: timedelta | None = None) -> Iterator[World]:
+def join(device: str, shard: int | None = None, patience: timedelta | None = None) -> Iterator[Process]:
     """The processes that torchrun started, or this one alone, until the end of the `with`.
 
     `shard` is the number of ranks that share a copy of the weights; None: all.  `patience` is how long ranks wait
@@ -84,13 +82,13 @@ def join(device: str, shard: int | None = None, patience: timedelta | None = Non
     try:
         shape, names = ((size,), ("shard",)) if group == size else ((size // group, group), ("replicate", "shard"))
         mesh = init_device_mesh(kind if kind in CUT else "cpu", shape, mesh_dim_names=names)
-        yield World(dist.get_rank(), size, where, mesh)
+        yield Process(dist.get_rank(), size, where, mesh)
     finally:
         dist.destroy_process_group()
         gc.collect()  # gloo threads still holding work would abort the interpreter at exit
 
 
-def gather(item: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
+def all_gather_objects(item: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
     """What each rank holds, in the order of ranks, on every rank: any object that pickles."""
     items: list[Item] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item, group)
@@ -107,7 +105,7 @@ def on_first_rank(run: Callable[[], Item], meanwhile: Callable[[], None] = lambd
             error = raised
     else:
         meanwhile()
-    result, error = gather((result, error))[0]
+    result, error = all_gather_objects((result, error))[0]
     if error is not None:
         raise error
     return result
@@ -137,25 +135,18 @@ def stop_signals() -> Iterator[list[int]]:
 # ------------------------------------------------------------------------------------------- the network
 
 
-def shard_flux(flux: Flux, world: World, dtype: torch.dtype) -> None:
+def shard_flux(flux: Flux, process: Process, dtype: torch.dtype) -> None:
     """Cut a Flux, block by block: weights and reductions in fp32, gathers and compute in `dtype`; or leave it as it is.
 
     Inputs are not cast: `velocity_of` gives each its precision, and integer ids and fp32 times must stay so.
     """
-    if world.device.type not in CUT or (world.size == 1 and dtype == torch.float32):
+    if process.device.type not in CUT or (process.world_size == 1 and dtype == torch.float32):
         return
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here is in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*flux.double_blocks, *flux.single_blocks, flux]:
         # The root too lets go of its weights: what it kept would be stale once `swapped` has changed the pieces.
-        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
-
-
-def shard_frozen(model: nn.Module, world: World) -> None:
-    """Cut the layers of a frozen transformers model (T5, a large reward) as Flux is, in the dtype they have."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer | T5Block):
-            fully_shard(layer, mesh=world.mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=process.mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 @torch.no_grad()
@@ -170,22 +161,14 @@ def fill(flux: Flux, tensors: Iterable[tuple[str, Tensor]], device: torch.device
         p.copy_(tensor)
 
 
-def local(p: Tensor) -> Tensor:
+def local_shard(p: Tensor) -> Tensor:
     """This rank's piece of a tensor that may be cut."""
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def whole(t: Tensor) -> Tensor:
+def full_tensor(t: Tensor) -> Tensor:
     """A tensor that may be cut, gathered; all ranks must ask for it together."""
     return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def keep_gathered(flux: Flux, keep: bool) -> None:
-    """From now on, whether blocks that were gathered stay whole: one gather for the T evaluations of a rollout."""
-    for part in (m for m in flux.modules() if isinstance(m, FSDPModule)):
-        part.set_reshard_after_forward(not keep, recurse=False)
-        if not keep:
-            part.reshard()
 
 
 @contextmanager
@@ -193,24 +176,24 @@ def swapped(params: Sequence[Tensor], averaged: Sequence[Tensor]) -> Iterator[No
     """Within, the parameters hold the averages, rounded if need be; their own values wait in the host's memory."""
     held = [p.detach().to("cpu", copy=True) for p in params]
     try:
-        copy(averaged, params)
+        copy_values(averaged, params)
         yield
     finally:
-        copy(held, params)
+        copy_values(held, params)
 
 
 @torch.no_grad()
-def copy(values: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+def copy_values(values: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     for p, value in zip(params, values, strict=True):
         p.copy_(value)
 
 
-def whole_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tuple[str, Tensor]]:
+def gathered_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tuple[str, Tensor]]:
     """Names and trained tensors, each gathered in turn, on rank 0; the others must exhaust it too, and get nothing."""
     for name, p in flux.named_parameters():
         if not p.requires_grad:  # what a LoRA changes is in the base's folder
             continue
-        tensor = whole(p.detach())
+        tensor = full_tensor(p.detach())
         if rank == 0:
             yield name, tensor.to("cpu", dtype)
 
@@ -219,18 +202,18 @@ def whole_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tuple[s
 
 
 @torch.no_grad()
-def fingerprint(parameters: Iterable[Tensor]) -> int:
+def weights_hash(parameters: Iterable[Tensor]) -> int:
     """A number that differs if any weight does; of cut ones, of the pieces that this rank holds."""
-    pieces = [local(p) for p in parameters]
+    pieces = [local_shard(p) for p in parameters]
     wide = (x if x.device.type == "mps" else x.double() for x in pieces if x.numel())  # Apple's GPUs have no float64
     sums = [torch.stack([x.sum(), (x * x).sum()]).cpu() for x in wide]
     return hash(tuple(torch.stack(sums).flatten().tolist())) if sums else 0
 
 
-def check_agreement(world: World, everywhere: dict[str, Any], params: Iterable[Tensor]) -> None:
+def check_agreement(process: Process, everywhere: dict[str, Any], params: Iterable[Tensor]) -> None:
     """Raise Stop where ranks differ in what must be the same: `everywhere`, or copies of the same pieces of weights."""
-    piece = world.mesh.get_local_rank("shard")
-    everyone = gather((piece, everywhere, fingerprint(params)))
+    piece = process.mesh.get_local_rank("shard")
+    everyone = all_gather_objects((piece, everywhere, weights_hash(params)))
     for rank, (its_piece, its_values, its_weights) in enumerate(everyone):
         if differing := [key for key in everywhere if its_values[key] != everyone[0][1][key]]:
             raise Stop(1, f"rank {rank} has gone its own way: its {differing[0]} are not rank 0's; --resume goes on")

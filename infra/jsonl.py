@@ -9,7 +9,7 @@ from infra.files import replacing
 Entry = dict[str, Any]
 
 
-def append(path: Path, entry: Entry) -> None:
+def append_line(path: Path, entry: Entry) -> None:
     with path.open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -29,7 +29,7 @@ def read_log(path: Path) -> list[Entry]:
     return entries
 
 
-def truncate(path: Path, step: int) -> list[Entry]:
+def truncate_log(path: Path, step: int) -> list[Entry]:
     """Take from a log what a resumed run will write again, step `step` and after; returns what is left."""
     entries = [e for e in read_log(path) if e["step"] < step]
     if path.exists():

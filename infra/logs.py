@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
-from infra.jsonl import Entry, append
+from infra.jsonl import Entry, append_line
 from infra.pictures import before_after, contact_sheet, curves
 from infra.trackers import open_trackers
-from infra.watch import shown
+from infra.watch import preview_indices
 
 
 class Log:
@@ -23,7 +23,7 @@ class Log:
     def __init__(self, cfg: Config, out: Path, first: int, speaks: bool) -> None:
         self.out, self.speaks = out, speaks
         self.track = open_trackers(cfg.log if speaks else (), out, asdict(cfg), first)
-        self.bar = tqdm(total=cfg.steps, initial=first, unit="update", file=sys.stderr, disable=not speaks)
+        self.bar = tqdm(total=cfg.updates, initial=first, unit="update", file=sys.stderr, disable=not speaks)
 
     def say(self, text: str) -> None:
         if self.speaks:
@@ -32,7 +32,7 @@ class Log:
     def update(self, entry: Entry) -> None:
         """An update, in metrics.jsonl."""
         if self.speaks:
-            append(self.out / "metrics.jsonl", entry)
+            append_line(self.out / "metrics.jsonl", entry)
         self.track(entry["step"], entry, [])
         self.bar.set_postfix_str(f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}")
 
@@ -46,7 +46,7 @@ class Log:
                 if entry["step"] == 0:
                     torch.save(images, samples / "first.pt")
                 torch.save(images, samples / "last.pt")
-            append(self.out / "eval.jsonl", entry)
+            append_line(self.out / "eval.jsonl", entry)
         self.track(entry["step"], entry, [sheet] if sheet.exists() else [])
         means = {k: v for k, v in entry.items() if isinstance(v, float) and k != "seconds"}
         self.say(f"step {entry['step']:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
@@ -58,7 +58,7 @@ class Log:
                 curves(self.out, self.out / "curves.png", tasks)
                 samples = self.out / "samples"
                 pair = [torch.load(samples / f"{name}.pt", weights_only=True) / 255 for name in ("first", "last")]
-                chosen = shown(prompts)
+                chosen = preview_indices(prompts)
                 judged = [e.get("by_prompt", {}).get("judge") for e in (evals[0], evals[-1])]
                 right = [tuple(of_image[i] > 0.5 for of_image in judged) for i in chosen] if all(judged) else None
                 before_after(*pair, [prompts[i] for i in chosen], self.out / "before_after.png", right=right)
@@ -83,7 +83,7 @@ def note_nonfinite(out: Path, step: int, seed: int, norm: float, ranks: Sequence
     notes = [{"prompts": prompts, **{k: v.tolist() for k, v in values.items()}} for values, _, prompts in ranks]
     file = out / "nonfinite.jsonl"
     if speaks:
-        append(file, dict(step=step, seed=seed, grad_norm=norm, ranks=notes))
+        append_line(file, dict(step=step, seed=seed, grad_norm=norm, ranks=notes))
     values, _, prompts = ranks[(bad or [0])[0]]
     sound = torch.stack([v.isfinite() for v in values.values()]).all(0)  # (b,)
     which = f"prompts such as {prompts[int(sound.int().argmin())]!r}"  # the first that is not, or of all

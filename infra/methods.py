@@ -14,14 +14,14 @@ import baselines
 import leaps
 from baselines import Log
 from config import Config, Experiment, Method
-from infra.user_code import contents, is_user_code, load_function, where
+from infra.user_code import describe_error, file_hashes, is_user_code, load_function
 from leaps import Samples
 from rewards import LOGGED, OF_METHODS
 
 UNSET = {f.name: f.default for f in fields(Method) if f.name not in ("method", "option")}  # then a method's own counts
 
 
-def method_of(name: str) -> Callable[..., dict[str, Tensor]]:
+def find_method(name: str) -> Callable[..., dict[str, Tensor]]:
     """The function that --method names: of leaps.py or baselines.py, or FILE.py:FUNCTION. Raises ValueError."""
     if is_user_code(name):
         return load_function(name, "method")
@@ -38,15 +38,15 @@ def is_method(signature: inspect.Signature) -> bool:
     return first is not None and first.annotation is Samples and keyword_only and signature.return_annotation == Log
 
 
-def keywords(method: Callable) -> dict[str, Any]:
+def method_keywords(method: Callable) -> dict[str, Any]:
     """The options of a method and their defaults."""
     parameters = list(inspect.signature(method).parameters.values())[1:]
     return {p.name: p.default for p in parameters}
 
 
-def options_of(cfg: Config, preset: Config) -> dict[str, Any]:
+def method_options(cfg: Config, preset: Config) -> dict[str, Any]:
     """What the flags say of the method's keywords. Raises ValueError for a flag that it does not have."""
-    known = keywords(method_of(cfg.method))
+    known = method_keywords(find_method(cfg.method))
     for name in UNSET:
         if name not in known and getattr(cfg, name) not in (UNSET[name], getattr(preset, name)):
             raise ValueError(
@@ -70,23 +70,23 @@ def options_of(cfg: Config, preset: Config) -> dict[str, Any]:
     return options
 
 
-def recorded(cfg: Config) -> dict[str, Any]:
+def recorded_flags(cfg: Config) -> dict[str, Any]:
     """The flags as config.json has them: of keywords only the method's, with the values that count."""
-    known = keywords(method_of(cfg.method))
+    known = method_keywords(find_method(cfg.method))
     left = [name for name, unset in UNSET.items() if name not in known or getattr(cfg, name) == unset]
     return json.loads(json.dumps(asdict(cfg) | {name: known.get(name, UNSET[name]) for name in left}, default=str))
 
 
-def code_of(cfg: Config) -> dict[str, str]:
+def user_code_hashes(cfg: Config) -> dict[str, str]:
     """The user's files that a run is made with, each with a hash."""
-    return contents([cfg.method, *cfg.reward, *cfg.watch])
+    return file_hashes([cfg.method, *cfg.reward, *cfg.watch])
 
 
-def fixed_names(cfg: Config) -> list[str]:
+def resume_flags(cfg: Config) -> list[str]:
     """What --resume must find unchanged: the experiment, and the method with its keywords."""
     names = [f.name for f in fields(Experiment) if f.name not in ("prompts", "eval_prompts")]  # see check_prompts
-    names += ["method", "option", *(name for name in keywords(method_of(cfg.method)) if name in UNSET)]
-    return names + ["steps"] * cfg.decay  # the learning rate falls over all of them
+    names += ["method", "option", *(name for name in method_keywords(find_method(cfg.method)) if name in UNSET)]
+    return names + ["updates"] * cfg.decay  # the learning rate falls over all of them
 
 
 def on_zeros(
@@ -129,7 +129,7 @@ def try_method(method: Callable, levels: Tensor, group: int) -> bool:
     except ValueError as error:
         raise ValueError(f"--method: {error}") from error
     except Exception as error:
-        raise ValueError(f"--method fails on zeros: {where(error)}") from error
+        raise ValueError(f"--method fails on zeros: {describe_error(error)}") from error
     if "vjp" not in asked:
         raise ValueError(f"--method makes no gradient: it never calls vjp in a rollout of {len(levels) - 1} steps")
     if not asked.keys() & {"reward", "score"}:

@@ -48,7 +48,7 @@ def read_entries(path: Path) -> list[Entry]:
     return entries
 
 
-def fingerprint(prompts: Sequence[str]) -> str:
+def prompts_hash(prompts: Sequence[str]) -> str:
     """Eight hex digits that are others for other prompts, or another order of them."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:8]
 
@@ -116,7 +116,7 @@ def from_lines(text: str, path: Path) -> list[Entry]:
     lines = [(n, line) for n, line in enumerate(map(str.strip, text.split("\n")), start=1) if line]  # not splitlines,
     written = [(n, line) for n, line in lines if not COMMENT.match(line)]  # which cuts at more than line ends
     if left_out := len(lines) - len(written):
-        say(f"{path}: {left_out} of {len(lines)} lines {'starts' if left_out == 1 else 'start'} with # and a space: "
+        print_once(f"{path}: {left_out} of {len(lines)} lines {'starts' if left_out == 1 else 'start'} with # and a space: "
             "read as comments")  # fmt: skip
     called = path.suffix in (".json", ".jsonl")
     is_json = called or any(is_object(line) for _, line in written)
@@ -155,7 +155,7 @@ def with_prompt(entry: Any, where: str) -> Entry:
     return entry | {"prompt": prompt}
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Tell people, once however many processes read the file."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
@@ -164,7 +164,7 @@ def say(text: str) -> None:
 # ----------------------------------------------------------------------------------------------- order
 
 
-def batch_of(items: Sequence[Item], step: int, size: int, seed: int) -> list[Item]:
+def prompts_of_update(items: Sequence[Item], step: int, size: int, seed: int) -> list[Item]:
     """The `size` items of one step: all of them once an epoch, each epoch in an order of its own.
 
     A function of (seed, step) alone, so a run resumes, and any step is repeated, without a state.
@@ -178,6 +178,6 @@ def batch_of(items: Sequence[Item], step: int, size: int, seed: int) -> list[Ite
     return batch
 
 
-def shard(items: Sequence[Item], rank: int, world: int) -> Sequence[Item]:
+def rows_of_rank(items: Sequence[Item], rank: int, process: int) -> Sequence[Item]:
     """A rank's part of a batch: neighbours, so that the parts in the order of ranks are the batch."""
-    return items[rank * len(items) // world : (rank + 1) * len(items) // world]
+    return items[rank * len(items) // process : (rank + 1) * len(items) // process]

@@ -13,7 +13,7 @@ from scipy import stats
 from infra.pictures import grid_of, save_png
 
 
-def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def confidence_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean of independent values, and half the width of its 95% interval (Student's t); NaN for a single one."""
     values, n = np.asarray(values), len(values)
     half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
@@ -33,9 +33,9 @@ def summarize(
         first = next(iter(by_prompt.values()))
         summary[reward] = {}
         for model, values in by_prompt.items():
-            entry = dict(zip(("mean", "half"), interval(values)))
+            entry = dict(zip(("mean", "half"), confidence_interval(values)))
             if values is not first:
-                entry |= dict(zip(("change", "change_half"), interval(values - first)))
+                entry |= dict(zip(("change", "change_half"), confidence_interval(values - first)))
             if tags:
                 entry["tasks"] = {t: float(values[np.array(tags) == t].mean()) for t in dict.fromkeys(tags)}
             if len(sizes) > 1:
@@ -45,7 +45,7 @@ def summarize(
     return summary
 
 
-def table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
+def format_table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The summary for people; of the tasks only the judge's, and all sizes."""
     width = max(len(name) for models in summary.values() for name in [*models, *summary])
     lines = []
@@ -61,7 +61,7 @@ def table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def sheets(scores: dict[str, dict[str, np.ndarray]], prompts: list[str], out: Path) -> None:
+def write_sheets(scores: dict[str, dict[str, np.ndarray]], prompts: list[str], out: Path) -> None:
     """Write best.png, worst.png and, for two models or more, changed.png: a cell per prompt, models top to bottom."""
     reward = next(iter(next(iter(scores.values()))))
     by_prompt = [scores[model][reward].mean(1) for model in scores]

@@ -24,7 +24,7 @@ def is_user_code(spec: str) -> bool:
     return ".py:" in spec
 
 
-def contents(specs: Iterable[str]) -> dict[str, str]:
+def file_hashes(specs: Iterable[str]) -> dict[str, str]:
     """A hash of each file that some of the names are functions of."""
     files = {re.match(r"(.*?\.py):", spec).group(1) for spec in specs if is_user_code(spec)}
     return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:8] for f in sorted(files) if Path(f).is_file()}
@@ -46,7 +46,7 @@ def load_function(spec: str, kind: str) -> Callable[..., Any]:
         with beside(folder, clash, theirs):
             module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the latter by a main() or parse_args() that nothing guards
-        raise ValueError(f"{kind} file {file} does not run: {where(error)}") from error
+        raise ValueError(f"{kind} file {file} does not run: {describe_error(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{file} defines no function {name!r}")
@@ -91,7 +91,7 @@ def top_names(folder: Path) -> set[str]:
     return {f.stem for f in folder.glob("*.py")} | {f.parent.name for f in folder.glob("*/__init__.py")}
 
 
-def where(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error of the user's code, with the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"

@@ -13,14 +13,14 @@ import numpy as np
 Entry = dict[str, Any]
 
 
-def value(entry: Entry, name: str) -> float:
+def watched_value(entry: Entry, name: str) -> float:
     """A watched reward; one that is not a number is below all others."""
     return -math.inf if math.isnan(entry[name]) else entry[name]
 
 
-def best_of(evals: Sequence[Entry], name: str) -> Entry:
+def best_evaluation(evals: Sequence[Entry], name: str) -> Entry:
     """The first of the evaluations with the highest value of a watched reward."""
-    return max(evals, key=lambda e: value(e, name))
+    return max(evals, key=lambda e: watched_value(e, name))
 
 
 def has_fallen(before: Entry, after: Entry, name: str) -> bool:
@@ -31,17 +31,17 @@ def has_fallen(before: Entry, after: Entry, name: str) -> bool:
 
 def is_hacked(evals: Sequence[Entry], name: str, patience: int) -> bool:
     """Whether a watched reward has been below its best for `patience` evaluations while the trained one is above."""
-    best = best_of(evals, name)
+    best = best_evaluation(evals, name)
     since = evals[evals.index(best) + 1 :][-patience:]
     return len(since) == patience and all(e["reward"] > best["reward"] and has_fallen(best, e, name) for e in since)
 
 
-def newly_hacked(evals: Sequence[Entry], names: Sequence[str], patience: int) -> list[str]:
+def hacking_warnings(evals: Sequence[Entry], names: Sequence[str], patience: int) -> list[str]:
     """A warning for each watched reward that the last evaluation is the first to show being hacked."""
     warnings = []
     for name in names:
         if is_hacked(evals, name, patience) and not (evals[:-1] and is_hacked(evals[:-1], name, patience)):
-            best, last = best_of(evals, name), evals[-1]
+            best, last = best_evaluation(evals, name), evals[-1]
             warnings.append(
                 f"warning: {name} fell from {best[name]:.3f} at step {best['step']} to {last[name]:.3f} while the "
                 f"trained reward rose from {best['reward']:.3f} to {last['reward']:.3f}: it is being hacked"
@@ -49,7 +49,7 @@ def newly_hacked(evals: Sequence[Entry], names: Sequence[str], patience: int) ->
     return warnings
 
 
-def which_folder(kept: Entry | None, last: Entry, name: str) -> str:
+def folder_advice(kept: Entry | None, last: Entry, name: str) -> str:
     """Which of best/ and final/ to use, by a watched reward, and why: `kept` is the evaluation that best/ is of."""
     if kept is None:
         return f"use final/: {name} is {last[name]:.3f}, and there is no best/"
@@ -63,6 +63,6 @@ def which_folder(kept: Entry | None, last: Entry, name: str) -> str:
     return f"use final/: {name} is {last[name]:.3f}; {at_best}, in best/, which is no more than chance"
 
 
-def shown(prompts: Sequence[str]) -> list[int]:
+def preview_indices(prompts: Sequence[str]) -> list[int]:
     """Two dozen of the evaluation prompts, spread over all of them, for pictures."""
     return [round(i * (len(prompts) - 1) / 23) for i in range(24)]

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 import train
 from config import Config
 from experiments.cells import cost, spent
+from formats.folders import load_pipeline
 from infra.anchor import anchored
 from infra.checks import check_flags
-from infra.distributed import World, join, local, whole
-from infra.folders import load
+from infra.distributed import Process, full_tensor, join, local_shard
 from infra.meter import Meter
 from leaps import Samples, leapalign, rollout
-from sample import encode, grid, velocity_of
+from sample import encode, token_grid, velocity_of
 from start import Setup, prepare
 from tests.processes import spread
 
@@ -75,10 +75,10 @@ def move(flux: nn.Module, by: float) -> None:
     with torch.no_grad():
         for p in flux.parameters():
             if p.requires_grad:
-                local(p).add_(by)
+                local_shard(p).add_(by)
 
 
-def gradient(cfg: Config, world: World, by: float = 0.0, **changes) -> tuple[Tensor, dict[str, Tensor], Setup]:
+def gradient(cfg: Config, world: Process, by: float = 0.0, **changes) -> tuple[Tensor, dict[str, Tensor], Setup]:
     """A batch's gradient once the weights have moved, what was logged, and the inputs."""
     cfg = replace(cfg, **changes)
     setup = prepare(cfg, world)
@@ -88,7 +88,7 @@ def gradient(cfg: Config, world: World, by: float = 0.0, **changes) -> tuple[Ten
 
 
 def gradient_in(setup: Setup) -> Tensor:
-    return torch.cat([whole(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
+    return torch.cat([full_tensor(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("lora", [None, 4])
@@ -120,8 +120,8 @@ def test_in_a_run_it_adds_the_gradient_of_the_distance_at_the_leap_states(cfg, l
         move(setup.pipe.flux, by)
         _, prompts = train.batch_gradient(cfg, replace(setup, method=recording), world, 0, Meter(world.device))
         setup.pipe.flux.zero_grad()
-        text, base = encode(setup.pipe, prompts), load(cfg.model)
-        size = grid(setup.pipe, 64, 64)
+        text, base = encode(setup.pipe, prompts), load_pipeline(cfg.model)
+        size = token_grid(setup.pipe, 64, 64)
         distances = [
             (velocity_of(setup.pipe.flux, text, *size)(x, s) - velocity_of(base.flux, text, *size)(x, s).detach())
             .square()
@@ -173,8 +173,8 @@ def apart_after(cfg: Config, updates: int = 6) -> float:
         run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
         for step in range(updates):
             train.update(cfg, setup, world, run, step)
-        base, levels = load(cfg.model), setup.sizes[0].levels
-        text, size = encode(base, PROMPTS), grid(base, 64, 64)
+        base, levels = load_pipeline(cfg.model), setup.sizes[0].levels
+        text, size = encode(base, PROMPTS), token_grid(base, 64, 64)
         noise = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             ro = rollout(velocity_of(base.flux, text, *size), noise, levels)

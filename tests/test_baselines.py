@@ -19,8 +19,8 @@ import baselines
 import train
 from baselines import advantages, draw_pair, draw_steps, lagrange_weights, late_step, transition
 from config import Config
-from infra.distributed import copy, join, whole
-from infra.methods import method_of
+from infra.distributed import copy_values, full_tensor, join
+from infra.methods import find_method
 from leaps import Samples, leap, leapalign, pick_leaps, rollout, similarity_weight, vjp_of
 from start import prepare
 from tests.processes import spread
@@ -424,12 +424,12 @@ def moved(cfg: Config) -> dict[str, Tensor]:
         for name in METHODS:
             options = dict(group=2) if "grpo" in name else {}
             options |= dict(window=2) if name == "mix_grpo" else {}  # or it would be DanceGRPO in so few steps
-            setup = replace(setup, method=partial(method_of(name), **options), group=options.get("group", 1))
+            setup = replace(setup, method=partial(find_method(name), **options), group=options.get("group", 1))
             run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
             entry = train.update(cfg, setup, world, run, 0)
             assert entry["grad_norm"] > 0 and entry["backwards"] > 0 and np.isfinite(entry["reward"])
-            result[name] = torch.cat([whole(p.detach() - b).flatten() for p, b in zip(weights, before)])
-            copy(before, weights)
+            result[name] = torch.cat([full_tensor(p.detach() - b).flatten() for p, b in zip(weights, before)])
+            copy_values(before, weights)
     return result
 
 

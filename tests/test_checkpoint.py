@@ -23,13 +23,13 @@ from torch import Tensor
 
 import train
 from config import Config
+from formats.folders import load_pipeline
 from infra import checkpoints, logs
-from infra.checkpoints import folders
+from infra.checkpoints import checkpoint_folders
 from infra.checks import check_flags
 from infra.distributed import join
 from infra.files import PART
-from infra.folders import load
-from infra.jsonl import append, read_log, truncate
+from infra.jsonl import append_line, read_log, truncate_log
 from infra.logs import note_nonfinite
 from infra.trackers import open_trackers
 from start import of_best, prepare
@@ -44,7 +44,7 @@ def base(tmp_path_factory) -> Config:
     root = tmp_path_factory.mktemp("prompts")
     lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
     (root / "few.txt").write_text("\n".join(lines[::60]) + "\n")
-    return Config(out=root / "run", batch=4, rollout_steps=2, steps=8, eval_every=4, save_every=2, ema=0.9,
+    return Config(out=root / "run", batch=4, rollout_steps=2, updates=8, eval_every=4, save_every=2, ema=0.9,
                   eval_prompts=root / "few.txt")  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one_on_as_many_ranks(world, ba
     else:
         assert completed(world, straight) == ""
     spread(world, stopped_after, resumed, 5)
-    assert [f.name for f in folders(resumed.out)] == ["step_000002", "step_000004"]
+    assert [f.name for f in checkpoint_folders(resumed.out)] == ["step_000002", "step_000004"]
     assert completed(world, resumed) == "" and same_run(straight, resumed)
 
 
@@ -131,7 +131,7 @@ def test_a_run_resumes_on_another_number_of_ranks(before, after, base, undisturb
 def test_other_flags_than_the_runs_are_refused_but_not_those_that_only_cost_time(base, undisturbed):
     again = replace(undisturbed, resume=True)
     assert completed(1, replace(again, lr=1.0)).startswith("2 --resume with --lr 1.0, but")
-    assert completed(1, replace(again, steps=9)).startswith("2 --resume with --steps 9")  # lr falls over all of them
+    assert completed(1, replace(again, updates=9)).startswith("2 --resume with --updates 9")  # lr falls over all of them
     assert completed(1, replace(again, at=3)) == f"2 --at 3: {again.out} has step_000006, step_000008"
     assert completed(1, replace(again, micro_batch=2, keep=3)) == ""
 
@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_its_prompts_wherever_their_file_is_and_with_no_other
 def test_a_run_resumed_from_an_older_checkpoint_forgets_the_newer_ones(undisturbed, tmp_path):
     cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True)
     spread(1, stopped_after, replace(cfg, at=6), 7)
-    assert [f.name for f in folders(cfg.out)] == ["step_000006"]
+    assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000006"]
     assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
 
 
@@ -189,18 +189,18 @@ def test_best_is_of_the_evaluation_that_the_log_says_and_in_older_logs_of_the_hi
     setup, log = SimpleNamespace(watched=[SimpleNamespace(name="judge")]), tmp_path / "eval.jsonl"
     (tmp_path / "best").mkdir()
     for judge in (0.1, 0.9, 0.2):
-        append(log, dict(step=judge, judge=judge))
+        append_line(log, dict(step=judge, judge=judge))
     assert of_best(tmp_path, setup)["judge"] == 0.9
-    append(log, dict(step=3, judge=0.3, kept="best/"))
-    append(log, dict(step=4, judge=0.95))  # the disk was full
+    append_line(log, dict(step=3, judge=0.3, kept="best/"))
+    append_line(log, dict(step=4, judge=0.95))  # the disk was full
     assert of_best(tmp_path, setup)["judge"] == 0.3
 
 
 def test_a_run_that_is_made_longer_keeps_what_its_end_was_evaluated_as(base, tmp_path):
-    cfg = replace(base, out=tmp_path / "run", steps=3, eval_every=2, decay=False)
+    cfg = replace(base, out=tmp_path / "run", updates=3, eval_every=2, decay=False)
     assert completed(1, cfg) == ""
     before = without_seconds(cfg.out / "eval.jsonl")
-    assert completed(1, replace(cfg, steps=4, resume=True)) == ""
+    assert completed(1, replace(cfg, updates=4, resume=True)) == ""
     after = without_seconds(cfg.out / "eval.jsonl")
     assert [e["step"] for e in after] == [0, 2, 3, 4] and after[:3] == before
 
@@ -226,8 +226,8 @@ def test_a_first_evaluation_that_is_no_number_gives_way_to_the_next(base, tmp_pa
 def test_export_writes_the_averaged_weights_of_any_checkpoint(undisturbed, tmp_path):
     for at in (None, 6):
         assert completed(1, replace(undisturbed, resume=True, export=tmp_path / f"at{at}", at=at)) == ""
-    newest, before = (load(tmp_path / f"at{at}").flux.state_dict() for at in (None, 6))
-    last = load(undisturbed.out / "final").flux.state_dict()
+    newest, before = (load_pipeline(tmp_path / f"at{at}").flux.state_dict() for at in (None, 6))
+    last = load_pipeline(undisturbed.out / "final").flux.state_dict()
     assert all(torch.equal(newest[k], last[k]) for k in last)
     assert any(not torch.equal(before[k], last[k]) for k in last)
 
@@ -242,11 +242,11 @@ def test_export_spares_what_is_there_and_needs_a_checkpoint(undisturbed, tmp_pat
 
 
 def test_fewer_steps_than_a_run_has_made_are_refused(base, tmp_path):
-    cfg = replace(base, out=tmp_path / "run", decay=False, steps=4, resume=True)
+    cfg = replace(base, out=tmp_path / "run", decay=False, updates=4, resume=True)
     assert completed(1, cfg) == ""
-    assert completed(1, replace(cfg, steps=3)).startswith("2 --steps 3, but the run in")
-    assert completed(1, replace(cfg, steps=3, export=tmp_path / "new")) == ""
-    assert completed(1, replace(cfg, steps=5)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 5
+    assert completed(1, replace(cfg, updates=3)).startswith("2 --updates 3, but the run in")
+    assert completed(1, replace(cfg, updates=3, export=tmp_path / "new")) == ""
+    assert completed(1, replace(cfg, updates=5)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 5
 
 
 # ---------------------------------------------------------------------------------------------- killed
@@ -275,7 +275,7 @@ def test_twenty_kills_at_any_moment_leave_no_trace(base, undisturbed, tmp_path):
         (process,) = start(1, killed_at, cfg, chance.randint(1, 150))
         process.join()
         if process.exitcode == -signal.SIGKILL:
-            kept.append(len(folders(cfg.out)))
+            kept.append(len(checkpoint_folders(cfg.out)))
         else:  # the run had ended before that moment came: from then on its end is written again
             assert process.exitcode == 0
     assert len(set(kept)) > 1, kept
@@ -306,7 +306,9 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before(when, base, undisturb
     (process,) = start(1, interrupted_save, cfg, when)
     process.join(600)
     assert process.exitcode == -signal.SIGKILL
-    assert [f.name for f in folders(cfg.out)] == ["step_000002"] and list(cfg.out.glob(f"checkpoints/*{PART}"))
+    assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000002"] and list(
+        cfg.out.glob(f"checkpoints/*{PART}")
+    )
     assert completed(1, cfg) == "" and same_run(undisturbed, cfg) and not list(cfg.out.glob(f"checkpoints/*{PART}"))
 
 
@@ -327,7 +329,7 @@ def slow_save(cfg: Config) -> None:
 def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_there_before(base, undisturbed, tmp_path):
     cfg = replace(base, out=tmp_path / "run", resume=True)
     spread(1, slow_save, cfg)
-    assert [f.name for f in folders(cfg.out)] == ["step_000002", "step_000004"]
+    assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000002", "step_000004"]
     assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
 
 
@@ -336,7 +338,7 @@ def signalled(cfg: Config, number: int) -> str:
     real = train.update
 
     def update(c, setup, world, r, step):
-        if step == 2 and world.rank == world.size - 1:
+        if step == 2 and world.rank == world.world_size - 1:
             os.kill(os.getpid(), number)
         return real(c, setup, world, r, step)
 
@@ -349,14 +351,14 @@ def test_a_signal_saves_and_stops_with_a_code_to_requeue_on(number, code, base, 
     cfg = replace(base, out=tmp_path / "run", resume=True)
     messages = spread(2, signalled, cfg, number)  # one rank hears it, all stop
     assert all(m.startswith(f"{code} stopped by signal {int(number)}") and "step_000003" in m for m in messages)
-    assert [f.name for f in folders(cfg.out)] == ["step_000002", "step_000003"]
+    assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000002", "step_000003"]
     assert len(read_log(cfg.out / "metrics.jsonl")) == 3
     assert completed(1, cfg) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 8
 
 
 def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
     # So many updates that the signal comes before the last one, however busy the machine is.
-    cfg = replace(base, out=tmp_path / "run", steps=1000, decay=False, resume=True, reward_input="xhat_0")
+    cfg = replace(base, out=tmp_path / "run", updates=1000, decay=False, resume=True, reward_input="xhat_0")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", "localhost:0"]
     launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "900"]
@@ -368,7 +370,7 @@ def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
     process.send_signal(signal.SIGUSR1)
     said = process.communicate(timeout=600)[1].decode()
     assert process.returncode == 1 and "stopped by signal" in said and "--resume goes on" in said, said
-    done = int(folders(cfg.out)[-1].name[-6:])
+    done = int(checkpoint_folders(cfg.out)[-1].name[-6:])
     assert len(read_log(cfg.out / "metrics.jsonl")) == done < 1000
     assert completed(1, replace(cfg, steps=done + 1)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == done + 1
 
@@ -393,7 +395,7 @@ def damage(file: Path, how: str) -> None:
 )
 def test_a_damaged_newest_checkpoint_is_passed_over(how, file, base, undisturbed, tmp_path):
     cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True)
-    damage(folders(cfg.out)[-1] / file, how)
+    damage(checkpoint_folders(cfg.out)[-1] / file, how)
     ((message, said),) = spread(1, told, cfg)
     assert message == "" and "step_000008 cannot be read" in said and "trying an older one" in said
     assert "kept as step_000008.unreadable" in said
@@ -420,8 +422,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(base, tmp_path):
     cfg = replace(base, out=tmp_path / "run")
     ((message, said),) = spread(1, full_disk, cfg)
     assert message == "" and said.count("warning: no checkpoint could be written (") == 3 and "GB free" in said
-    assert f"the newest is {folders(cfg.out)[0]}" in said
-    assert [f.name for f in folders(cfg.out)] == ["step_000002"] and not list(cfg.out.glob(f"checkpoints/*{PART}"))
+    assert f"the newest is {checkpoint_folders(cfg.out)[0]}" in said
+    assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000002"] and not list(
+        cfg.out.glob(f"checkpoints/*{PART}")
+    )
 
 
 def never_renamed(cfg: Config) -> tuple[str, str]:
@@ -486,7 +490,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, 
         prompts = train.draw_prompts(cfg, prepare(replace(cfg, resume=True), world), 5)
     assert entry["step"] == 5 and entry["seed"] == 0 and {rank["k"][0] for rank in entry["ranks"]} == {1.0}
     assert entry["ranks"][0]["prompts"] + entry["ranks"][1]["prompts"] == prompts
-    assert folders(cfg.out)[-1].name == "step_000005"  # the weights before the step, to replay it
+    assert checkpoint_folders(cfg.out)[-1].name == "step_000005"  # the weights before the step, to replay it
     assert completed(1, replace(cfg, resume=True)) == ""
     assert [e["step"] for e in read_log(cfg.out / "metrics.jsonl")] == list(range(8))
 
@@ -506,7 +510,7 @@ def test_some_that_are_not_finite_can_be_left_out(base, tmp_path):
     cfg = replace(base, out=tmp_path / "run", skip_nonfinite=1)
     assert spread(1, poisoned, cfg, 5, 0) == [""]
     assert [e["step"] for e in read_log(cfg.out / "metrics.jsonl")] == [0, 1, 2, 3, 4, 6, 7]
-    assert [f.name for f in folders(cfg.out)] == ["step_000006", "step_000008"]
+    assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000006", "step_000008"]
 
 
 # ------------------------------------------------------------------------------------------------ logs
@@ -515,13 +519,13 @@ def test_some_that_are_not_finite_can_be_left_out(base, tmp_path):
 def test_a_log_that_a_kill_cut_is_read_up_to_there_and_truncated_by_step(tmp_path):
     file = tmp_path / "log.jsonl"
     for step in range(4):
-        append(file, {"step": step})
+        append_line(file, {"step": step})
     file.write_text(file.read_text() + '{"step": 4, "re')
     assert [e["step"] for e in read_log(file)] == [0, 1, 2, 3]
-    assert [e["step"] for e in truncate(file, 2)] == [0, 1]
-    append(file, {"step": 2})
+    assert [e["step"] for e in truncate_log(file, 2)] == [0, 1]
+    append_line(file, {"step": 2})
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 2]
-    assert read_log(tmp_path / "none.jsonl") == truncate(tmp_path / "none.jsonl", 3) == []
+    assert read_log(tmp_path / "none.jsonl") == truncate_log(tmp_path / "none.jsonl", 3) == []
     file.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(ValueError, match=f"{file}, line 2, is damaged"):
         read_log(file)

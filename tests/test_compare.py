@@ -22,8 +22,8 @@ from experiments.compare import ABLATIONS, GRID_SEED, METHODS, Config, climb, wi
 from experiments.draw import draw
 from experiments.draw_compare import change_of, gain, last, mean_of, report
 from experiments.record import RESULTS, file_of
+from formats.lora import FILE, NOTE
 from infra.distributed import join
-from infra.lora import FILE, NOTE
 from infra.meter import Meter
 from infra.pictures import line_chart
 from sample import sigmas

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import evaluate
+from formats.folders import load_pipeline
 from infra.distributed import join
-from infra.folders import load
-from infra.summary import interval, summarize
+from infra.summary import confidence_interval, summarize
 from rewards import open_reward, score_all
 from sample import sample
 from tests.processes import script, start
@@ -43,13 +43,13 @@ def few(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> Path:
     """A second model: the shipped one, disturbed."""
-    from infra.saving import save
+    from formats.saving import save_pipeline
 
-    pipe = load(TINY)
+    pipe = load_pipeline(TINY)
     torch.manual_seed(0)
     state = {k: v + 0.02 * torch.randn_like(v) for k, v in pipe.flux.state_dict().items()}
     folder = tmp_path_factory.mktemp("models") / "other" / "final"
-    save(folder, TINY, pipe.flux.config, state)
+    save_pipeline(folder, TINY, pipe.flux.config, state)
     return folder
 
 
@@ -98,7 +98,7 @@ def test_the_scores_are_those_of_the_same_images_drawn_by_hand(evaluated, few):
     out, _ = evaluated
     prompts = few.read_text().splitlines()
     texts = [p for p in prompts for _ in range(2)]
-    images = sample(load(TINY), texts, range(24), 3, 64, 64)  # seeds count on over prompts and images
+    images = sample(load_pipeline(TINY), texts, range(24), 3, 64, 64)  # seeds count on over prompts and images
     results = json.loads((out / "results.json").read_text())
     for name in ("judge", "tiny"):
         expected = score_all(open_reward(name), images, texts, "cpu").view(-1, 2)
@@ -324,16 +324,16 @@ def test_scores_that_this_machine_does_not_see_yet_are_named_in_place_of_a_repor
 
 def test_the_interval_is_students():
     values = np.array([1.0, 2.0, 4.0, 7.0])
-    mean, half = interval(values)
+    mean, half = confidence_interval(values)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((low, high))
-    mean, half = interval(np.array([3.0]))
+    mean, half = confidence_interval(np.array([3.0]))
     assert mean == 3.0 and math.isnan(half)
 
 
 def test_the_interval_covers_the_truth_95_times_of_100():
     rng = np.random.default_rng(0)
-    hits = [abs(mean) <= half for mean, half in (interval(rng.normal(size=12)) for _ in range(4000))]
+    hits = [abs(mean) <= half for mean, half in (confidence_interval(rng.normal(size=12)) for _ in range(4000))]
     assert np.mean(hits) == pytest.approx(0.95, abs=0.011)  # 3 standard errors
 
 
@@ -343,4 +343,4 @@ def test_changes_are_paired_by_prompt_and_images_of_a_prompt_averaged_first():
     scores = {"a": {"r": hard + noise[0]}, "b": {"r": hard + noise[1] + 0.1}}
     a, b = summarize(scores, None)["r"].values()
     assert b["change"] == pytest.approx(0.1, abs=0.01) and b["change_half"] < 0.01 < 0.1 < b["half"]
-    assert (a["mean"], a["half"]) == interval(scores["a"]["r"].mean(1)) and "change" not in a
+    assert (a["mean"], a["half"]) == confidence_interval(scores["a"]["r"].mean(1)) and "change" not in a

@@ -26,12 +26,12 @@ from experiments.fidelity import (
     samples_of,
     whole,
 )
-from infra.folders import load
+from formats.folders import load_pipeline
 from infra.prompts import read_prompts
 from infra.seeds import generator_of
 from leaps import Rollout, Samples, hinge, leapalign, pick_leaps, similarity_weight
 from rewards import open_reward
-from sample import decode, encode, grid, sigmas, velocity_of
+from sample import decode, encode, sigmas, token_grid, velocity_of
 from tests.test_leaps import SIGMAS, T, gaussian
 
 B, N, C = 3, 4, 2
@@ -227,7 +227,7 @@ def test_the_table_has_the_rank_correlation_of_what_may_tell_and_the_cosine():
 
 def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_rollout():
     cfg, steps, size = Config(batch=8), 3, sides(TrainConfig.size[0])
-    pipe, prompts = load(MODEL), read_prompts(TrainConfig.prompts)
+    pipe, prompts = load_pipeline(MODEL), read_prompts(TrainConfig.prompts)
     reward = replace(open_reward("tiny"), lam=0.0)  # which some of the samples have reached
     method, levels = opened("full", f"--rollout-steps {steps} --batch 8")
     batch = batch_of(cfg, pipe, reward, prompts, levels, 0)
@@ -236,7 +236,7 @@ def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_roll
 
     chosen = torch.randperm(len(prompts), generator=generator_of(0, 0))[:1].tolist()
     texts = [prompts[i] for i in chosen for _ in range(8)]
-    velocity, x = velocity_of(pipe.flux, encode(pipe, texts), *grid(pipe, *size)), batch.noise
+    velocity, x = velocity_of(pipe.flux, encode(pipe, texts), *token_grid(pipe, *size)), batch.noise
     for now, after in itertools.pairwise(levels):
         x = x + (after - now) * velocity(x, now)
     pipe.flux.zero_grad()

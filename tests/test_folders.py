@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import evaluate
 from config import Config
-from infra import locations
+from formats import locations
+from formats.folders import load_pipeline
+from formats.locations import PARTS, locate
+from formats.weights import INDEX, WEIGHTS
 from infra.distributed import join
-from infra.folders import load
-from infra.locations import PARTS, find
-from infra.weights import INDEX, WEIGHTS
 from start import prepare
 from tests.tiny_folders import edit_json, shard
 
@@ -42,22 +42,22 @@ def test_a_path_never_goes_to_the_network(tmp_path, monkeypatch, no_network):
     paths = ["nowhere", "runs/nowhere", "./a/b", "~/flux", "a/b/c", str(tmp_path / "x"), tmp_path / "runs" / "x"]
     for path in paths:
         with pytest.raises(ValueError, match=f"no model folder at '{path}'.*or a hub id owner/name"):
-            find(path)
+            locate(path)
     for path in ("flux1-dev.safetensors", "weights/flux1-dev.safetensors"):
         with pytest.raises(ValueError, match=f"no file at '{path}'.*or a hub id owner/name"):
-            find(path)
+            locate(path)
     assert not no_network
 
 
 def test_a_hub_id_that_fails_is_named(no_network):
     with pytest.raises(ValueError, match=r"someone/some-flux.*no network"):
-        find("someone/some-flux")
+        locate("someone/some-flux")
     assert no_network == ["someone/some-flux"]
 
 
 def test_a_hub_id_loads_what_was_downloaded(dev, monkeypatch):
     monkeypatch.setattr(locations, "snapshot_download", lambda name, allow_patterns: str(dev))
-    assert load("someone/some-flux").location == (dev, dev / "transformer", None)
+    assert load_pipeline("someone/some-flux").location == (dev, dev / "transformer", None)
 
 
 def test_a_file_in_place_of_a_folder_is_named(dev):
@@ -66,7 +66,7 @@ def test_a_file_in_place_of_a_folder_is_named(dev):
         ValueError,
         match=f"{file} is a FLUX.1 transformer under diffusers' names, a part of a folder: give a FLUX.1 model",
     ):
-        load(file)
+        load_pipeline(file)
 
 
 @pytest.mark.parametrize("part", ["model_index.json", *PARTS])
@@ -75,7 +75,7 @@ def test_a_missing_part_is_named_and_what_is_there(broken, part):
     path.unlink() if path.is_file() else shutil.rmtree(path)
     present = "vae" if part != "vae" else "transformer"
     with pytest.raises(ValueError, match=rf"{broken}.* lacks {part}; it holds .*{present}"):
-        load(broken)
+        load_pipeline(broken)
 
 
 SAFETENSORS = {
@@ -112,7 +112,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_weights_that_are_damaged_are_named(broken, part, damage):
     DAMAGE[damage](broken / part / SAFETENSORS[part])
     with pytest.raises(ValueError, match=f"{broken / part}.*"):
-        load(broken)
+        load_pipeline(broken)
 
 
 CONFIGS = [
@@ -132,7 +132,7 @@ CONFIGS = [
 def test_a_config_that_does_not_parse_is_named(broken, config, text):
     (broken / config).write_text(text)
     with pytest.raises(ValueError, match=str(broken / config.split("/")[0])):
-        load(broken)
+        load_pipeline(broken)
 
 
 @pytest.mark.parametrize("part", ["scheduler", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer"])
@@ -140,7 +140,7 @@ def test_an_empty_part_is_named(broken, part):
     shutil.rmtree(broken / part)
     (broken / part).mkdir()
     with pytest.raises(ValueError, match=str(broken / part)):
-        load(broken)
+        load_pipeline(broken)
 
 
 def test_missing_shards_are_named(broken):
@@ -148,14 +148,14 @@ def test_missing_shards_are_named(broken):
     for name in (first, second):
         (broken / "transformer" / name).unlink()
     with pytest.raises(ValueError, match=f"{broken / 'transformer'} is incomplete.*{first}, {second}"):
-        load(broken)
+        load_pipeline(broken)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
 def test_an_index_that_cannot_be_followed_is_named(broken, text):
     (broken / "transformer" / INDEX).write_text(text)
     with pytest.raises(ValueError, match=str(broken / "transformer" / INDEX)):
-        load(broken)
+        load_pipeline(broken)
 
 
 def test_a_folder_mixed_from_different_models_is_named(broken):
@@ -163,13 +163,13 @@ def test_a_folder_mixed_from_different_models_is_named(broken):
     config.d_model = 32
     T5EncoderModel(config).save_pretrained(broken / "text_encoder_2")
     with pytest.raises(ValueError, match=rf"{broken} mixes models.*\(16, 20, 32\).*\(16, 20, 24\)"):
-        load(broken)
+        load_pipeline(broken)
 
 
 @pytest.fixture
 def no_weights(monkeypatch) -> None:
     """Nothing here may read weights."""
-    for name in ("infra.folders.parse_model", "infra.folders.load_flux", "start.load_pipeline", "evaluate.load"):
+    for name in ("formats.folders.parse_model", "formats.folders.load_flux", "start.load_pipeline", "evaluate.load"):
         monkeypatch.setattr(name, None)
 
 
@@ -188,7 +188,7 @@ def test_the_other_encoders_tokenizer_is_named_before_any_weights_are_read(
     shutil.copytree(broken / source, broken / part)
     message = rf"{broken / part} holds a tokenizer of {found}, .* where {wanted}'s belongs: copy or download .* {part}/"
     with pytest.raises(ValueError, match=message):
-        load(broken)
+        load_pipeline(broken)
     with join("cpu") as world:
         with pytest.raises(ValueError, match=message):
             prepare(Config(model=str(broken), guidance=3.5, out=tmp_path / "run"), world)
@@ -206,7 +206,7 @@ def test_a_tokenizer_with_more_tokens_than_its_encoder_is_named_before_any_weigh
     with pytest.raises(
         ValueError, match=f"{broken / part} holds {known + 1} tokens, and its text encoder knows {known}"
     ):
-        load(broken)
+        load_pipeline(broken)
 
 
 SMALL_FILES = [
@@ -225,7 +225,7 @@ def test_a_missing_small_file_is_named_alone(names, broken, no_weights):
         (broken / part / name).unlink(missing_ok=True)
     wanted = f"missing: {broken / part / files.replace('|', ' or ')}; copy or download it alone"
     with pytest.raises(ValueError, match=f"^{wanted}$"):
-        load(broken)
+        load_pipeline(broken)
 
 
 def save_flux2(folder: Path) -> None:
@@ -255,13 +255,13 @@ def test_a_folder_or_file_of_another_model_is_named_as_what_it_is(save, family, 
     """Its transformer within a FLUX.1 folder too; and no parts are asked for."""
     save(tmp_path / "other")
     with pytest.raises(ValueError, match=rf"other is {family} \(model_index\.json says {pipeline}\): only FLUX\.1"):
-        load(tmp_path / "other")
+        load_pipeline(tmp_path / "other")
     with pytest.raises(ValueError, match=rf"{WEIGHTS} is a {family} transformer: give a FLUX\.1 model folder"):
-        load(tmp_path / "other" / "transformer" / WEIGHTS)
+        load_pipeline(tmp_path / "other" / "transformer" / WEIGHTS)
     shutil.rmtree(broken / "transformer")
     shutil.copytree(tmp_path / "other" / "transformer", broken / "transformer")
     with pytest.raises(ValueError, match=rf"broken is {family} \(config\.json says \w+2DModel\)"):
-        load(broken)
+        load_pipeline(broken)
 
 
 @pytest.mark.parametrize(
@@ -278,10 +278,10 @@ def test_a_schedule_that_is_not_fluxs_is_named(broken, entry):
     edit_json(broken / "scheduler" / "scheduler_config.json", **entry)
     (name,) = entry
     with pytest.raises(ValueError, match=f"scheduler_config.json.*{name}"):
-        load(broken)
+        load_pipeline(broken)
 
 
 def test_a_transformer_config_that_is_not_fluxs_is_named(broken):
     edit_json(broken / "transformer" / "config.json", patch_size=2)
     with pytest.raises(ValueError, match=r"transformer/config\.json.*patch_size=2"):
-        load(broken)
+        load_pipeline(broken)

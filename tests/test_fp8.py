@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from config import Config
+from formats.folders import load_pipeline
+from formats.lora import FILE
 from infra.checks import check_flags
-from infra.distributed import World, join, local, whole
-from infra.folders import load
+from infra.distributed import Process, full_tensor, join, local_shard
 from infra.fp8 import Linear8, rounded, up_cast
-from infra.lora import FILE
 from infra.meter import Meter
 from sample import sample
 from start import Setup, prepare
@@ -30,7 +30,7 @@ PROMPTS = ["a photo of a red circle", "a photo of three squares"]
 def base(tmp_path_factory) -> Config:
     root = tmp_path_factory.mktemp("prompts")
     (root / "few.txt").write_text("\n".join(PROMPTS) + "\n")
-    return Config(out=root / "run", batch=8, rollout_steps=3, steps=2, eval_every=2, ema=0.5, lora=4, bf16=True,
+    return Config(out=root / "run", batch=8, rollout_steps=3, updates=2, eval_every=2, ema=0.5, lora=4, bf16=True,
                   fp8=True, eval_prompts=root / "few.txt")  # fmt: skip
 
 
@@ -78,18 +78,18 @@ def network(setup: Setup) -> list[Tensor]:
     return list(setup.pipe.flux.parameters())
 
 
-def gradient(cfg: Config, world: World, round_weights: bool = False) -> Tensor:
+def gradient(cfg: Config, world: Process, round_weights: bool = False) -> Tensor:
     setup = prepare(cfg, world)
     with torch.no_grad():
         for name, p in setup.pipe.flux.named_parameters():
             if ".b." in name:
                 p.fill_(0.01)  # with B = 0 there is no gradient in A
             if round_weights and "blocks" in name and p.ndim == 2 and not p.requires_grad:
-                weight = local(p)
+                weight = local_shard(p)
                 weight.copy_(up_cast(*rounded(weight), weight.dtype))
     train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
     trained = [p.grad for p in network(setup) if p.requires_grad]
-    return torch.cat([whole(g).flatten().float() for g in trained])
+    return torch.cat([full_tensor(g).flatten().float() for g in trained])
 
 
 def test_the_gradient_is_that_of_a_network_with_rounded_weights_and_near_that_of_bf16(base):
@@ -127,7 +127,7 @@ def test_a_run_draws_and_saves_a_lora_that_lies_over_the_base_as_it_was(base):
         setup = prepare(base, world)
         train.train(base, setup, world)
     assert (base.out / "final" / FILE).exists()
-    before, after = (sample(load(folder), PROMPTS, [0, 1], 4, 64, 64) for folder in (TINY, base.out / "final"))
+    before, after = (sample(load_pipeline(folder), PROMPTS, [0, 1], 4, 64, 64) for folder in (TINY, base.out / "final"))
     assert torch.isfinite(after).all() and 0 < (after - before).abs().mean() < 0.1
 
 

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("infra", "scorers", "shapes", "tools", "experiments", "tests")
+PACKAGES = ("infra", "formats", "scorers", "shapes", "recipe", "tools", "experiments", "tests")
 HEIGHT = {  # a module may import what is lower, or of its own package
+    "infra.flags": -1,
     "leaps": 0, "model": 0, "config": 0,
-    "infra": 1, "scorers.common": 1,
+    "infra": 1, "formats": 2, "scorers.common": 1,
     "scorers": 2,
     "rewards": 3, "sample": 3, "baselines": 3,
     "infra.methods": 4,
     "start": 5,
     "train": 6, "evaluate": 6,
-    "shapes.world": 0, "shapes.judge": 0, "shapes.models": 2, "shapes": 7, "tools": 7, "experiments": 8, "tests": 9,
+    "shapes.world": 0, "shapes.judge": 0, "shapes": 1, "recipe": 7, "tools": 7, "experiments": 8, "tests": 9,
 }  # fmt: skip
 POPULAR = (
     "clip", "hpsv2", "hpsv3", "ImageReward", "imagereward", "pickscore", "judge", "files", "logs", "logger", "utils",
@@ -96,6 +97,6 @@ def test_torchao_is_not_imported_and_nothing_is_printed_at_the_start(entry):
 def test_torchao_is_there_for_who_imports_it_afterwards():
     pytest.importorskip("torchao")
     code = (
-        "import infra.folders, importlib.util; assert importlib.util.find_spec('torchao'); import infra.lean, torchao"
+        "import formats.folders, importlib.util; assert importlib.util.find_spec('torchao'); import infra.lean, torchao"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

@@ -10,7 +10,7 @@ from torch import nn
 import train
 from config import Config
 from infra.checks import check_flags
-from infra.distributed import join, whole
+from infra.distributed import full_tensor, join
 from infra.meter import Meter
 from start import prepare
 from tests.processes import spread
@@ -23,7 +23,7 @@ ROOT = Path(train.__file__).parent
 def base(tmp_path_factory) -> Config:
     root = tmp_path_factory.mktemp("prompts")
     (root / "few.txt").write_text("a photo of a circle\na photo of a red square\n")
-    return Config(out=root / "run", batch=4, rollout_steps=2, steps=6, eval_every=6, save_every=2, ema=0.9, bf16=True,
+    return Config(out=root / "run", batch=4, rollout_steps=2, updates=6, eval_every=6, save_every=2, ema=0.9, bf16=True,
                   lean=True, eval_prompts=root / "few.txt")  # fmt: skip
 
 
@@ -70,9 +70,9 @@ def moved(cfg: Config) -> tuple[torch.Tensor, dict[str, float]]:
         setup = prepare(cfg, world)
         run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
         before = [a.clone() for a in run.averaged]
-        for step in range(cfg.steps):
+        for step in range(cfg.updates):
             train.update(cfg, setup, world, run, step)
-        changes = [whole(a) - whole(b) for a, b in zip(run.averaged, before)]
+        changes = [full_tensor(a) - full_tensor(b) for a, b in zip(run.averaged, before)]
         train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
         states = [v for s in run.optimizer.state.values() for k, v in s.items() if k != "step"]
         packed = [t for v in states for t in ([v.codes, v.scale] if hasattr(v, "codes") else [v])]

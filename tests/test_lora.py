@@ -12,10 +12,10 @@ from torch import Tensor
 
 import train
 from config import Config
-from infra.distributed import join, whole_tensors
-from infra.folders import load
-from infra.lora import FILE, add_lora, lora_layers
-from infra.lora_files import changes_of, merge_lora
+from formats.folders import load_pipeline
+from formats.lora import FILE, add_lora, lora_layers
+from formats.lora_files import changes_of, merge_lora
+from infra.distributed import gathered_tensors, join
 from sample import Text, sample, velocity_of
 from start import prepare
 from tests.processes import spread
@@ -37,7 +37,7 @@ def as_the_preset(cfg: Config) -> tuple[bool, int, int]:
         setup = prepare(cfg, world)
         run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
         entry = train.update(cfg, setup, world, run, 0)
-        gathered = sum(t.numel() for _, t in whole_tensors(setup.pipe.flux, torch.float32, world.rank))
+        gathered = sum(t.numel() for _, t in gathered_tensors(setup.pipe.flux, torch.float32, world.rank))
         every = sum(p.numel() for p in setup.pipe.flux.parameters())
         return entry["grad_norm"] > 0 and entry["loss"] == entry["loss"], gathered, every
 
@@ -54,7 +54,7 @@ def trained(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("lora")
     lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
     (root / "few.txt").write_text("\n".join(lines[::60]) + "\n")
-    cfg = Config(out=root / "run", lora=4, lr=1e-2, decay=False, batch=8, rollout_steps=3, steps=3, eval_every=3,
+    cfg = Config(out=root / "run", lora=4, lr=1e-2, decay=False, batch=8, rollout_steps=3, updates=3, eval_every=3,
                  ema=0.5, save_every=2, eval_prompts=root / "few.txt")  # fmt: skip
     assert spread(2, run, cfg) == ["", ""]
     return root / "run" / "final"
@@ -74,7 +74,7 @@ def test_diffusers_takes_the_file_as_it_is_and_draws_the_same_picture(trained):
     theirs = FluxPipeline.from_pretrained(TINY)
     before = images_of(theirs)
     theirs.load_lora_weights(trained)
-    ours = sample(load(trained), PROMPTS, [0, 1], 4, 64, 64)
+    ours = sample(load_pipeline(trained), PROMPTS, [0, 1], 4, 64, 64)
     torch.testing.assert_close(images_of(theirs), ours, atol=2e-4, rtol=0)
     assert (ours - before).abs().mean() > 0.01  # it changed something
 
@@ -104,11 +104,11 @@ def test_a_lora_starts_as_the_network_that_it_changes_and_trains_nothing_else():
         assert {d for n, d in dtypes.items() if n not in trained} == {torch.bfloat16}
         plain = prepare(replace(cfg, bf16=False), world).pipe
         x = sample(plain, PROMPTS, [0, 1], 2, 64, 64)
-    torch.testing.assert_close(x, sample(load(TINY), PROMPTS, [0, 1], 2, 64, 64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x, sample(load_pipeline(TINY), PROMPTS, [0, 1], 2, 64, 64), atol=1e-5, rtol=0)
 
 
 def test_the_change_is_alpha_over_rank_times_B_A_in_each_part_of_a_fused_layer():
-    flux, whole = load(TINY).flux, load(TINY).flux
+    flux, whole = load_pipeline(TINY).flux, load_pipeline(TINY).flux
     add_lora(flux, rank=3, alpha=6.0)
     torch.manual_seed(0)
     for name, parts in lora_layers(whole.config):
@@ -124,11 +124,11 @@ def test_the_change_is_alpha_over_rank_times_B_A_in_each_part_of_a_fused_layer()
 
 def start_of(cfg: Config) -> dict[str, Tensor]:
     with join("cpu") as world:
-        return dict(whole_tensors(prepare(cfg, world).pipe.flux, torch.float32, world.rank))
+        return dict(gathered_tensors(prepare(cfg, world).pipe.flux, torch.float32, world.rank))
 
 
 def test_a_run_of_all_weights_goes_on_from_a_lora(trained):
-    merged, base = load(trained).flux.state_dict(), load(TINY).flux.state_dict()
+    merged, base = load_pipeline(trained).flux.state_dict(), load_pipeline(TINY).flux.state_dict()
     assert any(not torch.equal(merged[k], base[k]) for k in base)
     start = spread(2, start_of, Config(out=Path("nonexistent"), model=str(trained)))[0]  # gathered on rank 0
     assert all(torch.equal(start[k], merged[k]) for k in merged)
@@ -146,7 +146,7 @@ def test_a_lora_goes_on_from_a_lora_of_its_rank_or_less(trained, rank, alpha):
         cfg = Config(out=Path("nonexistent"), model=str(trained), lora=rank, lora_alpha=alpha)
         flux = prepare(cfg, world).pipe.flux
         with torch.no_grad():
-            there, base = velocity_at(load(trained).flux), velocity_at(load(TINY).flux)
+            there, base = velocity_at(load_pipeline(trained).flux), velocity_at(load_pipeline(TINY).flux)
             torch.testing.assert_close(velocity_at(flux), there, atol=1e-4, rtol=1e-4)
     assert (there - base).abs().mean() > 0.01
 
@@ -164,42 +164,42 @@ def test_what_a_lora_cannot_go_on_with_is_told_before_weights_are_read(trained, 
 
 
 def test_a_lora_continued_by_a_run_is_read_by_diffusers_over_the_first_ones_base(trained, tmp_path):
-    cfg = Config(out=tmp_path / "run", model=str(trained), lora=6, lr=1e-2, ema=0.5, batch=4, rollout_steps=3, steps=2,
+    cfg = Config(out=tmp_path / "run", model=str(trained), lora=6, lr=1e-2, ema=0.5, batch=4, rollout_steps=3, updates=2,
                  eval_every=2, eval_prompts=trained.parent.parent / "few.txt")  # fmt: skip
     assert run(cfg) == ""
     theirs = FluxPipeline.from_pretrained(TINY)
     theirs.load_lora_weights(cfg.out / "final")
-    ours = sample(load(cfg.out / "final"), PROMPTS, [0, 1], 4, 64, 64)
+    ours = sample(load_pipeline(cfg.out / "final"), PROMPTS, [0, 1], 4, 64, 64)
     torch.testing.assert_close(images_of(theirs), ours, atol=2e-4, rtol=0)
-    assert (ours - sample(load(trained), PROMPTS, [0, 1], 4, 64, 64)).abs().mean() > 0.001
+    assert (ours - sample(load_pipeline(trained), PROMPTS, [0, 1], 4, 64, 64)).abs().mean() > 0.001
 
 
 def test_a_lora_whose_base_has_moved_says_where_to_write_the_new_place(trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "lora")
     (folder / "lora.json").write_text('{"base": "/gone/FLUX"}')
     with pytest.raises(ValueError, match=r"its base at /gone/FLUX, as .*lora.json says"):
-        load(folder)
+        load_pipeline(folder)
 
 
 def test_a_lora_folder_can_be_moved_with_its_base_and_broken_files_are_named(trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "lora")
     (tmp_path / "base").symlink_to(TINY)
     (folder / "lora.json").write_text('{"base": "../base"}')
-    assert load(folder).location.folder.resolve() == Path(TINY).resolve()
+    assert load_pipeline(folder).location.folder.resolve() == Path(TINY).resolve()
     whole = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"cannot read .*{FILE}"):
-        load(folder)
+        load_pipeline(folder)
     (folder / FILE).unlink()
     with pytest.raises(ValueError, match=f"needs its {FILE}"):
-        load(folder)
+        load_pipeline(folder)
     (folder / "lora.json").write_text("{}")
     with pytest.raises(ValueError, match=r"cannot read .*lora\.json"):
-        load(folder)
+        load_pipeline(folder)
 
 
 def merge(file: Path) -> None:
-    flux = load(TINY).flux
+    flux = load_pipeline(TINY).flux
     dict(merge_lora(iter(flux.state_dict().items()), changes_of(load_file(file), flux.config)))
 
 
@@ -219,7 +219,7 @@ def test_a_lora_of_another_flux_is_refused(trained, tmp_path):
 
 
 def test_a_lora_resumes(trained):
-    cfg = Config(out=trained.parent, lora=4, lr=1e-2, decay=False, batch=8, rollout_steps=3, steps=3, eval_every=3,
+    cfg = Config(out=trained.parent, lora=4, lr=1e-2, decay=False, batch=8, rollout_steps=3, updates=3, eval_every=3,
                  ema=0.5, save_every=2, eval_prompts=trained.parent.parent / "few.txt", resume=True)  # fmt: skip
     before = load_file(trained / FILE)
     assert spread(2, run, cfg) == ["", ""]  # from step 2

@@ -13,19 +13,19 @@ from torch import Tensor
 
 import evaluate
 from config import Config
+from formats.folders import load_pipeline
+from formats.lora import add_lora, first_values, lora_layers
+from formats.lora_files import layer_rows, merge_lora, read_lora
+from formats.names import to_diffusers
+from formats.saving import save_pipeline
 from infra.distributed import join
-from infra.folders import load
-from infra.lora import add_lora, first_values, lora_layers
-from infra.lora_files import layer_rows, merge_lora, read_lora
-from infra.names import to_diffusers
-from infra.saving import save
 from model import Flux
 from sample import Text, velocity_of
 from start import check_model
 
 TINY = Path(__file__).parent.parent / "shapes" / "tiny-flux"
 RANK, ALPHA = 4, 16.0
-FLUX = load(TINY).flux
+FLUX = load_pipeline(TINY).flux
 SHAPES = {name: (count, width) for name, (_, _, count, width) in layer_rows(FLUX.config).items()}
 THEIRS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2", "single_transformer_blocks.3.proj_mlp",
           "single_transformer_blocks.0.proj_out")  # fmt: skip
@@ -88,7 +88,7 @@ def test_a_file_adds_what_diffusers_adds(case, theirs, tmp_path):
     before = to_diffusers(FLUX.state_dict(), FLUX.config)
     theirs.load_lora_weights(tmp_path, weight_name="their_lora.safetensors")
     for name in (tmp_path, tmp_path / "their_lora.safetensors"):
-        ours = to_diffusers(load(name, base=str(TINY)).flux.state_dict(), FLUX.config)
+        ours = to_diffusers(load_pipeline(name, base=str(TINY)).flux.state_dict(), FLUX.config)
     changed = 0
     for name, module in theirs.transformer.named_modules():
         if hasattr(module, "lora_A"):
@@ -104,7 +104,7 @@ def test_pefts_alpha_is_that_of_its_config(tmp_path):
     save_file(state, tmp_path / "adapter_model.safetensors")
     settings = dict(r=RANK, lora_alpha=ALPHA, alpha_pattern={"ff.net.2": 2.0})
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    ours = to_diffusers(load(tmp_path, base=str(TINY)).flux.state_dict(), FLUX.config)
+    ours = to_diffusers(load_pipeline(tmp_path, base=str(TINY)).flux.state_dict(), FLUX.config)
     before = to_diffusers(FLUX.state_dict(), FLUX.config)
     for layer in THEIRS:
         a, b = (state[f"base_model.model.{layer}.lora_{x}.weight"] for x in "AB")
@@ -121,7 +121,7 @@ def test_kohyas_fused_layer_of_a_single_block_is_changed_whole(tmp_path):
     save_file(state, tmp_path / "kohya.safetensors")
     down, up = (state[f"lora_unet_single_blocks_2_linear1.lora_{x}.weight"] for x in ("down", "up"))
     expected = FLUX.state_dict()[f"{layer}.weight"] + ALPHA / RANK * up @ down
-    ours = load(tmp_path, base=str(TINY)).flux.state_dict()[f"{layer}.weight"]
+    ours = load_pipeline(tmp_path, base=str(TINY)).flux.state_dict()[f"{layer}.weight"]
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
@@ -146,7 +146,7 @@ def test_in_bf16_a_small_change_is_not_rounded_away(tmp_path):
         return velocity(flux)
 
     expected = of_weights(merged) - of_weights(base)
-    loaded = velocity(load(file, dtype=torch.bfloat16, base=str(TINY)).flux)
+    loaded = velocity(load_pipeline(file, dtype=torch.bfloat16, base=str(TINY)).flux)
     before, rounded = (of_weights({k: v.bfloat16() for k, v in weights.items()}) for weights in (base, merged))
     assert (loaded - before - expected).norm() < 0.1 * expected.norm()
     assert (rounded - before - expected).norm() > 0.5 * expected.norm()  # what merging in bf16 does
@@ -156,7 +156,7 @@ def test_in_bf16_a_small_change_is_not_rounded_away(tmp_path):
 def test_a_lora_of_ours_starts_as_any_of_theirs_with_fused_layers_taken_apart(case, tmp_path):
     state, notes = CASES[case]()
     save_file(state, file := tmp_path / "their_lora.safetensors", metadata=notes)
-    merged, flux = load(file, base=str(TINY)).flux, load(TINY).flux
+    merged, flux = load_pipeline(file, base=str(TINY)).flux, load_pipeline(TINY).flux
     add_lora(flux, rank=RANK + 1, alpha=3.0)
     params = dict(flux.named_parameters())
     for name, value in first_values(flux, 0, read_lora(file, flux.config)):
@@ -178,9 +178,9 @@ def lora(folder: Path) -> Path:
 def test_without_a_base_the_flag_is_named_and_with_it_every_command_finds_it(tmp_path):
     file = lora(tmp_path)
     with pytest.raises(ValueError, match="a LoRA that does not say what it changes: give --base FOLDER"):
-        load(file)
+        load_pipeline(file)
     with pytest.raises(ValueError, match=r"--base .* is a LoRA too"):
-        load(file, base=str(file))
+        load_pipeline(file, base=str(file))
     assert len(check_model(Config(model=str(file), base=str(TINY)))[0]) == Config().rollout_steps + 1
 
 
@@ -196,21 +196,21 @@ def test_without_a_base_the_flag_is_named_and_with_it_every_command_finds_it(tmp
 def test_what_is_not_understood_is_named(change: Callable, words: str, tmp_path):
     save_file(change(drawn(THEIRS, "transformer.", "lora_A", "lora_B")), tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match=f"odd.safetensors.*{words}"):
-        load(tmp_path / "odd.safetensors", base=str(TINY))
+        load_pipeline(tmp_path / "odd.safetensors", base=str(TINY))
 
 
 def test_strength_is_a_straight_line_through_base_and_tuned_for_loras_and_for_full_weights(tmp_path):
     file, before = lora(tmp_path), FLUX.state_dict()
-    tuned = load(file, base=str(TINY)).flux.state_dict()
-    save(tmp_path / "tuned", TINY, FLUX.config, tuned)
+    tuned = load_pipeline(file, base=str(TINY)).flux.state_dict()
+    save_pipeline(tmp_path / "tuned", TINY, FLUX.config, tuned)
     for model in (file, tmp_path / "tuned"):
         for strength in (0.0, 0.4, 1.0, 1.5):
-            ours = load(model, base=str(TINY), strength=strength).flux.state_dict()
+            ours = load_pipeline(model, base=str(TINY), strength=strength).flux.state_dict()
             for k in before:
                 expected = before[k].double() + strength * (tuned[k].double() - before[k].double())
                 torch.testing.assert_close(ours[k].double(), expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"--strength 0\.4 needs --base FOLDER"):
-        load(tmp_path / "tuned", strength=0.4)
+        load_pipeline(tmp_path / "tuned", strength=0.4)
 
 
 def test_evaluate_refuses_a_strength_without_a_base_before_it_reads_weights(monkeypatch, tmp_path):

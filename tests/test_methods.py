@@ -18,8 +18,16 @@ from config import PRESETS, Config, Experiment, Machine, Method, Run, parse
 from infra.checks import check_folder, check_prompts, tell_changes
 from infra.distributed import join, stop_signals
 from infra.meter import Meter
-from infra.methods import fixed_names, is_method, keywords, method_of, options_of, recorded, try_method
-from infra.user_code import contents
+from infra.methods import (
+    find_method,
+    is_method,
+    method_keywords,
+    method_options,
+    recorded_flags,
+    resume_flags,
+    try_method,
+)
+from infra.user_code import file_hashes
 from start import prepare
 from tests.test_baselines import METHODS
 
@@ -49,7 +57,7 @@ def test_every_keyword_of_a_method_is_a_flag_whose_help_tells_its_default():
     flags = {f.name for f in fields(Method)}
     text = " ".join(inspect.getsource(Method).split())
     for name in METHODS:
-        for keyword, default in keywords(method_of(name)).items():
+        for keyword, default in method_keywords(find_method(name)).items():
             assert keyword in flags
             told = text.split(f" {keyword}: ")[1].split('"""')[1]
             assert name in told, (name, keyword)
@@ -60,10 +68,10 @@ def test_every_keyword_of_a_method_is_a_flag_whose_help_tells_its_default():
 def test_groups_hold_every_flag_once_and_defaults_are_the_methods_own():
     names = [f.name for group in (Experiment, Method, Run, Machine) for f in fields(group)]
     assert sorted(names) == sorted(f.name for f in fields(Config)) and len(set(names)) == len(names)
-    assert recorded(Config())["alpha"] == 0.3 and recorded(Config(method="flowbp_bridge"))["alpha"] == 0.1
-    assert recorded(Config(method="flowbp_bridge", alpha=0.7))["alpha"] == 0.7
-    assert recorded(parse(["shapes"])[0])["reward_input"] == "xhat_0"
-    assert recorded(parse(["shapes", "--method", "refl"])[0])["reward_input"] is None  # it has no such keyword
+    assert recorded_flags(Config())["alpha"] == 0.3 and recorded_flags(Config(method="flowbp_bridge"))["alpha"] == 0.1
+    assert recorded_flags(Config(method="flowbp_bridge", alpha=0.7))["alpha"] == 0.7
+    assert recorded_flags(parse(["shapes"])[0])["reward_input"] == "xhat_0"
+    assert recorded_flags(parse(["shapes", "--method", "refl"])[0])["reward_input"] is None  # it has no such keyword
 
 
 def test_help_shows_the_groups_as_boxes(capsys):
@@ -75,17 +83,17 @@ def test_help_shows_the_groups_as_boxes(capsys):
 
 def test_a_preset_may_hold_what_another_method_does_not_have():
     cfg, preset = parse(["flux-dev-pickscore", "--method", "refl"])
-    assert preset is PRESETS["flux-dev-pickscore"][1] and cfg.alpha == 0.1 and options_of(cfg, preset) == {}
-    assert options_of(*parse(["shapes", "--method", "refl", "--reward-input", "None"])) == {}
+    assert preset is PRESETS["flux-dev-pickscore"][1] and cfg.alpha == 0.1 and method_options(cfg, preset) == {}
+    assert method_options(*parse(["shapes", "--method", "refl", "--reward-input", "None"])) == {}
     cfg, preset = parse(["flux-dev-pickscore", "--method", "refl", "--alpha", "0.2"])
     with pytest.raises(ValueError, match="--alpha means nothing with --method refl"):
-        options_of(cfg, preset)
+        method_options(cfg, preset)
 
 
 @pytest.mark.parametrize("name", [*METHODS])
 def test_every_method_is_tried_on_zeros_in_a_moment(name):
     group = 8 if "grpo" in name else 1
-    assert try_method(method_of(name), LEVELS, group) == ("grpo" not in name)
+    assert try_method(find_method(name), LEVELS, group) == ("grpo" not in name)
 
 
 @pytest.mark.parametrize(
@@ -110,38 +118,43 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
 def test_a_method_that_cannot_be_is_told_before_anything_is_read(code, words, tmp_path):
     (tmp_path / "odd.py").write_text(f"def odd(s):\n{code}\n")
     with pytest.raises(ValueError, match=words):
-        try_method(method_of(f"{tmp_path / 'odd.py'}:odd"), LEVELS, 1)
+        try_method(find_method(f"{tmp_path / 'odd.py'}:odd"), LEVELS, 1)
 
 
 @pytest.mark.parametrize("name", ["sweep", "rollout", "late_step", "policy_gradient", "nonsense", "torch"])
 def test_a_name_that_is_no_method_is_refused(name):
     with pytest.raises(ValueError, match=f"--method {name}"):
-        method_of(name)
+        find_method(name)
 
 
 def test_options_are_for_keywords_of_ones_own_and_typed_by_their_value(tmp_path):
     (tmp_path / "mine.py").write_text("def mine(s, *, count=3, name='a', on=False, alpha=0.5): ...\n")
     cfg = Config(method=f"{tmp_path / 'mine.py'}:mine", option=("count=5", "name=b", "on=True"), alpha=0.25)
-    assert options_of(cfg, Config()) == dict(count=5, name="b", on=True, alpha=0.25)
+    assert method_options(cfg, Config()) == dict(count=5, name="b", on=True, alpha=0.25)
     for option, words in (("other=1", "count, name, on"), ("count=many", "'many'")):
         with pytest.raises(ValueError, match=words):
-            options_of(replace(cfg, option=(option,)), Config())
+            method_options(replace(cfg, option=(option,)), Config())
     with pytest.raises(ValueError, match="--option alpha=1"):  # of ours it is a flag
-        options_of(Config(option=("alpha=1",)), Config())
+        method_options(Config(option=("alpha=1",)), Config())
 
 
 def test_a_keyword_of_ones_own_may_be_called_as_a_flag_of_another_kind(tmp_path):
     (tmp_path / "mine.py").write_text("def mine(s, *, weight=0.5): ...\n")
     cfg = Config(method=f"{tmp_path / 'mine.py'}:mine", option=("weight=0.7",))
-    assert options_of(cfg, Config()) == dict(weight=0.7)
+    assert method_options(cfg, Config()) == dict(weight=0.7)
 
 
 def test_keywords_of_ones_own_are_recorded_as_json_reads_them_and_are_no_flags_of_the_run(tmp_path):
     (tmp_path / "mine.py").write_text("def mine(s, *, window=(0, 1), steps=2, nested_only=True): ...\n")
     cfg = Config(method=f"{tmp_path / 'mine.py'}:mine", decay=False)
-    assert recorded(cfg) == json.loads(json.dumps(recorded(cfg))) and recorded(cfg)["window"] == [0, 1]
-    assert "steps" not in fixed_names(cfg) and "window" in fixed_names(cfg)
-    assert options_of(cfg, Config()) == {} and recorded(cfg)["nested_only"] is True  # the flag's False is no wish
+    assert recorded_flags(cfg) == json.loads(json.dumps(recorded_flags(cfg))) and recorded_flags(cfg)["window"] == [
+        0,
+        1,
+    ]
+    assert "updates" not in resume_flags(cfg) and "window" in resume_flags(cfg)
+    assert (
+        method_options(cfg, Config()) == {} and recorded_flags(cfg)["nested_only"] is True
+    )  # the flag's False is no wish
 
 
 def test_a_resumed_run_tells_of_code_that_has_changed(tmp_path, capsys):
@@ -149,14 +162,14 @@ def test_a_resumed_run_tells_of_code_that_has_changed(tmp_path, capsys):
     tell_changes(tmp_path, {"a.py": "1", "b.py": "3", "c.py": "4"})
     assert capsys.readouterr().err.startswith("warning: b.py has changed since")
     (file := tmp_path / "mine.py").write_text("def f(images, prompts): ...")
-    before = contents([f"{file}:f:0.5", "tiny", "leapalign"])
+    before = file_hashes([f"{file}:f:0.5", "tiny", "leapalign"])
     file.write_text("def f(images, prompts): return 1")
-    assert list(before) == [str(file)] and contents([f"{file}:f"]) != before
+    assert list(before) == [str(file)] and file_hashes([f"{file}:f"]) != before
 
 
 def test_a_preset_of_the_paper_leaves_other_methods_their_own_defaults():
     _, preset = PRESETS["flux-dev-hpsv2"]
-    assert "alpha" not in options_of(replace(preset, method="flowbp_bridge"), preset)  # 0.1 there, 0.3 in the paper
+    assert "alpha" not in method_options(replace(preset, method="flowbp_bridge"), preset)  # 0.1 there, 0.3 in the paper
 
 
 def test_a_method_may_have_a_noise_level_a_sample_however_the_batch_is_split():
@@ -197,12 +210,12 @@ OLDER = dict(
 
 
 def test_a_run_from_before_flags_were_grouped_goes_on(tmp_path):
-    cfg = Config(out=tmp_path, resume=True, steps=200, lr=7e-5, eval_every=50)
+    cfg = Config(out=tmp_path, resume=True, updates=200, lr=7e-5, eval_every=50)
     paths = dict(model=cfg.model, prompts=str(cfg.prompts), eval_prompts=str(cfg.eval_prompts))
     (tmp_path / "config.json").write_text(json.dumps(OLDER | paths))
 
     def check(cfg: Config) -> None:
-        check_folder(cfg, tmp_path, recorded(cfg), recorded(Config(method=cfg.method)), fixed_names(cfg))
+        check_folder(cfg, tmp_path, recorded_flags(cfg), recorded_flags(Config(method=cfg.method)), resume_flags(cfg))
 
     check(cfg)
     check(replace(cfg, alpha=0.3, device="cuda", micro_batch=4))

@@ -12,7 +12,7 @@ from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 
 import model
-from infra.names import (
+from formats.names import (
     config_from_diffusers,
     config_to_diffusers,
     from_diffusers,

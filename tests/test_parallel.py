@@ -13,17 +13,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from config import Config
-from infra.distributed import Stop, World, check_agreement, join, keep_gathered, swapped, whole, whole_tensors
-from infra.folders import load
+from formats.folders import load_pipeline
+from infra.distributed import (
+    Process,
+    Stop,
+    check_agreement,
+    full_tensor,
+    gathered_tensors,
+    join,
+    keep_gathered,
+    swapped,
+)
 from infra.meter import Meter
 from leaps import rollout
-from sample import encode, grid, sample, velocity_of
+from sample import encode, sample, token_grid, velocity_of
 from start import prepare
 from tests.processes import spread
 
 ROOT = Path(train.__file__).parent
 BASE = Config(
-    out=Path("nonexistent"), batch=8, rollout_steps=3, steps=10, eval_every=100, eval_prompts=ROOT / "few.txt", ema=0.9
+    out=Path("nonexistent"),
+    batch=8,
+    rollout_steps=3,
+    updates=10,
+    eval_every=100,
+    eval_prompts=ROOT / "few.txt",
+    ema=0.9,
 )
 
 
@@ -39,12 +54,12 @@ def gradient_of(cfg: Config) -> Tensor:
     with join("cpu", cfg.shard) as world:
         setup = prepare(cfg, world)
         train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
-        return torch.cat([whole(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
+        return torch.cat([full_tensor(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
 
 
 def plain_gradient(cfg: Config) -> Tensor:
     """The gradient without any of this: a whole Flux, one batch."""
-    pipe = load(cfg.model)
+    pipe = load_pipeline(cfg.model)
     with join("cpu") as world:
         setup = prepare(cfg, world)
         train.batch_gradient(cfg, replace(setup, pipe=pipe), world, 0, Meter(world.device))
@@ -113,7 +128,7 @@ def gradients_in_double(cfg: Config, changes: list[dict]) -> list[Tensor]:
         now = replace(cfg, **change)
         with join("cpu") as world:
             setup = prepare(now, world)
-        pipe = load(now.model)
+        pipe = load_pipeline(now.model)
         pipe.compute, pipe.flux.recompute = torch.float64, now.recompute
         for model in (pipe.flux, pipe.vae, pipe.clip, pipe.t5, setup.rewards[0].model):
             model.double()
@@ -125,10 +140,10 @@ def gradients_in_double(cfg: Config, changes: list[dict]) -> list[Tensor]:
 
 def test_in_float64_the_split_leaves_no_trace(base):
     changes = [dict(), dict(micro_batch=3), dict(micro_batch=1), dict(recompute=True), dict(weight="none")]
-    ((whole, *same, other),) = spread(1, gradients_in_double, base, changes)
+    ((full_tensor, *same, other),) = spread(1, gradients_in_double, base, changes)
     for gradient in same:
-        assert (gradient - whole).norm() < 1e-12 * whole.norm()
-    assert (other - whole).norm() > 0.1 * whole.norm()
+        assert (gradient - full_tensor).norm() < 1e-12 * full_tensor.norm()
+    assert (other - full_tensor).norm() > 0.1 * full_tensor.norm()
 
 
 def weights_after(cfg: Config) -> Tensor:
@@ -137,7 +152,7 @@ def weights_after(cfg: Config) -> Tensor:
         run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
         for step in range(5):
             train.update(cfg, setup, world, run, step)
-        return torch.cat([whole(p).detach().flatten() for p in (*run.params, *run.averaged)])
+        return torch.cat([full_tensor(p).detach().flatten() for p in (*run.params, *run.averaged)])
 
 
 def test_five_steps_of_training_are_the_same_on_one_two_and_four_ranks(base):
@@ -146,7 +161,7 @@ def test_five_steps_of_training_are_the_same_on_one_two_and_four_ranks(base):
     for world, changes in ((2, dict(micro_batch=2)), (4, dict(shard=2))):
         for weights in spread(world, weights_after, replace(base, **changes)):
             assert (weights - one).norm() < 1e-6 * one.norm()
-    start = torch.cat([p.flatten() for p in load(base.model).flux.parameters()])
+    start = torch.cat([p.flatten() for p in load_pipeline(base.model).flux.parameters()])
     assert (one[: len(start)] - start).norm() > 1e-3 * start.norm()  # it did learn
 
 
@@ -170,7 +185,10 @@ def gathers(cfg: Config) -> list[int]:
         setup = prepare(cfg, world)
         pipe = setup.pipe
         text = encode(pipe, ["a photo of a circle"] * 8)
-        velocity, noise = velocity_of(pipe.flux, text, *grid(pipe, 64, 64), None, pipe.compute), torch.randn(8, 16, 32)
+        velocity, noise = (
+            velocity_of(pipe.flux, text, *token_grid(pipe, 64, 64), None, pipe.compute),
+            torch.randn(8, 16, 32),
+        )
         for keep in (False, True, False):
             keep_gathered(pipe.flux, keep)
             with Gathers() as seen:
@@ -213,7 +231,7 @@ def test_bf16_is_inside_the_network_only(base):
 # ------------------------------------------------------------------------------------------- agreement
 
 
-def disagreement(world: World, everywhere: dict, params: list[Tensor]) -> str | None:
+def disagreement(world: Process, everywhere: dict, params: list[Tensor]) -> str | None:
     try:
         return check_agreement(world, everywhere, params)
     except Stop as stop:
@@ -251,12 +269,12 @@ def loaded(cfg: Config) -> dict[str, Tensor]:
     with join("cpu") as world:
         flux = prepare(cfg, world).pipe.flux
         assert all(p.to_local().numel() < p.numel() for p in flux.parameters() if p.shape[0] > 1)
-        return dict(whole_tensors(flux, torch.float32, world.rank))
+        return dict(gathered_tensors(flux, torch.float32, world.rank))
 
 
 def test_no_rank_holds_the_network_whole_and_together_they_hold_it_exactly(base):
     first, second = spread(2, loaded, base)
-    theirs = load(base.model).flux.state_dict()
+    theirs = load_pipeline(base.model).flux.state_dict()
     assert first.keys() == theirs.keys() and not second
     assert all(torch.equal(first[k], theirs[k]) for k in theirs)
 
@@ -278,13 +296,13 @@ def averages(cfg: Config) -> list[tuple[Tensor, Tensor]]:
     with join("cpu") as world:
         setup = prepare(cfg, world)
         run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
-        closed = [cfg.ema**4 * whole(p).detach().double() for p in run.params]
+        closed = [cfg.ema**4 * full_tensor(p).detach().double() for p in run.params]
         for step in range(4):
             train.update(cfg, setup, world, run, step)
             for c, p in zip(closed, run.params):
-                c += (1 - cfg.ema) * cfg.ema ** (3 - step) * whole(p).detach().double()
+                c += (1 - cfg.ema) * cfg.ema ** (3 - step) * full_tensor(p).detach().double()
         with swapped(run.params, run.averaged):
-            inside = [whole(p).detach().clone() for p in run.params]
+            inside = [full_tensor(p).detach().clone() for p in run.params]
         return list(zip(inside, closed))
 
 

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Block
 
-from infra import weights
-from infra.folders import Pipeline, load
-from infra.locations import PARTS
-from infra.names import from_diffusers
-from infra.saving import save
-from infra.weights import WEIGHTS, load_flux, open_flux
+from formats import weights
+from formats.folders import Pipeline, load_pipeline
+from formats.locations import PARTS
+from formats.names import from_diffusers
+from formats.saving import save_pipeline
+from formats.weights import WEIGHTS, load_flux, open_flux
 from model import Flux, FluxConfig
-from sample import decode, draw_noise, encode, grid, main, pack, sample, sigmas, unpack, velocity_of
+from sample import decode, draw_noise, encode, main, pack, sample, sigmas, token_grid, unpack, velocity_of
 from tests.tiny_folders import FLUX_DEV_SCHEDULE, SCHNELL_LIKE, edit_json, shard
 
 TINY_FLUX = Path(__file__).parent.parent / "shapes" / "tiny-flux"
@@ -29,7 +29,7 @@ CELL = 8  # pixels a token: the VAE is f4
 
 @pytest.fixture(scope="module")
 def pipe(dev) -> Pipeline:
-    return load(dev)
+    return load_pipeline(dev)
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +103,16 @@ def test_images_of_a_guided_dynamically_shifted_model_equal_flux_pipeline(pipe, 
 @pytest.mark.parametrize("height, width", [(32, 32), (24, 56)])
 def test_images_of_an_unguided_model_of_fixed_shift_equal_flux_pipeline(schnell, height, width):
     """Neither pipeline shows such a model its guidance, which is 3.5 by default in FluxPipeline."""
-    pipe = load(schnell)
+    pipe = load_pipeline(schnell)
     theirs = diffusers_images(diffusers_pipeline(schnell), pipe, height, width, 4)
     ours = sample(pipe, PROMPTS, [0, 1], 4, height, width)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert torch.equal(ours, sample(pipe, PROMPTS, [0, 1], 4, height, width, guidance=9.0))
 
 
-@pytest.mark.skipif(not TINY_FLUX.exists(), reason="shapes/tiny-flux is not there: python -m shapes.prepare makes it")
+@pytest.mark.skipif(not TINY_FLUX.exists(), reason="shapes/tiny-flux is not there: python -m recipe.prepare makes it")
 def test_images_of_the_shipped_model_equal_flux_pipeline():
-    pipe = load(TINY_FLUX)
+    pipe = load_pipeline(TINY_FLUX)
     size = pipe.vae.config.sample_size
     theirs = diffusers_images(diffusers_pipeline(TINY_FLUX), pipe, size, size, 4, guidance_scale=3.5)
     ours = sample(pipe, PROMPTS, [0, 1], 4, size, size, 3.5)
@@ -140,13 +140,13 @@ def test_a_guided_network_demands_its_guidance(pipe):
 
 @pytest.mark.parametrize("height, width", [(32, 20), (12, 32), (0, 32), (32, -8)])
 def test_a_size_of_broken_tokens_is_named(pipe, height, width):
-    assert grid(pipe, 24, 56) == (3, 7)
+    assert token_grid(pipe, 24, 56) == (3, 7)
     with pytest.raises(ValueError, match=f"{height}x{width} is not a positive multiple of {CELL}"):
-        grid(pipe, height, width)
+        token_grid(pipe, height, width)
 
 
 def test_network_runs_in_bf16_on_fp32_latents(dev):
-    pipe = load(dev, dtype=torch.bfloat16)
+    pipe = load_pipeline(dev, dtype=torch.bfloat16)
     assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
     frozen = [*pipe.flux.parameters(), *pipe.clip.parameters(), *pipe.t5.parameters()]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
@@ -158,7 +158,7 @@ def test_network_runs_in_bf16_on_fp32_latents(dev):
     assert velocity(draw_noise(pipe, [0, 1], 2, 3), torch.tensor(0.7)).dtype == torch.float32
     bf16, ids = torch.bfloat16, torch.int64
     assert seen == [bf16, ids, bf16, ids, torch.float32, bf16, torch.float32]  # time and guidance stay fp32
-    low, high = (sample(p, PROMPTS, [0, 1], 2, 16, 24, 3.5) for p in (pipe, load(dev)))
+    low, high = (sample(p, PROMPTS, [0, 1], 2, 16, 24, 3.5) for p in (pipe, load_pipeline(dev)))
     assert low.dtype == torch.float32 and (low - high).abs().max() < 0.05
 
 
@@ -178,10 +178,10 @@ def test_text_equals_flux_pipelines(pipe, reference):
 
 def test_text_length_may_be_chosen_and_is_512_for_a_tokenizer_without_limit(dev, broken, reference):
     edit_json(broken / "tokenizer_2" / "tokenizer_config.json", model_max_length=int(1e30))
-    assert load(broken).text_length == 512
+    assert load_pipeline(broken).text_length == 512
     with torch.no_grad():
         txt, _, _ = reference.encode_prompt(PROMPTS, max_sequence_length=20)
-    assert torch.equal(encode(load(dev, text_length=20), PROMPTS).txt, txt)
+    assert torch.equal(encode(load_pipeline(dev, text_length=20), PROMPTS).txt, txt)
 
 
 def test_with_encoders_offloaded_a_layer_of_t5_at_a_time_is_on_the_device(dev, pipe, monkeypatch):
@@ -193,7 +193,7 @@ def test_with_encoders_offloaded_a_layer_of_t5_at_a_time_is_on_the_device(dev, p
         return move(layer, device)
 
     monkeypatch.setattr(T5Block, "to", note)
-    lent = load(dev, offload=True)
+    lent = load_pipeline(dev, offload=True)
     assert not most  # none is moved as it is read
     for ours, whole in zip(encode(lent, PROMPTS), encode(pipe, PROMPTS), strict=True):
         assert torch.equal(ours, whole)
@@ -221,7 +221,7 @@ def test_decoding_equals_flux_pipelines(pipe, reference):
 
 def test_the_gradient_of_an_image_reaches_its_latents(dev):
     """Against central differences in float64, along random directions; the frozen VAE collects nothing."""
-    pipe = load(dev)
+    pipe = load_pipeline(dev)
     pipe.vae.double()
     x = draw_noise(pipe, [0], 2, 3).double().requires_grad_()
     weights = torch.randn(1, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -255,14 +255,14 @@ def test_only_the_transformer_learns(pipe):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_folder_loads_bit_for_bit_here_and_in_diffusers(dev, tmp_path, dtype):
-    pipe = load(dev)
+    pipe = load_pipeline(dev)
     with torch.no_grad():
         for p in pipe.flux.parameters():
             p.add_(torch.randn_like(p) / 10)
     pipe.flux.to(dtype)
-    save(tmp_path / "new" / "final", dev, pipe.flux.config, pipe.flux.state_dict())
+    save_pipeline(tmp_path / "new" / "final", dev, pipe.flux.config, pipe.flux.state_dict())
 
-    back = load(tmp_path / "new" / "final", dtype=dtype)
+    back = load_pipeline(tmp_path / "new" / "final", dtype=dtype)
     assert back.flux.config == pipe.flux.config and back.schedule == pipe.schedule
     assert_same_weights(back.flux, pipe.flux)
     assert_same_weights(back.vae, pipe.vae)
@@ -273,7 +273,7 @@ def test_a_saved_folder_loads_bit_for_bit_here_and_in_diffusers(dev, tmp_path, d
     converted = dict(from_diffusers(theirs.transformer.state_dict(), pipe.flux.config))
     assert all(torch.equal(converted[k].to(dtype), v) for k, v in pipe.flux.state_dict().items())
     images = diffusers_images(theirs, pipe, 16, 24, 2, guidance_scale=3.5)
-    ours = sample(load(tmp_path / "new" / "final"), PROMPTS, [0, 1], 2, 16, 24, 3.5)
+    ours = sample(load_pipeline(tmp_path / "new" / "final"), PROMPTS, [0, 1], 2, 16, 24, 3.5)
     torch.testing.assert_close(ours, images, rtol=0, atol=1e-4)
 
 
@@ -288,10 +288,10 @@ def test_training_on_the_loaded_weights_leaves_their_file_alone(broken):
 
 def test_a_folder_can_be_saved_onto_itself(broken):
     shard(broken)
-    pipe = load(broken)
+    pipe = load_pipeline(broken)
     wanted = {k: v + 1 for k, v in pipe.flux.state_dict().items()}
     for _ in range(2):  # over shards, then over the file that the weights are mapped from
-        save(broken, broken, pipe.flux.config, wanted)
+        save_pipeline(broken, broken, pipe.flux.config, wanted)
         flux = load_flux(open_flux(broken / "transformer"))
         assert all(torch.equal(v, wanted[k]) for k, v in flux.state_dict().items())
         wanted = flux.state_dict()
@@ -301,14 +301,14 @@ def test_a_folder_can_be_saved_onto_itself(broken):
 def test_a_model_in_use_survives_a_save_over_its_folder(broken, pipe):
     """Loaded weights are mapped from their file."""
     flux = load_flux(open_flux(broken / "transformer"))
-    save(broken, broken, flux.config, {k: torch.zeros_like(v) for k, v in flux.state_dict().items()})
+    save_pipeline(broken, broken, flux.config, {k: torch.zeros_like(v) for k, v in flux.state_dict().items()})
     assert_same_weights(flux, pipe.flux)
     assert not load_flux(open_flux(broken / "transformer")).img_in.bias.any()
 
 
 def test_a_sharded_transformer_is_the_same_transformer(broken, pipe):
     assert len(shard(broken)) > 2
-    assert_same_weights(load(broken).flux, pipe.flux)
+    assert_same_weights(load_pipeline(broken).flux, pipe.flux)
 
 
 def test_a_single_file_with_published_names_is_the_same_transformer(dev, schnell, tmp_path, monkeypatch):

@@ -13,10 +13,10 @@ from transformers import T5Config, T5EncoderModel
 
 import train
 from config import Config
-from infra.distributed import join, local
+from infra.distributed import join, local_shard
 from infra.meter import Meter, network_flops
 from model import FLUX_DEV, Flux
-from shapes.models import TINY
+from recipe.models import TINY
 from start import prepare
 from tests.processes import spread
 from tools import plan
@@ -109,10 +109,10 @@ def sent(cfg: Config) -> tuple[int, int, int]:
         train.update(cfg, setup, world, run, 0)
         with Sent() as seen:
             train.batch_gradient(cfg, setup, world, 1, Meter(world.device))
-        held = sum(local(t).nbytes for p in run.params for t in (p, p.grad))
-        held += sum(local(t).nbytes for t in (*run.averaged, *(setup.base.parameters() if setup.base else ())))
+        held = sum(local_shard(t).nbytes for p in run.params for t in (p, p.grad))
+        held += sum(local_shard(t).nbytes for t in (*run.averaged, *(setup.base.parameters() if setup.base else ())))
         moments = (v for s in run.optimizer.state.values() for k, v in s.items() if k != "step")
-        return seen.gathered, seen.reduced, held + sum(local(t).nbytes for t in moments)
+        return seen.gathered, seen.reduced, held + sum(local_shard(t).nbytes for t in moments)
 
 
 @pytest.mark.parametrize("flags", [{}, dict(keep_gathered=True), dict(anchor=1.0)])

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.folders import load
+from formats.folders import load_pipeline
+from recipe import base, fit, prepare, teach
 from sample import sample
 from scorers.clip import clip
-from shapes import base, fit, prepare, teach
 
 SHIPPED = Path(prepare.__file__).parent
 
@@ -25,7 +25,7 @@ def config(folder: Path, out: str) -> fit.Config:
 
 
 def test_the_recipe_makes_a_checkpoint_and_a_reward_that_load(made):
-    pipe, reward = load(made / "out" / "tiny-flux"), clip(made / "out" / "tiny-reward")
+    pipe, reward = load_pipeline(made / "out" / "tiny-flux"), clip(made / "out" / "tiny-reward")
     images = sample(pipe, ["a photo of a circle"] * 2, [0, 1], steps=2, height=64, width=64)
     scores = reward.score(images, ["a photo of a circle"] * 2)
     assert images.shape == (2, 3, 64, 64) and scores.abs().max() <= 1

@@ -10,9 +10,9 @@ import pytest
 
 import evaluate
 import sample
-from infra.folders import load
-from infra.prompts import batch_of, fingerprint, read_entries, read_prompts, shard
-from sample import encode, too_long
+from formats.folders import load_pipeline
+from infra.prompts import prompts_hash, prompts_of_update, read_entries, read_prompts, rows_of_rank
+from sample import encode, truncation_warning
 from tools import prompts
 from tools.prompts import COLORS, NUMBERS, PLURAL, RATIO, TASKS, compose, generate
 
@@ -151,8 +151,8 @@ def test_a_bad_file_is_an_error_that_names_it_and_the_line(name, text, words, tm
 
 
 def test_the_fingerprint_is_that_of_the_prompts_and_of_their_order():
-    assert fingerprint(["a", "b"]) == fingerprint(("a", "b")) and len(fingerprint(["a"])) == 8
-    assert len({fingerprint(p) for p in (["a", "b"], ["b", "a"], ["a", "b", "b"], ["ab"], ["a b"])}) == 5
+    assert prompts_hash(["a", "b"]) == prompts_hash(("a", "b")) and len(prompts_hash(["a"])) == 8
+    assert len({prompts_hash(p) for p in (["a", "b"], ["b", "a"], ["a", "b", "b"], ["ab"], ["a b"])}) == 5
 
 
 def test_the_prompts_that_ship_are_read():
@@ -164,11 +164,11 @@ def test_the_prompts_that_ship_are_read():
 
 
 def test_prompts_that_are_cut_are_told_with_the_numbers_of_each_encoder():
-    pipe = load(ROOT / "shapes" / "tiny-flux")
+    pipe = load_pipeline(ROOT / "shapes" / "tiny-flux")
     short, long = "a photo of a circle", "a photo of " + "a circle and " * 9 + "a square"
-    assert too_long(pipe, [short] * 3) is None
+    assert truncation_warning(pipe, [short] * 3) is None
     t5, clip = (len(tokenizer(long).input_ids) for tokenizer in (pipe.t5_tokenizer, pipe.clip_tokenizer))
-    assert too_long(pipe, [short, long, short]) == (
+    assert truncation_warning(pipe, [short, long, short]) == (
         f"warning: prompts are cut: T5 (--text-length) reads 12 tokens, 1 of 3 have more, up to {t5}; "
         f"CLIP reads 12 tokens, 1 of 3 have more, up to {clip}"
     )
@@ -196,21 +196,21 @@ def test_the_commands_tell_it_once(command, flags, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("size", [1, 3, 10, 25])
 def test_every_prompt_is_seen_once_an_epoch_whatever_the_batch(size):
-    seen = [x for step in range(-(-30 // size)) for x in batch_of(range(10), step, size, seed=0)][:30]
+    seen = [x for step in range(-(-30 // size)) for x in prompts_of_update(range(10), step, size, seed=0)][:30]
     epochs = [seen[0:10], seen[10:20], seen[20:30]]
     assert all(sorted(e) == list(range(10)) for e in epochs)
     assert len({tuple(e) for e in epochs}) == 3
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_and_not_of_the_batch_size():
-    whole = batch_of(range(10), 0, 10, seed=5)
-    assert whole == batch_of(range(10), 0, 5, seed=5) + batch_of(range(10), 1, 5, seed=5)
-    assert whole != batch_of(range(10), 0, 10, seed=6)
+    whole = prompts_of_update(range(10), 0, 10, seed=5)
+    assert whole == prompts_of_update(range(10), 0, 5, seed=5) + prompts_of_update(range(10), 1, 5, seed=5)
+    assert whole != prompts_of_update(range(10), 0, 10, seed=6)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 def test_the_shards_of_the_ranks_are_the_batch_in_order_and_of_equal_size_within_one(world):
-    parts = [shard(list(range(12)), rank, world) for rank in range(world)]
+    parts = [rows_of_rank(list(range(12)), rank, world) for rank in range(world)]
     assert [x for part in parts for x in part] == list(range(12)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 

@@ -25,12 +25,12 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from recipe.models import make_tokenizers
 from rewards import Reward, check_rewards, open_reward
 from scorers import common, hpsv3
 from scorers.common import CLIP_MEAN, CLIP_STD
 from scorers.hpsv2 import clean, from_open_clip, hpsv2, letterbox
 from scorers.imagereward import MEAN, STD, imagereward
-from shapes.models import make_tokenizers
 from tests.tiny_rewards import HEADS, write_hpsv2, write_hpsv3, write_imagereward
 
 try:  # transformers 5 has PIL under a name of its own, in 4.57 it is the only one that needs no torchvision

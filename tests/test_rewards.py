@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
+from recipe.models import make_tokenizers
 from rewards import Reward, check_rewards, open_reward
 from scorers.clip import clip, load_clip
 from scorers.common import CLIP_MEAN, CLIP_STD, preprocess
-from shapes.models import make_tokenizers
 from shapes.world import all_prompts, scenes
 from start import check_gradient
 

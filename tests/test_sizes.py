@@ -22,7 +22,7 @@ from start import prepare
 ROOT = Path(train.__file__).parent
 TINY = str(ROOT / "shapes" / "tiny-flux")
 WIDE = Config(
-    size=("32x96",), watch=(), batch=4, rollout_steps=3, steps=2, eval_every=2, eval_prompts=ROOT / "prompts.txt"
+    size=("32x96",), watch=(), batch=4, rollout_steps=3, updates=2, eval_every=2, eval_prompts=ROOT / "prompts.txt"
 )
 
 
@@ -92,7 +92,7 @@ def test_a_run_over_two_sizes_is_evaluated_at_the_first_and_resumes_only_with_th
 
 
 def test_a_run_from_when_a_size_was_one_number_goes_on(tmp_path):
-    cfg = replace(WIDE, out=tmp_path / "run", size=("64",), steps=1)
+    cfg = replace(WIDE, out=tmp_path / "run", size=("64",), updates=1)
     with join("cpu") as world:
         train.train(cfg, prepare(cfg, world), world)
     file = cfg.out / "config.json"

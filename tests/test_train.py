@@ -15,15 +15,15 @@ import sample
 import start
 import train
 from config import PRESETS, Config
+from formats.folders import load_pipeline
 from infra.distributed import join
-from infra.folders import load
 from infra.jsonl import read_log
 from infra.meter import Meter
-from infra.methods import recorded
+from infra.methods import recorded_flags
 from infra.seeds import generator_of
-from infra.watch import is_hacked, which_folder
+from infra.watch import folder_advice, is_hacked
+from recipe.models import make_tokenizers
 from rewards import LAMBDA, WEIGHTS
-from shapes.models import make_tokenizers
 from shapes.world import TASKS
 from start import Setup, prepare
 from tests.processes import script
@@ -170,7 +170,7 @@ def test_a_short_run_raises_the_reward_of_held_out_prompts(short_run):
 
 
 def test_the_final_folder_is_a_checkpoint_that_was_trained(short_run):
-    before, after = load(ROOT / "shapes" / "tiny-flux"), load(short_run / "final")
+    before, after = load_pipeline(ROOT / "shapes" / "tiny-flux"), load_pipeline(short_run / "final")
     moved = [(a - b).abs().max().item() for a, b in zip(after.flux.parameters(), before.flux.parameters(), strict=True)]
     assert max(moved) < 8 * 1e-4 * 1.2 and sum(m > 0 for m in moved) > 0.9 * len(moved)
 
@@ -212,7 +212,7 @@ def test_a_method_that_asks_for_the_reward_several_times_logs_one_value_a_sample
 
 def test_updates_are_adamws_of_the_clipped_gradient_at_a_rate_that_falls_to_zero():
     """Two of four updates against AdamW written out in float64."""
-    cfg = Config(batch=4, rollout_steps=2, steps=4, lr=1e-3, weight_decay=0.1, clip=0.5, ema=0.75)
+    cfg = Config(batch=4, rollout_steps=2, updates=4, lr=1e-3, weight_decay=0.1, clip=0.5, ema=0.75)
     b1, b2 = 0.9, 0.999
     with join("cpu") as world:
         setup = prepare(replace(cfg, out=Path("nonexistent")), world)
@@ -280,7 +280,7 @@ def weights(tmp_path_factory) -> Path:
     """The rewards of the paper, small and random, under their published names."""
     root = tmp_path_factory.mktemp("weights")
     make_tokenizers(root)
-    words = len(load(ROOT / "shapes" / "tiny-flux").clip_tokenizer)
+    words = len(load_pipeline(ROOT / "shapes" / "tiny-flux").clip_tokenizer)
     write_hpsv2(root / "HPS_v2.1_compressed.pt", words)
     write_hpsv3(root / "HPSv3")
     shutil.copytree(ROOT / "shapes" / "tiny-reward", root / "PickScore_v1")
@@ -288,7 +288,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 FILES = {"hpsv2": "HPS_v2.1_compressed.pt", "pickscore": "PickScore_v1", "hpsv3": "HPSv3"}
-QUICK = dict(steps=6, batch=8, rollout_steps=3, eval_every=6, lr=1e-4, decay=False, ema=0.0, watch=())
+QUICK = dict(updates=6, batch=8, rollout_steps=3, eval_every=6, lr=1e-4, decay=False, ema=0.0, watch=())
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -303,7 +303,7 @@ def test_each_reward_of_the_paper_is_raised_end_to_end(name, weights, few_prompt
 
 def test_several_rewards_are_weighed_and_logged_separately(weights, few_prompts, tmp_path):
     specs = tuple(f"{name}={weights / file}:{weight}" for (name, file), weight in zip(FILES.items(), (0.5, 2, 0.25)))
-    cfg = Config(out=tmp_path / "run", reward=specs, eval_prompts=few_prompts, **QUICK | dict(steps=2))
+    cfg = Config(out=tmp_path / "run", reward=specs, eval_prompts=few_prompts, **QUICK | dict(updates=2))
     assert [r.lam for r in trained(cfg).rewards] == [0.55, 0.4, 13.5]  # the paper's
     for entry in [*read_log(cfg.out / "metrics.jsonl"), *read_log(cfg.out / "eval.jsonl")]:
         pickscore = entry["pickscore"] / 10  # reported times its logit scale, and as a cosine in the loss
@@ -316,7 +316,7 @@ def test_the_pull_of_each_reward_is_its_own_gradient_in_the_image_and_grows_with
     vivid = f"{ROOT / 'shapes' / 'vivid.py'}:vivid"
     for weight in (1, 3):
         cfg = Config(out=tmp_path / f"{weight}", reward=("tiny", f"{vivid}:{weight}"), lam=(None, None), alpha=0.3,
-                     weight="none", eval_prompts=few_prompts, **QUICK | dict(steps=1))  # fmt: skip
+                     weight="none", eval_prompts=few_prompts, **QUICK | dict(updates=1))  # fmt: skip
         trained(cfg)
         (entry,) = read_log(cfg.out / "metrics.jsonl")
         assert entry["vivid_grad"] == pytest.approx(weight * (2 * 64 * 64) ** 0.5 / 64**2, rel=1e-3)
@@ -332,7 +332,7 @@ def test_the_gradient_of_several_rewards_is_the_weighted_sum_of_theirs():
 
 
 def test_a_watched_reward_catches_a_hackable_one(tmp_path, few_prompts, capfd):
-    cfg = Config(out=tmp_path / "run", reward=("shapes/vivid.py:vivid",), watch=("judge", "tiny"), steps=60,
+    cfg = Config(out=tmp_path / "run", reward=("shapes/vivid.py:vivid",), watch=("judge", "tiny"), updates=60,
                        batch=16, eval_every=5, eval_prompts=few_prompts, lr=2e-4, decay=False, ema=0.5, patience=2,
                        stop_early=True)  # fmt: skip
     trained(cfg)
@@ -379,16 +379,16 @@ def test_the_last_lines_name_the_folder_to_use_and_why():
         return {"step": step, "judge": judge, "by_prompt": {"judge": [judge, judge + 0.1]}}
 
     last = entry(5, 0.6)
-    assert which_folder(last, last, "judge") == "use final/: judge is 0.600, and best/ is the same"
-    fallen = which_folder(last, entry(9, 0.2), "judge")
+    assert folder_advice(last, last, "judge") == "use final/: judge is 0.600, and best/ is the same"
+    fallen = folder_advice(last, entry(9, 0.2), "judge")
     assert fallen == "use best/, not final/: judge was 0.600 after 5 updates and is 0.200 after 9"
     noise = [
         {"step": i, "judge": j, "by_prompt": {"judge": by}}
         for i, (j, by) in enumerate([(0.5, [1, 0]), (0.49, [0, 0.98])])
     ]
-    assert "no more than chance" in which_folder(*noise, "judge")
-    assert which_folder(None, last, "judge") == "use final/: judge is 0.600, and there is no best/"
-    risen = which_folder(entry(0, 0.4), last, "judge")  # where best/ could not be written again
+    assert "no more than chance" in folder_advice(*noise, "judge")
+    assert folder_advice(None, last, "judge") == "use final/: judge is 0.600, and there is no best/"
+    risen = folder_advice(entry(0, 0.4), last, "judge")  # where best/ could not be written again
     assert risen == "use final/: judge is 0.600; judge was 0.400 after 0 updates, in best/"
 
 
@@ -398,10 +398,10 @@ def test_the_last_lines_name_the_folder_to_use_and_why():
 )
 def test_the_flux_presets_are_the_papers_settings_and_name_what_they_need(preset, alpha, lam, lr):
     description, cfg = PRESETS[preset]
-    method = recorded(cfg)  # with the defaults of leapalign
+    method = recorded_flags(cfg)  # with the defaults of leapalign
     assert (method["alpha"], method["tau"], method["reward_input"]) == (alpha, 0.1, "x_0")
     assert (cfg.lr, cfg.ema, cfg.decay) == (lr, 0.995, False)
-    assert (cfg.rollout_steps, cfg.size, cfg.guidance, cfg.batch, cfg.steps) == (25, ("720",), 3.5, 64, 300)
+    assert (cfg.rollout_steps, cfg.size, cfg.guidance, cfg.batch, cfg.updates) == (25, ("720",), 3.5, 64, 300)
     assert LAMBDA[cfg.reward[0]] == lam and cfg.lam == () and set(cfg.watch).isdisjoint(cfg.reward)
     for needed in (cfg.model, cfg.prompts, *(WEIGHTS[name] for name in (*cfg.reward, *cfg.watch))):
         assert str(needed) in description
@@ -521,7 +521,7 @@ def test_sample_names_the_bad_flag_before_weights_are_read(flags, word, capsys, 
 
 
 def test_a_lambda_below_every_reward_is_pointed_out_once(few_prompts, tmp_path, capfd, monkeypatch):
-    cfg = Config(out=tmp_path / "run", eval_prompts=few_prompts, steps=3, batch=4, eval_every=3, lam=(-2.0,))
+    cfg = Config(out=tmp_path / "run", eval_prompts=few_prompts, updates=3, batch=4, eval_every=3, lam=(-2.0,))
     trained(cfg)
     text = capfd.readouterr()
     assert (text.out + text.err).count("warning: every reward is above --lam -2.0") == 1

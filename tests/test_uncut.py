@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from config import Config
+from formats.folders import load_pipeline
 from infra.checks import check_flags
-from infra.distributed import World, join, whole
-from infra.folders import load
+from infra.distributed import Process, full_tensor, join
 from sample import sample
 from start import Setup, prepare
 from tests.processes import spread
@@ -29,7 +29,7 @@ PROMPTS = ["a photo of a red circle", "a photo of three squares"]
 @pytest.fixture
 def cfg(tmp_path) -> Config:
     (tmp_path / "few.txt").write_text("\n".join(PROMPTS) + "\n")
-    return Config(out=tmp_path / "run", batch=4, rollout_steps=3, steps=4, eval_every=2, save_every=2, ema=0.5,
+    return Config(out=tmp_path / "run", batch=4, rollout_steps=3, updates=4, eval_every=2, save_every=2, ema=0.5,
                   eval_prompts=tmp_path / "few.txt")  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def trained(cfg: Config) -> tuple[Setup, list[Tensor]]:
     with join("cpu") as world:
         setup = prepare(cfg, world)
         train.train(cfg, setup, world)
-        weights = [whole(p) for p in setup.pipe.flux.parameters()]
+        weights = [full_tensor(p) for p in setup.pipe.flux.parameters()]
     return setup, [w.detach().clone() for w in weights]
 
 
@@ -60,12 +60,12 @@ def test_a_run_ends_where_that_of_cut_weights_ends(cfg, ranks, flags, monkeypatc
     cfg = replace(cfg, **flags)
     cut = spread(ranks, weights_of, cfg)[0]
     monkeypatch.setattr("infra.distributed.CUT", ())
-    setup, whole = trained(replace(cfg, out=cfg.out.with_name("uncut")))
+    setup, uncut = trained(replace(cfg, out=cfg.out.with_name("uncut")))
     assert not any(isinstance(p, DTensor) for p in setup.pipe.flux.parameters())
-    for a, b in zip(cut, whole, strict=True):
+    for a, b in zip(cut, uncut, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    before, after = (sample(load(cfg.model), PROMPTS, [0, 1], 3, 64, 64),
-                     sample(load(cfg.out.with_name("uncut") / "final"), PROMPTS, [0, 1], 3, 64, 64))  # fmt: skip
+    before, after = (sample(load_pipeline(cfg.model), PROMPTS, [0, 1], 3, 64, 64),
+                     sample(load_pipeline(cfg.out.with_name("uncut") / "final"), PROMPTS, [0, 1], 3, 64, 64))  # fmt: skip
     assert 0 < (after - before).abs().mean() < 0.1
 
 
@@ -73,7 +73,7 @@ def test_it_resumes_bit_for_bit(cfg, uncut):
     cfg = replace(cfg, decay=False)  # so that the number of updates may grow
     _, undisturbed = trained(cfg)
     other = replace(cfg, out=cfg.out.with_name("other"))
-    trained(replace(other, steps=2))
+    trained(replace(other, updates=2))
     _, resumed = trained(replace(other, resume=True))
     assert all(torch.equal(a, b) for a, b in zip(resumed, undisturbed, strict=True))
 
@@ -123,11 +123,11 @@ def test_an_update_and_an_evaluation_have_no_float64_but_on_the_cpu(cfg, uncut, 
 )
 def test_what_needs_cut_weights_is_refused(cfg, flags, words):
     with pytest.raises(ValueError, match=words):
-        check_flags(replace(cfg, device="mps", **flags), World(0, 1, torch.device("mps"), None))
+        check_flags(replace(cfg, device="mps", **flags), Process(0, 1, torch.device("mps"), None))
 
 
 def test_a_lora_may_be_over_a_network_in_bf16(cfg):
-    check_flags(replace(cfg, device="mps", bf16=True, lora=4), World(0, 1, torch.device("mps"), None))
+    check_flags(replace(cfg, device="mps", bf16=True, lora=4), Process(0, 1, torch.device("mps"), None))
 
 
 def test_several_ranks_need_a_device_that_is_cut(monkeypatch):

@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewards import open_reward
-from scorers.clip import features
-from shapes import reward
-from shapes.judge import Object, accuracy, is_right, judge, objects_in
-from shapes.lessons import (
+from recipe import reward
+from recipe.lessons import (
     bent,
     edited,
     edits,
@@ -24,8 +21,11 @@ from shapes.lessons import (
     truth,
     with_one_more,
 )
-from shapes.models import make_reward, make_tokenizers, token_table
-from shapes.reward import attack, dense_loss, scores, walk
+from recipe.models import make_reward, make_tokenizers, token_table
+from recipe.reward import attack, dense_loss, scores, walk
+from rewards import open_reward
+from scorers.clip import features
+from shapes.judge import Object, accuracy, is_right, judge, objects_in
 from shapes.world import (
     COLORS,
     NUMBER,

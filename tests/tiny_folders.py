@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from infra.locations import PARTS
-from infra.weights import WEIGHTS
-from shapes.models import make_tokenizers
+from formats.locations import PARTS
+from formats.weights import WEIGHTS
+from recipe.models import make_tokenizers
 
 FLUX_DEV_SCHEDULE = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",

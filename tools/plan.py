@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config import sides
-from infra.lora import add_lora
+from formats.lora import add_lora
 from infra.meter import Flops, network_flops
 from model import FLUX_DEV, Flux, FluxConfig
 

@@ -1,9 +1,9 @@
-"""Make everything the shapes world ships, from nothing:  python -m shapes.prepare
+"""Make everything the shapes world ships, from nothing:  python -m recipe.prepare
 
 Each stage writes its result to --work and is skipped when that is there; an interrupted one goes on from its last
 checkpoint.  It takes two hours on two cores.  All of it in minutes, and nothing shipped replaced:
 
-    python -m shapes.prepare --scale 0.002 --work /tmp/try --out /tmp/try/out
+    python -m recipe.prepare --scale 0.002 --work /tmp/try --out /tmp/try/out
 
 The stages:
 
@@ -17,16 +17,16 @@ The stages:
              own gradient, which the judge labels as they go
     ship     shapes/tiny-flux, shapes/tiny-reward and the prompt files
 
-`python -m shapes.report` then measures what was made.
+`python -m recipe.report` then measures what was made.
 """
 
 import torch
 import tyro
 
-from shapes.base import stage_clean, stage_finish, stage_text, stage_vae
-from shapes.fit import Config
-from shapes.ship import ship_base, ship_prompts, ship_reward
-from shapes.teach import stage_labels, stage_read, stage_reward
+from recipe.base import stage_clean, stage_finish, stage_text, stage_vae
+from recipe.fit import Config
+from recipe.ship import ship_base, ship_prompts, ship_reward
+from recipe.teach import stage_labels, stage_read, stage_reward
 
 
 def stage_ship(cfg: Config) -> None:

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infra.lora import FILE, NOTE, Change
-from infra.names import SWAPPED, module_names, swap_halves
-from infra.reading import names_in, read
+from formats.lora import FILE, NOTE, Change
+from formats.names import SWAPPED, module_names, swap_halves
+from formats.reading import parse_file, tensor_names
 from model import Flux, FluxConfig
 
 PEFT = "adapter_model.safetensors"
@@ -41,7 +41,7 @@ XFLUX = {  # what x-flux calls the layers of a block
 
 def is_lora_file(file: Path) -> bool:
     """Does a safetensors file hold a LoRA, by the names of its tensors? Raises ValueError if it cannot be read."""
-    return any((role := ROLE.search(name)) and role["down"] for name in names_in(file))
+    return any((role := ROLE.search(name)) and role["down"] for name in tensor_names(file))
 
 
 def lora_file(name: str | Path) -> Path | None:
@@ -73,9 +73,9 @@ def read_lora(file: Path, config: FluxConfig) -> dict[str, list[Change]]:
             packed = (tensors.metadata() or {}).get("lora_adapter_metadata", "{}")
         return load_file(file), {k.removeprefix("transformer."): v for k, v in json.loads(packed).items()}
 
-    state, settings = read(file, parse)
+    state, settings = parse_file(file, parse)
     if file.name == PEFT and (beside := file.with_name("adapter_config.json")).exists():
-        settings = read(beside, lambda file: dict(json.loads(file.read_text())))
+        settings = parse_file(beside, lambda file: dict(json.loads(file.read_text())))
     try:
         return changes_of(state, config, settings)
     except ValueError as error:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from recipe.lessons import UNKNOWN
+from recipe.models import SCORE_SCALE
 from scorers.common import preprocess
-from shapes.lessons import UNKNOWN
-from shapes.models import SCORE_SCALE
 
 OFFSET = 2.5  # a reported score above it says "right"
 SHARP = 2.0  # of the logistic losses, per unit of reported score

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infra.lora import Change, Changed
-from infra.lora_files import merge_lora
-from infra.names import check_state, config_from_diffusers, from_diffusers, load_weights
-from infra.reading import FP8, check_precision, read, without_prefix
+from formats.lora import Change, Changed
+from formats.lora_files import merge_lora
+from formats.names import check_state, config_from_diffusers, from_diffusers, load_weights
+from formats.reading import FP8, check_precision, parse_file, without_prefix
 from model import FLUX_DEV, Flux, FluxConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a transformer in one piece; others have an index
@@ -42,10 +42,10 @@ def open_flux(path: Path, beside: Path | None = None) -> Weights:
     Raises ValueError naming the folder or file and what is missing or does not fit.
     """
     if path.is_file():
-        state, notes = without_prefix(read(path, load_file), path)  # mapped, not read
+        state, notes = without_prefix(parse_file(path, load_file), path)  # mapped, not read
         notes += check_precision(state, path)
         near = read_config(beside) if beside and beside.exists() else FLUX_DEV
-        config = read(path, lambda _: config_of(state, near.axes_dim))
+        config = parse_file(path, lambda _: config_of(state, near.axes_dim))
         if other := differences(config, near):
             notes.append(
                 f"note: {path} is not the network of {beside if near is not FLUX_DEV else 'FLUX.1-dev'}: {other}"
@@ -56,10 +56,10 @@ def open_flux(path: Path, beside: Path | None = None) -> Weights:
     else:
         config, shards, index = read_config(path / "config.json"), [WEIGHTS], path / INDEX
         if index.exists():
-            shards = read(index, lambda file: sorted(set(json.loads(file.read_text())["weight_map"].values())))
+            shards = parse_file(index, lambda file: sorted(set(json.loads(file.read_text())["weight_map"].values())))
         if missing := [name for name in shards if not (path / name).exists()]:
             raise ValueError(f"{path} is incomplete: copy or download {', '.join(missing)}")
-        state = {k: v for name in shards for k, v in read(path / name, load_file).items()}
+        state = {k: v for name in shards for k, v in parse_file(path / name, load_file).items()}
         notes = check_precision(state, path)
         tensors = from_diffusers(state, config, source=str(path))
     # Nothing after this need know fp8, which few operations do; bf16 holds all of its numbers.
@@ -69,7 +69,9 @@ def open_flux(path: Path, beside: Path | None = None) -> Weights:
 
 def read_config(file: Path) -> FluxConfig:
     """The configuration in a diffusers config.json. Raises ValueError naming the file."""
-    return read(file, lambda f: config_from_diffusers(json.loads(f.read_text())), "copy or download FLUX.1's own file")
+    return parse_file(
+        file, lambda f: config_from_diffusers(json.loads(f.read_text())), "copy or download FLUX.1's own file"
+    )
 
 
 def config_of(state: dict[str, Tensor], axes_dim: tuple[int, ...]) -> FluxConfig:

@@ -1,4 +1,4 @@
-"""Measure what the shapes world ships:  python -m shapes.report  (about a quarter of an hour on one core)
+"""Measure what the shapes world ships:  python -m recipe.report  (about a quarter of an hour on one core)
 
 The judge on scenes and through the VAE; the base, a task at a time, with few steps and with many, on prompts that
 alignment may see and on those held out; how straight its trajectories are, by k and j, and whether an update along
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from baselines import full, refl
 from config import SHAPES as PRESET
-from infra.folders import Pipeline, load
+from formats.folders import Pipeline, load_pipeline
 from infra.prompts import read_prompts
 from infra.seeds import generator_of
 from leaps import Samples, hinge, leapalign, rollout, similarity_weight, vjp_of
+from recipe.lessons import fades, half_painted
+from recipe.reward import OFFSET
 from rewards import Reward, open_reward
-from sample import decode, draw_noise, encode, grid, pack, sample, sigmas, velocity_of
+from sample import decode, draw_noise, encode, pack, sample, sigmas, token_grid, velocity_of
 from shapes.judge import accuracy, judge, objects_in
-from shapes.lessons import fades, half_painted
-from shapes.reward import OFFSET
 from shapes.world import SIZE, TASKS, Prompt, all_prompts, by_task, is_held_out, layout, render, scenes
 
 TAU = 0.1
@@ -42,7 +42,7 @@ class Config:
     reward: str = PRESET.reward[0]
     """The reward, as train.py takes it."""
     work: Path | None = None
-    """The recipe's folder (shapes.prepare --work), to measure what the base knew before it was finished."""
+    """The recipe's folder (recipe.prepare --work), to measure what the base knew before it was finished."""
     each: int = 200
     """Images per task."""
     seed: int = 0
@@ -90,7 +90,7 @@ def report_base(pipe: Pipeline, cfg: Config) -> tuple[list[Prompt], Tensor]:
         line(f"  of these, {name}", accuracy(right[chosen], [prompts[i] for i in chosen]))
     line("  an object of no one color", blends(images, prompts))
 
-    rows, columns = grid(pipe, SIZE, SIZE)
+    rows, columns = token_grid(pipe, SIZE, SIZE)
     levels = sigmas(pipe.schedule, PRESET.rollout_steps, rows * columns)
     chosen = prompts[:: max(1, len(prompts) // 240)]
     velocity = velocity_of(pipe.flux, encode(pipe, [p.text for p in chosen]), rows, columns)
@@ -128,7 +128,7 @@ def samples_of(
 ) -> Samples:
     """What a method is given, as in train.py, of one batch in one piece."""
     noise = torch.randn(len(prompts), 16, pipe.flux.config.in_channels, generator=generator)
-    velocity = velocity_of(pipe.flux, encode(pipe, prompts), *grid(pipe, SIZE, SIZE))
+    velocity = velocity_of(pipe.flux, encode(pipe, prompts), *token_grid(pipe, SIZE, SIZE))
 
     def gradient(x0: Tensor, weight: Tensor | float = 1.0) -> Tensor:
         x0 = x0.detach().requires_grad_()
@@ -201,7 +201,7 @@ def report_walk(pipe: Pipeline, reward: Reward, prompts: list[Prompt], steps: in
     """Walk x_0 itself along the reward's gradient: what the judge says of the way."""
     prompts = prompts[:: max(1, len(prompts) // 300)]
     texts = [p.text for p in prompts]
-    rows, columns = grid(pipe, SIZE, SIZE)
+    rows, columns = token_grid(pipe, SIZE, SIZE)
     levels = sigmas(pipe.schedule, PRESET.rollout_steps, rows * columns)
     noise = draw_noise(pipe, range(10**4, 10**4 + len(prompts)), rows, columns)
     x = rollout(velocity_of(pipe.flux, encode(pipe, texts), rows, columns), noise, levels).x[-1]
@@ -217,7 +217,7 @@ def report_walk(pipe: Pipeline, reward: Reward, prompts: list[Prompt], steps: in
 
 
 def main(cfg: Config) -> None:
-    pipe, reward = load(cfg.model), open_reward(cfg.reward)
+    pipe, reward = load_pipeline(cfg.model), open_reward(cfg.reward)
     report_judge(pipe, cfg)
     if cfg.work:
         report_clean(pipe, cfg)

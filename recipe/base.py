@@ -21,10 +21,10 @@ from infra.files import replacing
 from infra.pictures import contact_sheet
 from leaps import rollout
 from model import Flux, init_weights
+from recipe.fit import EVEN, OF_TASK, TEACH, Config, draw_prompts, fit
+from recipe.models import TINY, make_text_encoders, make_tokenizers, make_vae, token_table
 from sample import Text, pack, sigmas, unpack, velocity_of
-from shapes.fit import EVEN, OF_TASK, TEACH, Config, draw_prompts, fit
 from shapes.judge import accuracy, judge
-from shapes.models import TINY, make_text_encoders, make_tokenizers, make_vae, token_table
 from shapes.world import COLORS, NUMBER, PROMPTS, SHAPES, TASKS, distort, layout, render, scenes
 
 SCHEDULE = dict(use_dynamic_shifting=False, shift=3.0)  # of the noise levels, in training and in sampling

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 
+from formats.lora import FILE, NOTE
+from formats.lora_files import lora_file
+from formats.reading import check_family, flux_file, kind_of_file, parse_file, tensor_names
+from formats.weights import INDEX, WEIGHTS
 from infra.files import put_back
-from infra.lora import FILE, NOTE
-from infra.lora_files import lora_file
-from infra.reading import check_family, flux_file, kind_of, names_in, read
-from infra.weights import INDEX, WEIGHTS
 
 PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 SMALL = {  # files that a part needs beside its weights; of two after | one is enough
@@ -40,7 +40,7 @@ class Location(NamedTuple):
     lora: Path | None = None  # a LoRA's file, which lies over the transformer
 
 
-def find(name: str | Path, base: str | None = None) -> Location:
+def locate(name: str | Path, base: str | None = None) -> Location:
     """Where the model lies that `name` is: a folder or hub id, a LoRA, or a transformer's file.
 
     `base`, --base, is the folder or hub id that a LoRA lies over, if not the one that its NOTE names, and of the other
@@ -57,7 +57,7 @@ def find(name: str | Path, base: str | None = None) -> Location:
             raise ValueError(f"--base {base} must be a model folder, or a hub id: {name} is a transformer alone")
         return Location(find_folder(base, set(PARTS) - {"transformer"}), path)
     if path.is_file():
-        kind = kind_of(names_in(path)) if path.suffix == ".safetensors" else "no .safetensors file"
+        kind = kind_of_file(tensor_names(path)) if path.suffix == ".safetensors" else "no .safetensors file"
         raise ValueError(f"{name} is {kind}: give a FLUX.1 model folder, a LoRA, or a transformer as published by BFL")
     folder = find_folder(name, set(PARTS))
     return Location(folder, transformer_in(folder))
@@ -70,17 +70,17 @@ def find_base(path: Path, lora: Path, base: str | None) -> Location:
             raise ValueError(f"--base {base} is a LoRA too: give the whole model that {path} was trained on")
         if Path(base).is_file():
             raise ValueError(f"--base {base} is one file: give a folder that has it in place of its transformer/")
-        return find(base)
+        return locate(base)
     home = lora.parent
     if not (home / NOTE).exists():
         raise ValueError(f"{path} is a LoRA that does not say what it changes: give --base FOLDER")
-    note = read(home / NOTE, lambda file: {k: home / v for k, v in json.loads(file.read_text()).items()})
+    note = parse_file(home / NOTE, lambda file: {k: home / v for k, v in json.loads(file.read_text()).items()})
     if "base" not in note:
         raise ValueError(f"cannot read {home / NOTE}: it names no base; give --base FOLDER")
     if not all(p.exists() for p in (lora, *note.values())):
         needs = " and ".join(f"its {what} at {where}" for what, where in note.items())
         raise ValueError(f"LoRA {path}: it needs its {FILE}, and {needs}, as {home / NOTE} says")
-    return find(note["transformer"], str(note["base"])) if "transformer" in note else find(note["base"])
+    return locate(note["transformer"], str(note["base"])) if "transformer" in note else locate(note["base"])
 
 
 def find_folder(name: str | Path, parts: set[str]) -> Path:
@@ -95,7 +95,7 @@ def find_folder(name: str | Path, parts: set[str]) -> Path:
         remedy = "check name and network; for a gated model, accept its licence and `hf auth login`"
         # The first says what it is: nobody waits for the weights of another model.
         for files in (["model_index.json"], [*(f"{part}/*" for part in parts), "transformer/config.json"]):
-            folder = Path(read(str(name), partial(snapshot_download, allow_patterns=files), remedy))
+            folder = Path(parse_file(str(name), partial(snapshot_download, allow_patterns=files), remedy))
             check_family(folder)
     check_family(folder)
     needs = {part: folder / part for part in ("model_index.json", *PARTS) if part in {"model_index.json", *parts}}

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from config import Config as TrainConfig
 from infra.files import replacing
 from model import Flux
+from recipe.base import decoder, generate, latents, pictures, stage_clean, stage_finish, tokens
+from recipe.fit import EVEN, TEACH, Config, draw_prompts, fit
+from recipe.lessons import UNKNOWN, fades, rendered, truth
+from recipe.models import VISION_WIDTH, make_reward
+from recipe.reward import attacked_loss, augment, dense_loss, fade_loss, scores, walk
 from scorers.clip import features
-from shapes.base import decoder, generate, latents, pictures, stage_clean, stage_finish, tokens
-from shapes.fit import EVEN, TEACH, Config, draw_prompts, fit
 from shapes.judge import accuracy, objects_in
-from shapes.lessons import UNKNOWN, fades, rendered, truth
-from shapes.models import VISION_WIDTH, make_reward
-from shapes.reward import attacked_loss, augment, dense_loss, fade_loss, scores, walk
 from shapes.world import NUMBER, PROMPTS, Prompt
 
 RADIUS = 1.5  # of attacks, in pixel space: far enough to be seen, and not so far that right images become wrong

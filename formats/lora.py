@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from infra.names import module_names
+from formats.names import module_names
 from model import Flux, FluxConfig
 
 FILE, NOTE = "pytorch_lora_weights.safetensors", "lora.json"  # the second names the base

@@ -48,7 +48,7 @@ SCALES = (
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def read(what: Name, parse: Callable[[Name], Result], remedy: str = "copy or download it again") -> Result:
+def parse_file(what: Name, parse: Callable[[Name], Result], remedy: str = "copy or download it again") -> Result:
     """parse(what); all that can go wrong becomes a ValueError that names it, and libraries differ in what."""
     try:
         return parse(what)
@@ -57,14 +57,14 @@ def read(what: Name, parse: Callable[[Name], Result], remedy: str = "copy or dow
         raise ValueError(f"cannot read {what} ({type(error).__name__}: {text}): {remedy}") from error
 
 
-def names_in(file: Path) -> list[str]:
+def tensor_names(file: Path) -> list[str]:
     """The names of a safetensors file's tensors, from its header. Raises ValueError if it cannot be read."""
 
     def keys(file: Path) -> list[str]:
         with safe_open(file, "pt") as tensors:
             return list(tensors.keys())
 
-    return read(file, keys)
+    return parse_file(file, keys)
 
 
 def prefix_of(names: Iterable[str]) -> str | None:
@@ -77,7 +77,7 @@ def flux_file(name: str | Path) -> Path | None:
     """The path of a file that is FLUX.1's transformer under black-forest-labs' names, by its header; else None."""
     path = Path(name)
     is_file = path.is_file() and path.suffix == ".safetensors"
-    return path if is_file and prefix_of(names_in(path)) is not None else None
+    return path if is_file and prefix_of(tensor_names(path)) is not None else None
 
 
 def without_prefix(state: dict[str, Tensor], source: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -87,13 +87,13 @@ def without_prefix(state: dict[str, Tensor], source: Path) -> tuple[dict[str, Te
     """
     prefix = prefix_of(state)
     if prefix is None:
-        raise ValueError(f"{source} is {kind_of(state)}: give FLUX.1's transformer under black-forest-labs' names")
+        raise ValueError(f"{source} is {kind_of_file(state)}: give FLUX.1's transformer under black-forest-labs' names")
     others = sorted({name.split(".")[0] for name in state if not name.startswith(prefix)})
     notes = [f"note: of {source} only the transformer is read, not {', '.join(others[:4])}"] if others else []
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}, notes
 
 
-def kind_of(names: Iterable[str]) -> str:
+def kind_of_file(names: Iterable[str]) -> str:
     """What a safetensors file is, by the names of its tensors, for an error."""
     names = list(names)
     bare = {name.removeprefix(prefix) for prefix in PREFIXES for name in names}
@@ -106,7 +106,7 @@ def check_family(folder: Path) -> None:
     for file in (folder / "model_index.json", folder / "transformer" / "config.json", folder / "config.json"):
         if not file.exists():
             continue
-        name = read(file, lambda file: json.loads(file.read_text()).get("_class_name")) or "Flux"
+        name = parse_file(file, lambda file: json.loads(file.read_text()).get("_class_name")) or "Flux"
         if not name.startswith("Flux") or name[4:5].isdigit():
             family = next((family for start, family in FAMILIES.items() if name.startswith(start)), "no FLUX.1")
             raise ValueError(f"{folder} is {family} ({file.name} says {name}): only FLUX.1 is read, give such a folder")

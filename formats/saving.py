@@ -11,20 +11,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infra.distributed import World, on_first_rank, whole_tensors
+from formats.folders import Pipeline
+from formats.locations import PARTS, Location
+from formats.lora import save_lora
+from formats.names import config_to_diffusers, to_diffusers
+from formats.weights import INDEX, WEIGHTS
+from infra.distributed import Process, gathered_tensors, on_first_rank
 from infra.files import replacing
-from infra.folders import Pipeline
-from infra.locations import PARTS, Location
-from infra.lora import save_lora
-from infra.names import config_to_diffusers, to_diffusers
-from infra.weights import INDEX, WEIGHTS
 from model import Flux, FluxConfig
 
 PIECE = 5e9  # bytes a file of a saved transformer, as published
 Tensors = Iterator[tuple[str, Tensor]]
 
 
-def write_model(folder: Path, pipe: Pipeline, world: World) -> None:
+def write_model(folder: Path, pipe: Pipeline, process: Process) -> None:
     """A folder of the current weights, as `load` reads, from rank 0, gathered a tensor at a time.
 
     At a path that ends with .safetensors, a file of the transformer alone, with black-forest-labs' names.
@@ -32,7 +32,7 @@ def write_model(folder: Path, pipe: Pipeline, world: World) -> None:
     """
     one_file = folder.suffix == ".safetensors"
     lora = not all(p.requires_grad for p in pipe.flux.parameters())  # all else is frozen then
-    tensors = whole_tensors(pipe.flux, torch.float32 if lora else pipe.compute, world.rank)
+    tensors = gathered_tensors(pipe.flux, torch.float32 if lora else pipe.compute, process.rank)
 
     def write() -> None:
         try:
@@ -40,9 +40,9 @@ def write_model(folder: Path, pipe: Pipeline, world: World) -> None:
                 if lora:
                     save_lora(part, pipe.flux, tensors, base_of(pipe.location))
                 elif one_file:
-                    save_file_of(part, pipe.flux.config, pipe.compute, tensors)
+                    save_single_file(part, pipe.flux.config, pipe.compute, tensors)
                 else:
-                    save(part, pipe.location.folder, pipe.flux.config, tensors)
+                    save_pipeline(part, pipe.location.folder, pipe.flux.config, tensors)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{folder} could not be written: {error}") from error
         finally:
@@ -64,13 +64,13 @@ def base_of(location: Location) -> dict[str, str]:
     return note if usual else note | {"transformer": str(transformer.resolve())}
 
 
-def save(folder: Path, source: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
+def save_pipeline(folder: Path, source: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
     """Write a model folder: frozen parts copied from `source`, a transformer from `state` (BFL names)."""
     if folder.resolve() != source.resolve():
         for part in set(PARTS) - {"transformer"}:
             shutil.copytree(source / part, folder / part, dirs_exist_ok=True, copy_function=link_or_copy)
         shutil.copy(source / "model_index.json", folder)
-    save_flux(folder / "transformer", config, state)
+    save_transformer(folder / "transformer", config, state)
 
 
 def link_or_copy(source: str, target: str) -> None:
@@ -83,7 +83,7 @@ def link_or_copy(source: str, target: str) -> None:
     shutil.copy2(real, target)
 
 
-def save_flux(folder: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
+def save_transformer(folder: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
     """Write a diffusers `transformer/` folder from names (BFL's) and tensors, in files of PIECE bytes.
 
     `state` may be an iterator, so that no more than a file of it is in memory, and mapped from the folder that is
@@ -116,7 +116,7 @@ def save_flux(folder: Path, config: FluxConfig, state: Mapping[str, Tensor] | Te
         (part / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
 
 
-def save_file_of(file: Path, config: FluxConfig, dtype: torch.dtype, state: Tensors) -> None:
+def save_single_file(file: Path, config: FluxConfig, dtype: torch.dtype, state: Tensors) -> None:
     """Write a transformer as flux1-dev.safetensors is, its names and tensors of one dtype, as they come.
 
     safetensors' own function wants all tensors at once, 24 GB of them.  Its format is the length of a header, 8 bytes;

@@ -7,11 +7,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from infra.saving import save_flux
+from formats.saving import save_transformer
 from model import Flux
-from shapes.base import SCHEDULE, latents, stage_text, stage_vae
-from shapes.fit import OF_TASK, Config
-from shapes.models import TINY, make_tokenizers
+from recipe.base import SCHEDULE, latents, stage_text, stage_vae
+from recipe.fit import OF_TASK, Config
+from recipe.models import TINY, make_tokenizers
 from shapes.world import TASKS, is_held_out
 
 ALIGN = dict(single=2, two=3, count=3, color=2, position=3, attr=3)  # shares of the tasks in train-prompts.txt
@@ -38,7 +38,7 @@ def ship_base(cfg: Config, flux: Flux, folder: Path) -> None:
     text["t5"].save_pretrained(folder / "text_encoder_2")
     make_tokenizers(folder)
     FlowMatchEulerDiscreteScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
-    save_flux(folder / "transformer", TINY, flux.state_dict())
+    save_transformer(folder / "transformer", TINY, flux.state_dict())
     index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.35.0", **PARTS}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 

@@ -24,11 +24,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from infra.locations import Location, find
-from infra.lora_files import read_lora
-from infra.prompts import say
-from infra.reading import read
-from infra.weights import Device, Tensors, Weights, load_flux, open_flux
+from formats.locations import Location, locate
+from formats.lora_files import read_lora
+from formats.reading import parse_file
+from formats.weights import Device, Tensors, Weights, load_flux, open_flux
+from infra.prompts import print_once
 from model import Flux, FluxConfig
 
 PATCH = 2  # FLUX sees 2x2 patches of latents
@@ -84,17 +84,17 @@ def describe(name: str | Path, base: str | None = None) -> Description:
 
     Raises ValueError for a folder, file or tensor that is missing or does not fit.
     """
-    location = find(name, base)
+    location = locate(name, base)
     folder, weights = location.folder, open_transformer(location)
-    schedule = read(folder / "scheduler" / "scheduler_config.json", parse_schedule, f"{OWN} file")
-    blocks = read(folder / "vae" / "config.json", lambda file: json.loads(file.read_text())["block_out_channels"])
+    schedule = parse_file(folder / "scheduler" / "scheduler_config.json", parse_schedule, f"{OWN} file")
+    blocks = parse_file(folder / "vae" / "config.json", lambda file: json.loads(file.read_text())["block_out_channels"])
     tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
-    tokenizers = [read(folder / part, tokenize, f"{OWN} {part}/") for part in ("tokenizer", "tokenizer_2")]
+    tokenizers = [parse_file(folder / part, tokenize, f"{OWN} {part}/") for part in ("tokenizer", "tokenizer_2")]
     check_parts(folder, weights.config, *tokenizers)
     return Description(location, weights, schedule, tokenizers, cell_of(blocks))
 
 
-def load(
+def load_pipeline(
     name: str | Path,
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -120,14 +120,14 @@ def load(
             f"--strength {strength} needs --base FOLDER: {name} is no LoRA, and what it changed is unknown"
         )
     lora = read_lora(location.lora, weights.config) if location.lora else None
-    origin = open_transformer(find(base)) if base and not lora and strength != 1 else None
+    origin = open_transformer(locate(base)) if base and not lora and strength != 1 else None
     for note in weights.notes:
-        say(note)
+        print_once(note)
 
     folder = location.folder
-    vae = read(folder / "vae", partial(parse_model, AutoencoderKL)).float()
-    clip = read(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
-    t5 = read(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
+    vae = parse_file(folder / "vae", partial(parse_model, AutoencoderKL)).float()
+    clip = parse_file(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
+    t5 = parse_file(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
     vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
     flux = load_flux(weights, device, dtype, place, lora, strength, origin)
     text_length = text_length or min(tokenizers[1].model_max_length, 512)  # of a T5 without limit, 1e30
@@ -163,9 +163,9 @@ def check_parts(
     folder: Path, flux: FluxConfig, clip_tokenizer: PreTrainedTokenizerBase, t5_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Raise ValueError if the parts of a folder are not of one model, by their configurations and vocabularies."""
-    latents = read(folder / "vae", lambda part: AutoencoderKL.load_config(part)["latent_channels"])
-    clip = read(folder / "text_encoder", CLIPTextConfig.from_pretrained)
-    t5 = read(folder / "text_encoder_2", T5Config.from_pretrained)
+    latents = parse_file(folder / "vae", lambda part: AutoencoderKL.load_config(part)["latent_channels"])
+    clip = parse_file(folder / "text_encoder", CLIPTextConfig.from_pretrained)
+    t5 = parse_file(folder / "text_encoder_2", T5Config.from_pretrained)
     outputs = latents * PATCH**2, clip.hidden_size, t5.d_model
     inputs = flux.in_channels, flux.vec_in_dim, flux.context_in_dim
     if outputs != inputs:

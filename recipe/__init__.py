@@ -1,0 +1,1 @@
+"""How the models of the shapes world were made: python -m recipe.prepare."""
