@@ -77,8 +77,8 @@ def sinusoid(t: Tensor, channels: int = EMBED_CHANNELS, period: float = 10_000.0
     """
     half = channels // 2
     frequency = torch.exp(-math.log(period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    wide = t if t.dtype == torch.float64 else t.float()  # 1000 t is rounded once, to float32
-    angle = (1000 * wide).float()[:, None] * frequency
+    in_fp32 = t if t.dtype == torch.float64 else t.float()  # 1000 t is rounded once, to float32
+    angle = (1000 * in_fp32).float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -90,10 +90,10 @@ def rotary_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float, dtype: to
     """
     if ids.is_floating_point():
         raise ValueError(f"position ids must be integers, got {ids.dtype}")
-    where = "cpu" if ids.device.type == "mps" else ids.device  # Apple's GPUs have no float64
+    device = "cpu" if ids.device.type == "mps" else ids.device  # Apple's GPUs have no float64
     angles = []
-    for position, dim in zip(ids.to(where).unbind(-1), axes_dim, strict=True):
-        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=where) / dim)
+    for position, dim in zip(ids.to(device).unbind(-1), axes_dim, strict=True):
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
         angles.append(position[..., None] * frequency)
     angle = torch.cat(angles, dim=-1)
     table = torch.polar(torch.ones_like(angle), angle)

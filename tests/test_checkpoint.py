@@ -131,7 +131,9 @@ def test_a_run_resumes_on_another_number_of_ranks(before, after, base, undisturb
 def test_other_flags_than_the_runs_are_refused_but_not_those_that_only_cost_time(base, undisturbed):
     again = replace(undisturbed, resume=True)
     assert completed(1, replace(again, lr=1.0)).startswith("2 --resume with --lr 1.0, but")
-    assert completed(1, replace(again, updates=9)).startswith("2 --resume with --updates 9")  # lr falls over all of them
+    assert completed(1, replace(again, updates=9)).startswith(
+        "2 --resume with --updates 9"
+    )  # lr falls over all of them
     assert completed(1, replace(again, at=3)) == f"2 --at 3: {again.out} has step_000006, step_000008"
     assert completed(1, replace(again, micro_batch=2, keep=3)) == ""
 
