@@ -9,7 +9,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,9 +61,9 @@ class Setup:
     model: Description  # the model's small files and the headers of its weights
     sizes: list[Size]  # they take turns, an update each
     functions: dict[str, Reward]  # the rewards that have no weights: the user's code, and rules
-    pipe: Pipeline = field(init=False)
-    rewards: list[Reward] = field(init=False)
-    watched: list[Reward] = field(init=False)
+    pipe: Pipeline | None = None
+    rewards: list[Reward] | None = None
+    watched: list[Reward] | None = None
     base: Flux | None = None  # the untuned network: a copy, or the network itself with a LoRA that is switched off
 
     def size(self, update: int) -> Size:
