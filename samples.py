@@ -82,15 +82,14 @@ def build_samples(
 ) -> tuple[Samples, "RewardLog"]:
     """The samples of some prompts, and the log of what the rewards give while a method runs.
 
-    Activations are kept for `micro_batch` samples at a time (None: all). `total` is the number of samples that the mean
-    of Eq. 13 is over, if these are only some of a rank's. `base` is the untuned network, or the trained one with a LoRA
-    that is switched off while the base is evaluated.
+    `base` is the untuned network, or the trained one whose LoRA is switched off while the base is evaluated. `total` is
+    the number of samples that the mean of Eq. 13 is over, if these are only some of a rank's. Activations are kept for
+    `micro_batch` samples at a time (None: all).
     """
     b = len(prompts)
     total = total or b
     micro_batch = micro_batch or b
     micro_batches = [slice(i, i + micro_batch) for i in range(0, b, micro_batch)]
-    all_samples = slice(0, b)
     text = encode(pipe, prompts)
     log = RewardLog(rewards)
 
@@ -101,15 +100,14 @@ def build_samples(
 
     @torch.no_grad()
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        return network(pipe.flux, all_samples)(x, sigma)
+        return network(pipe.flux, slice(0, b))(x, sigma)
 
     @torch.no_grad()
     def base_velocity(x: Tensor, sigma: Tensor) -> Tensor:
         with without_lora(base):
-            return network(base, all_samples)(x, sigma)
+            return network(base, slice(0, b))(x, sigma)
 
     def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
-        """Adds (dv/dtheta)^T u to the weights' `.grad`; with `wrt_x` returns (dv/dx)^T u, (b, n, c)."""
         levels = torch.as_tensor(sigma).expand(b)  # a method gives one noise level, or one per sample
         gradients = []
         for rows in micro_batches:
@@ -117,35 +115,7 @@ def build_samples(
             gradients.append(vjp_of_rows(x[rows], levels[rows], u[rows], wrt_x))
         return torch.cat(gradients) if wrt_x else None
 
-    def reward(x_0: Tensor, weight: Tensor | None = None) -> Tensor:
-        """dL/dx_0, (b, n, c), of the loss L = mean of weight x hinge(reward), over the batch."""
-        weight = torch.ones_like(x_0[:, 0, 0]) if weight is None else weight
-        gradients = []
-        for rows in micro_batches:
-            latents = x_0[rows].detach().requires_grad_()
-            images = decode(pipe, latents, size.height, size.width)
-            scores = [r.score(images, prompts[rows]) for r in rewards]
-            hinges = [r.weight * hinge(score, r.lam) for r, score in zip(rewards, scores)]  # Eq. 11
-            losses = [weight[rows] * h for h in hinges]  # Eq. 12 gives the weight
-            # Each reward is differentiated down to the image only, and its graph is freed before the VAE's is used.
-            image_gradients = [torch.autograd.grad(loss.sum(), images)[0] for loss in losses]
-            images.backward(sum(image_gradients) / total)  # Eq. 13: a mean. VAE and rewards are frozen
-            gradients.append(latents.grad)
-            log.add_scores(scores)
-            log.add_losses(losses, image_gradients)
-        return torch.cat(gradients)
-
-    @torch.no_grad()
-    def score(x_0: Tensor) -> Tensor:
-        """The weighted sum of the rewards, (b,), for methods that need no gradient of them."""
-        weighted = []
-        for rows in micro_batches:
-            images = decode(pipe, x_0[rows], size.height, size.width)
-            scores = [r.score(images, prompts[rows]) for r in rewards]
-            weighted.append(sum(r.weight * s for r, s in zip(rewards, scores)))
-            log.add_scores(scores)
-        return torch.cat(weighted)
-
+    reward, score = reward_functions(pipe, prompts, size, rewards, total, micro_batches, log)
     samples = Samples(
         noise=noise,
         sigmas=size.sigmas,
@@ -159,6 +129,53 @@ def build_samples(
         update=update,
     )
     return samples, log
+
+
+def reward_functions(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    size: Size,
+    rewards: Sequence[Reward],
+    total: int,
+    micro_batches: list[slice],
+    log: "RewardLog",
+) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+    """`Samples.reward` and `Samples.score`: from latents (b, n, c) through the VAE and the rewards."""
+
+    def reward(x_0: Tensor, weight: Tensor | None = None) -> Tensor:
+        """dL/dx_0, (b, n, c), of the loss L = mean over the batch of weight x hinge (Eq. 11 to 13)."""
+        if weight is None:
+            weight = torch.ones_like(x_0[:, 0, 0])
+        gradients = []
+        for rows in micro_batches:
+            latents = x_0[rows].detach().requires_grad_()
+            images = decode(pipe, latents, size.height, size.width)
+            scores = [r.score(images, prompts[rows]) for r in rewards]
+            losses = []
+            for r, score_of_rows in zip(rewards, scores):
+                hinges = r.weight * hinge(score_of_rows, r.lam)  # Eq. 11
+                losses.append(weight[rows] * hinges)  # the weight of Eq. 12
+            # Each reward is differentiated down to the image, and its activations are freed before the VAE's are used.
+            image_gradients = [torch.autograd.grad(loss.sum(), images)[0] for loss in losses]
+            images.backward(sum(image_gradients) / total)  # Eq. 13: a mean. VAE and rewards are frozen
+            gradients.append(latents.grad)
+            log.add_scores(scores)
+            log.add_losses(losses, image_gradients)
+        return torch.cat(gradients)
+
+    @torch.no_grad()
+    def score(x_0: Tensor) -> Tensor:
+        """The weighted sum of the rewards, (b,), for methods that need no gradient of them."""
+        sums = []
+        for rows in micro_batches:
+            images = decode(pipe, x_0[rows], size.height, size.width)
+            scores = [r.score(images, prompts[rows]) for r in rewards]
+            weighted = [r.weight * score_of_rows for r, score_of_rows in zip(rewards, scores)]
+            sums.append(sum(weighted))
+            log.add_scores(scores)
+        return torch.cat(sums)
+
+    return reward, score
 
 
 def zero_samples(sigmas: Tensor, size: int, generator: torch.Generator, update: int = 0) -> tuple[Samples, Counter]:
@@ -249,5 +266,5 @@ class RewardLog:
                 self.add(f"{reward.name}_grad", gradient.float().flatten(1).norm(dim=1))
 
     def means(self, size: int) -> dict[str, Tensor]:
-        """Each value per sample, (size,): a method may call the rewards several times, and these are means over calls."""
+        """Each value per sample, (size,): the mean over the calls, because a method may call the rewards several times."""
         return {name: torch.cat(values).view(-1, size).mean(0) for name, values in self.values.items()}
