@@ -21,7 +21,7 @@ from infra.anchor import frozen_copy
 from infra.checkpoints import checkpoint_folders
 from infra.checks import check_flags, check_folder, check_groups, check_prompts, tell_changes
 from infra.distributed import Process, fill, shard_flux
-from infra.files import PART, recover, remove, replacing, set_aside
+from infra.files import PART, beside, put_in_place, recover, remove, replacing
 from infra.fp8 import in_fp8, to_fp8
 from infra.jsonl import Entry, read_log, truncate_log
 from infra.meter import Flops, network_flops
@@ -260,13 +260,13 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> tuple[list[Entry], Ent
         if cfg.at is not None:
             shutil.rmtree(later)
         else:  # the disk may have been at fault, not what is on it
-            set_aside(later, ".unreadable")
+            put_in_place(later, beside(later, ".unreadable"))
             print_once(f"{later} is kept as {later.name}.unreadable, and made again")
     for part in (out / "checkpoints").glob(f"*{PART}"):  # of a save that was killed, up to 190 GB
         remove(part)
     kept = of_best(out, setup)
     if cfg.at is not None and kept and kept["step"] > first:  # an evaluation that is forgotten
-        set_aside(out / "best", mark := f".step_{kept['step']:06d}")
+        put_in_place(out / "best", beside(out / "best", mark := f".step_{kept['step']:06d}"))
         print_once(f"{out / 'best'} is of step {kept['step']}, and is kept as best{mark}")
     truncate_log(out / "metrics.jsonl", first)
     again = first % cfg.eval_every == 0 or first == cfg.updates  # or its evaluation, the last of a shorter run, stays

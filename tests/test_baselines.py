@@ -425,7 +425,7 @@ def moved(cfg: Config) -> dict[str, Tensor]:
             options = dict(group=2) if "grpo" in name else {}
             options |= dict(window=2) if name == "mix_grpo" else {}  # or it would be DanceGRPO in so few steps
             setup = replace(setup, method=partial(find_method(name), **options), group=options.get("group", 1))
-            run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+            run = train.State(setup.pipe.flux, cfg.lr, cfg.weight_decay)
             entry = train.update(cfg, setup, world, run, 0)
             assert entry["grad_norm"] > 0 and entry["backwards"] > 0 and np.isfinite(entry["reward"])
             result[name] = torch.cat([full_tensor(p.detach() - b).flatten() for p, b in zip(weights, before)])
