@@ -17,7 +17,7 @@ import torch
 {imports}
 
 def mine(images, prompts):
-    {inside}
+    {body}
     return images.mean((1, 2, 3)) * 0 + torch.tensor([float({value})] * len(images))
 """
 
@@ -91,11 +91,11 @@ def answer(
     python: subprocess.Popen,
     imports: str,
     value: str,
-    inside: str = "pass",
+    body: str = "pass",
     first: str = "",
 ) -> float | str:
     """What a reward in `file` scores in a new process, or the traceback."""
-    file.write_text(REWARD.format(imports=imports, value=value, inside=inside))
+    file.write_text(REWARD.format(imports=imports, value=value, body=body))
     code = PROGRAM.format(spec=f"{file}:mine", root=str(ROOT), first=first)
     print(json.dumps(code), file=python.stdin, flush=True)
     return json.loads(python.stdout.readline())
@@ -127,8 +127,8 @@ def test_a_file_called_as_an_installed_package_imports_the_package(python, tmp_p
 
 def test_an_import_within_the_function_finds_the_module_beside_the_file(python, tmp_path):
     (tmp_path / "helper.py").write_text("calls = []\n")
-    inside = "import helper; helper.calls.append(0)"
-    calls = answer(tmp_path / "my_file.py", python, "", "len(helper.calls)", inside=inside)
+    body = "import helper; helper.calls.append(0)"
+    calls = answer(tmp_path / "my_file.py", python, "", "len(helper.calls)", body=body)
     assert calls == 3  # open_reward tries the function twice
 
 
