@@ -32,6 +32,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def part_of(target: Path) -> Path:
     """The path to write the next `target` to, after what a kill or an error has left there is removed."""
+    # Now rather than after the next write, which may fail: the disk may be full of what a kill has left.
     recover(target)
     draft = beside(target, PART)
     remove(draft)
@@ -57,6 +58,7 @@ def recover(target: Path) -> None:
 def put_back(target: Path) -> None:
     """Undo a kill between the two renames of a folder.  It removes nothing, so a reader may call it."""
     old = beside(target, OLD)
+    # Between the renames there is an old folder and no target; after them there are both.
     if old.exists() and not target.exists():
         old.replace(target)
 

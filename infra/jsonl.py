@@ -11,6 +11,7 @@ Entry = dict[str, Any]
 
 def append_line(path: Path, entry: Entry) -> None:
     """Add an object to a log."""
+    # Opened for each line: the file is complete up to here, whatever ends the process.
     with path.open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -30,6 +31,7 @@ def read_log(path: Path) -> list[Entry]:
             try:
                 entries.append(json.loads(line))
             except ValueError as error:
+                # Not by a kill, so the reader must decide what the line was.
                 raise ValueError(f"{path}, line {number}, is damaged ({error}): remove that line") from None
     return entries
 
