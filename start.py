@@ -25,7 +25,7 @@ from infra.anchor import anchored
 from infra.checkpoints import checkpoint_folders, update_of
 from infra.checks import check_flags, check_folder, check_groups, check_log_names, check_prompts, tell_changes
 from infra.distributed import Process
-from infra.files import PART, recover, remove, replacing, set_aside
+from infra.files import PART, beside, put_in_place, recover, remove, replacing
 from infra.jsonl import Entry, read_log, truncate_log
 from infra.meter import network_flops
 from infra.methods import (
@@ -318,7 +318,7 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
     if cfg.at is not None and best and best["step"] > first:
         # best/ belongs to an evaluation that this run forgets: keep it under another name.
         mark = f".step_{best['step']:06d}"
-        set_aside(out / "best", mark)
+        put_in_place(out / "best", beside(out / "best", mark))
         print_once(f"{out / 'best'} is of step {best['step']}, and is kept as best{mark}")
     truncate_log(out / "metrics.jsonl", first)
     # The evaluation at `first` is made again if the loop evaluates there. Where it does not, as after the end of a run
@@ -346,7 +346,7 @@ def set_later_checkpoints_aside(cfg: Config, out: Path, first: int) -> None:
         if cfg.at is not None:
             shutil.rmtree(folder)
         else:  # the disk may have been at fault, not the checkpoint
-            set_aside(folder, ".unreadable")
+            put_in_place(folder, beside(folder, ".unreadable"))
             print_once(f"{folder} is kept as {folder.name}.unreadable, and made again")
     for unfinished in (out / "checkpoints").glob(f"*{PART}"):  # of a save that was killed, up to 190 GB
         remove(unfinished)

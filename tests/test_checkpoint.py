@@ -32,7 +32,7 @@ from infra.files import PART
 from infra.jsonl import append_line, read_log, truncate_log
 from infra.logs import note_nonfinite
 from infra.trackers import open_trackers
-from start import evaluation_of_best
+from start import batch_prompts, evaluation_of_best
 from tests.processes import spread, start
 
 ROOT = Path(train.__file__).parent
@@ -486,7 +486,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, 
         assert message.startswith("3 step 5: loss is not finite on rank 1; prompts such as")
     (entry,) = read_log(cfg.out / "nonfinite.jsonl")
     with join("cpu") as process:
-        prompts = train.draw_prompts(cfg, train.set_up(replace(cfg, resume=True), process), 5)
+        prompts = batch_prompts(cfg, train.set_up(replace(cfg, resume=True), process), 5)
     assert entry["step"] == 5 and entry["seed"] == 0 and {rank["k"][0] for rank in entry["ranks"]} == {1.0}
     assert entry["ranks"][0]["prompts"] + entry["ranks"][1]["prompts"] == prompts
     assert checkpoint_folders(cfg.out)[-1].name == "step_000005"  # the weights before the step, to replay it
