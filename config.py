@@ -1,7 +1,7 @@
 """The flags of a training run, and the presets.
 
 Each flag is a field; the string beneath the field is its help. `python train.py PRESET --help` prints the groups below
-as boxes; infra/checks.py refuses values that cannot be. A preset is a `Config` with other values, at the end of the file.
+as boxes; infra/checks.py refuses values that cannot be. The presets, other values of a `Config`, end the file.
 """
 
 import re
@@ -285,8 +285,8 @@ PRESETS = {
         replace(PAPER, out=Path("runs/flux-dev-pickscore"), reward=("pickscore",), watch=("hpsv2",), alpha=0.1),
     ),
     "flux-dev-hpsv3": (
-        "FLUX.1-dev and HPSv3 as in the paper. Needs weights/FLUX.1-dev, weights/mjhq-train-prompts.txt, weights/HPSv3, "
-        "and weights/HPS_v2.1_compressed.pt to watch.",
+        "FLUX.1-dev and HPSv3 as in the paper. Needs weights/FLUX.1-dev, weights/mjhq-train-prompts.txt, "
+        "weights/HPSv3, and weights/HPS_v2.1_compressed.pt to watch.",
         replace(
             PAPER,
             out=Path("runs/flux-dev-hpsv3"),

@@ -125,7 +125,7 @@ def connect(x: Tensor, xhat: Tensor) -> Tensor:
 
 
 def discount(x: Tensor, alpha: float) -> Tensor:
-    """Eq. 9: alpha x + (1 - alpha) sg(x), the network's input: the value of x (bitwise) and alpha times its gradient."""
+    """Eq. 9, the network's input: alpha x + (1 - alpha) sg(x). It is x, bitwise, with alpha times the gradient."""
     return x.detach() + alpha * (x - x.detach())
 
 

@@ -5,7 +5,7 @@ give each stream its own weights and let them meet in attention; single blocks t
 sequence. All a block knows of time, guidance and the prompt as a whole is one vector (`vec`), which shifts,
 scales and gates it (adaLN); all it knows of position is one rotary table (`pe`).
 
-`flux1-dev.safetensors` loads into `Flux(FLUX_DEV)` strictly; formats/names.py has diffusers' names for the same tensors.
+`flux1-dev.safetensors` loads into `Flux(FLUX_DEV)` strictly; formats/names.py has diffusers' names of its tensors.
 
 Precision: the network computes in the dtype of its weights. Exceptions: the features of time and guidance are
 float32; rotary angles are float64, the table and the turn float32, or float64 in a float64 network.

@@ -266,5 +266,5 @@ class RewardLog:
                 self.add(f"{reward.name}_grad", gradient.float().flatten(1).norm(dim=1))
 
     def means(self, size: int) -> dict[str, Tensor]:
-        """Each value per sample, (size,): the mean over the calls, because a method may call the rewards several times."""
+        """Each value per sample, (size,): a mean over calls, because a method may call the rewards several times."""
         return {name: torch.cat(values).view(-1, size).mean(0) for name, values in self.values.items()}

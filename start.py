@@ -1,7 +1,7 @@
 """What a run needs, read and checked in the order of cost, before anything expensive starts.
 
 `prepare` looks at the flags, then the prompts, then the headers of the model, then the user's code. train.py builds the
-network, and `load_networks` reads all other weights. `open_folder` makes the run's folder, or finds where a run stopped.
+network, and `load_networks` reads all other weights. `open_folder` makes the run's folder, or finds where it stopped.
 Every error is a ValueError that names the flag or the file, what was found and what to do.
 """
 

@@ -344,7 +344,7 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
 
 
 def batch_gradient(cfg: Config, setup: Setup, process: Process, update: int, meter: Meter) -> dict[str, Tensor]:
-    """Add the gradient of this rank's rows of the batch to the weights' `.grad`; returns values to log, (rows,) each."""
+    """Add the gradient of this rank's rows of the batch to the weights' `.grad`; returns what to log, (rows,) each."""
     # Every rank draws the noise of the whole batch and takes its own rows, so the noise does not depend on the ranks.
     size = setup.size(update)
     channels = setup.pipe.flux.config.in_channels

@@ -4,7 +4,7 @@ Wherever the method differentiates the network, at a state x that does not move,
 
     BETA x mean over samples of mean |v(x) - v_base(x)|^2        the inner mean is over all entries of a latent
 
-A method that differentiates at several states gains as many terms. The logged value `anchor` is their mean, without BETA.
+A method that differentiates at several states gains as many terms. The logged `anchor` is their mean, without BETA.
 """
 
 from collections.abc import Callable

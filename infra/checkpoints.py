@@ -4,7 +4,7 @@
 
 Training waits while a checkpoint is copied to the host's memory, and continues while the copy is written to disk.
 Resumed on as many ranks, a run is bitwise the undisturbed one; on another number of ranks, where tensors are sharded
-anew, it is the same up to rounding. All randomness is a function of (seed, update), so a checkpoint holds no random state.
+anew, it is the same up to rounding. A checkpoint holds no random state: randomness is a function of (seed, update).
 """
 
 import gc

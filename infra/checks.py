@@ -1,4 +1,4 @@
-"""Flags and the run's folder, checked before anything is read: each error names the flag, what was found, what to do."""
+"""Flags and the run's folder, checked before anything is read. Errors name the flag, what was found and what to do."""
 
 import importlib.util
 import json

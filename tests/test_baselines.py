@@ -23,7 +23,6 @@ from config import Config
 from infra.distributed import copy_values, full_tensor, join
 from infra.methods import find_method
 from leaps import Samples, leap, leapalign, pick_leaps, rollout, similarity_weight, vjp_of
-from start import prepare
 from tests.processes import spread
 from tests.test_leaps import SIGMAS, Constant, Field, T, flat_grad, gaussian, generator
 
@@ -64,6 +63,7 @@ def samples(field: nn.Module, seed: int, update: int = 0, sigmas: Tensor = SIGMA
         sigmas=sigmas,
         generator=generator(seed),
         velocity=velocity,
+        base=None,
         vjp=vjp_of(field),
         reward=reward,
         score=score,
@@ -544,7 +544,7 @@ def updates(cfg: Config) -> dict[str, Tensor]:
     """What one update by each method changes of the trained weights."""
     result = {}
     with join("cpu") as process:
-        setup = prepare(cfg, process)
+        setup = train.set_up(cfg, process)
         weights = [p for p in setup.pipe.flux.parameters() if p.requires_grad]
         first_weights = [p.detach().clone() for p in weights]
         for name in METHODS:
@@ -552,8 +552,8 @@ def updates(cfg: Config) -> dict[str, Tensor]:
             if name == "mix_grpo":
                 options |= dict(window=2)  # or it would be DanceGRPO in so few steps
             setup = replace(setup, method=partial(find_method(name), **options), group=options.get("group", 1))
-            run = train.State(setup.pipe.flux, cfg.lr, cfg.weight_decay)
-            entry = train.update(cfg, setup, process, run, 0)
+            run = train.make_state(cfg, setup.pipe.flux)
+            entry = train.one_update(cfg, setup, run, process, 0)
             assert entry["grad_norm"] > 0
             assert entry["backwards"] > 0
             assert np.isfinite(entry["reward"])

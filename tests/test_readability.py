@@ -1,4 +1,4 @@
-"""How the code reads, measured: a folder may get easier to read, not harder. Lower a bound when the code is below it."""
+"""How the code reads, measured: a folder may get easier to read, not harder. Lower a bound when the code beats it."""
 
 import ast
 import io
@@ -10,7 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Names that say nothing of what they hold: participles, pronouns, adverbs.
 VAGUE = set(
-    ["own", "found", "known", "kept", "given", "taken", "wanted", "asked", "before", "after", "now", "other", "others", "each", "every", "both", "here", "there", "where", "apart", "beside", "again", "part", "parts", "piece", "pieces", "some", "more", "together", "needed", "missing", "lacking", "absent", "told", "said", "made", "seen", "drawn", "written", "held", "shown", "chosen", "least", "most", "many", "few", "wide", "small", "large", "inside", "outside", "near", "far", "what", "how", "mine", "ours", "theirs", "its", "then", "moved", "pulled", "right", "wrong", "called", "counted", "changed", "different", "left", "rest", "lost", "twice", "alone", "everyone", "several", "existing", "earlier", "later", "usual", "plain", "thing", "things", "place", "places"]
+    """own found known kept given taken wanted asked before after now other others each every both here
+    there where apart beside again part parts piece pieces some more together needed missing lacking absent
+    told said made seen drawn written held shown chosen least most many few wide small large inside outside
+    near far what how mine ours theirs its then moved pulled right wrong called counted changed different
+    left rest lost twice alone everyone several existing earlier later usual plain thing things place places""".split()  # noqa: SIM905
 )
 # Bounds: tokens per line of code, comments per 100 lines (at least), comprehensions per 100 lines, vague names.
 BOUNDS = {
@@ -26,7 +30,8 @@ BOUNDS = {
     "experiments": (11, 10, 5, 0),
     "tools": (11, 10, 5, 0),
 }
-NO_CODE = {getattr(tokenize, name) for name in ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")}
+NAMES = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
+NO_CODE = {getattr(tokenize, name) for name in NAMES}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 

@@ -4,9 +4,9 @@
     python -m tools.look --method refl --seed 1
     python -m tools.look --method my_file.py:my_gradient --batch 8
 
-Prints what the method drew, what each sample scored, and the gradient that each differentiated step of the rollout adds.
-Writes runs/look.png: what a leap from each noise level predicts, decoded, a row per prompt. In a Python prompt, the same
-pieces are three lines:
+Prints what the method drew, what each sample scored, and the gradient that each differentiated step of the rollout
+adds. Writes runs/look.png: what a leap from each noise level predicts, decoded, a row per prompt. In a Python prompt,
+the same pieces are three lines:
 
     from tools.look import open_run
     run = open_run("shapes --batch 4")
@@ -110,7 +110,8 @@ def explain(run: Run, update: int = 0) -> str:
 
     b = run.cfg.batch
     sigmas = " ".join(f"{level:.2f}" for level in samples.sigmas.tolist())
-    lines = [f"{run.cfg.method}, update {update}: {b} samples, {len(samples.sigmas) - 1} steps at noise levels {sigmas}"]
+    steps = len(samples.sigmas) - 1
+    lines = [f"{run.cfg.method}, update {update}: {b} samples, {steps} steps at noise levels {sigmas}"]
     lines += ["", sample_table(log, run.add_gradient(update), batch_prompts(run.cfg, setup, update))]
     lines += ["", "Each differentiated call of the network (of the whole batch):"]
     lines += [f"{'sigma':>8}{'norm of u':>12}{'|dL/dtheta|':>14}{'|dv/dx^T u|':>12}", *terms]
