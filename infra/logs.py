@@ -61,7 +61,7 @@ class Log:
                 chosen = preview_indices(prompts)
                 judged = [e.get("by_prompt", {}).get("judge") for e in (evals[0], evals[-1])]
                 right = [tuple(of_image[i] > 0.5 for of_image in judged) for i in chosen] if all(judged) else None
-                before_after(*pair, [prompts[i] for i in chosen], self.out / "before_after.png", right=right)
+                before_after(*pair, [prompts[i] for i in chosen], self.out / "before_after.png", correct=right)
 
     @contextmanager
     def forgiving(self) -> Iterator[None]:
