@@ -84,7 +84,7 @@ def grid_of(
     sheet_height = cell_height * rows + PADDING
     sheet = Image.new("RGB", (sheet_width, sheet_height), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(11)
+    font = ImageFont.load_default(11)  # Pillow's own, so that the sheet is the same on every machine
     for i, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         row, column = divmod(i, columns)
         x = PADDING + column * cell_width
@@ -99,7 +99,7 @@ def grid_of(
             if framed and framed[i][n]:
                 corners = (x, y, x + side - 1, y + height - 1)
                 draw.rectangle(corners, outline=FRAME, width=3)
-            y += height + 2
+            y += height + 2  # a line of white between two images
         draw.multiline_text((x, y), "\n".join(text), fill="black", font=font, spacing=1)
     return sheet
 
@@ -126,9 +126,10 @@ def curves(run: Path, path: Path, tasks: Sequence[str] = ()) -> None:
 
     `tasks` names the numbers of eval.jsonl that are the judge's means by task; they share the judge's chart.
     """
+    # The last line may be half: a killed run has curves, too.
     updates = read_log(run / "metrics.jsonl")
     evals = read_log(run / "eval.jsonl")
-    steps = [entry["step"] for entry in evals]
+    steps = [entry["step"] for entry in evals]  # updates that were done before each evaluation
 
     def curve(name: str) -> tuple[list[float], list[float]]:
         return steps, [entry[name] for entry in evals]
@@ -139,12 +140,13 @@ def curves(run: Path, path: Path, tasks: Sequence[str] = ()) -> None:
         batch_means = [entry["reward"] for entry in updates]
         # Every batch has other prompts, so its mean jumps from update to update.
         reward_lines["batch"] = (update_steps, smooth(batch_means))
+    # Evaluations are always of the same prompts and noise.
     reward_lines["evaluation"] = curve("reward")
     charts = [("trained reward", reward_lines)]
     judge_names = ("judge", *tasks)
     for name, value in evals[0].items():
         if not isinstance(value, int | float):
-            continue  # means by prompt
+            continue  # the scores of every prompt
         if name in ("step", "seconds", *judge_names):
             continue
         # "reward" and, of a single trained reward, its own name hold the same numbers: one chart for both.
@@ -181,10 +183,11 @@ def save_row(
     """
     axes_width = 2.8
     gap = right + 0.5
-    width = left + len(charts) * (axes_width + gap) - 0.5
+    width = left + len(charts) * (axes_width + gap) - 0.5  # the last chart needs no gap, only its legend
     # A Figure of its own, not pyplot: pyplot would change the backend that a user's notebook draws with.
     figure = Figure(figsize=(width, height), dpi=110)
-    # The space around the axes, in parts of the figure: 0.5 inches below for the x axis, 0.3 above for titles.
+    # matplotlib wants the space around the axes in parts of the figure, and the space between them in parts of one of
+    # the axes. 0.5 inches below are for the x axis, 0.3 above for titles.
     figure.subplots_adjust(
         left=left / width,
         right=1 - right / width,
@@ -209,6 +212,7 @@ def line_chart(axes: Axes, lines: Lines, title: str, across: str = "step") -> No
     A line is (x, y) or (x, y, half); half is the half-width of a shaded band, such as a 95% interval.
     """
     ends = []
+    # All colors with solid lines, then all again with dashed ones.
     looks = itertools.cycle(itertools.product(STYLES, PALETTE))
     for name, (x, y, *half) in lines.items():
         style, color = next(looks)
@@ -234,6 +238,7 @@ def dress(axes: Axes, title: str, across: str) -> None:
     # Steps are whole numbers; half of an update would be a strange tick.
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=across == "step", steps=ROUND))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+    # Of the frame only a grid is left, behind the lines: what was measured is what one sees.
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)

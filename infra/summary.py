@@ -18,7 +18,7 @@ Scores = dict[str, dict[str, np.ndarray]]  # model -> reward -> (prompts, images
 Numbers = dict[str, Any]  # of a model by a reward: mean, half, ...
 Summary = dict[str, dict[str, Numbers]]  # reward -> model -> numbers
 MAX_TAGS = 12  # a line of a table with more columns would wrap
-SHEET_CELLS = 16
+SHEET_CELLS = 16  # two rows of eight
 
 
 def confidence_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -27,8 +27,8 @@ def confidence_interval(values: Sequence[float] | np.ndarray) -> tuple[float, fl
     n = len(values)
     half = math.nan
     if n > 1:
-        standard_error = values.std(ddof=1) / math.sqrt(n)
-        half = stats.t.ppf(0.975, n - 1) * standard_error
+        quantile = stats.t.ppf(0.975, n - 1)  # 2.5% of the distribution are above, as many below
+        half = quantile * values.std(ddof=1) / math.sqrt(n)
     return float(values.mean()), float(half)
 
 
@@ -81,14 +81,15 @@ def means_by_size(values: np.ndarray, sizes: Sequence[str]) -> dict[str, float]:
 
 def format_table(summary: Summary) -> str:
     """The summary as text: a table a reward and a line a model, with the means by tag and by size as columns."""
-    width = 0  # of the first column
+    # All tables share the width of the first column, so that their numbers are below each other.
+    width = 0
     for reward, models in summary.items():
         width = max(width, *map(len, [reward, *models]))
     lines = []
     for reward, models in summary.items():
         first, *_ = models.values()
         columns = column_means(first)
-        column_width = 9
+        column_width = 9  # of a number between -999.999 and 999.999
         for name in columns:
             column_width = max(column_width, len(name) + 2)
         line = f"{reward:{width}}  {'mean':17}{'change':19}"
@@ -111,7 +112,7 @@ def format_table(summary: Summary) -> str:
 def column_means(numbers: Numbers) -> dict[str, float]:
     """The means that have a column: by size, and by tag unless there are too many tags."""
     by_tag = numbers.get("tasks", {})
-    if len(by_tag) > MAX_TAGS:
+    if len(by_tag) > MAX_TAGS:  # results.json has them all the same
         by_tag = {}
     return by_tag | numbers.get("sizes", {})
 
@@ -122,11 +123,13 @@ def write_sheets(scores: Scores, prompts: Sequence[str], out: Path) -> None:
     A cell is a prompt: its first image by each model, the first model on top, and its scores.
     """
     reference, *_ = scores.values()
-    reward, *_ = reference
-    means = [scores[model][reward].mean(1) for model in scores]  # a model's, (prompts,)
+    reward, *_ = reference  # the first of --reward, the one that matters most
+    means = [scores[model][reward].mean(1) for model in scores]  # (prompts,), a model each
+    # A stable sort: prompts of equal score, which the judge gives most, stay in the order of their file.
     worst_first = means[-1].argsort(kind="stable")
     sheets = {"best": worst_first[::-1], "worst": worst_first}
     if len(means) > 1:
+        # By the size of the change, so that what became worse is on the sheet, too.
         distance = np.abs(means[-1] - means[0])
         sheets["changed"] = (-distance).argsort(kind="stable")
     for name, order in sheets.items():

@@ -169,7 +169,12 @@ def test_a_folder_mixed_from_different_models_is_named(broken):
 @pytest.fixture
 def no_weights(monkeypatch) -> None:
     """Nothing here may read weights."""
-    for name in ("formats.folders.parse_model", "formats.folders.load_flux", "start.load_pipeline", "evaluate.load"):
+    for name in (
+        "formats.folders.parse_model",
+        "formats.folders.load_flux",
+        "start.load_pipeline",
+        "evaluate.load_pipeline",
+    ):
         monkeypatch.setattr(name, None)
 
 
@@ -193,7 +198,9 @@ def test_the_other_encoders_tokenizer_is_named_before_any_weights_are_read(
         with pytest.raises(ValueError, match=message):
             prepare(Config(model=str(broken), guidance=3.5, out=tmp_path / "run"), world)
         with pytest.raises(ValueError, match=message):
-            evaluate.run(evaluate.Config(model=(str(TINY_FLUX), str(broken)), out=tmp_path / "evaluation"), world)
+            evaluate.evaluate_models(
+                evaluate.EvaluateFlags(model=(str(TINY_FLUX), str(broken)), out=tmp_path / "evaluation"), world
+            )
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 

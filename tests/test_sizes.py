@@ -47,7 +47,7 @@ def test_anything_else_is_no_size(size):
     ],
 )
 def test_a_size_that_cannot_be_is_told_before_any_weights_are_read(flags, words, monkeypatch, tmp_path):
-    monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("start.load_pipeline", lambda *_: pytest.fail("weights were read"))
     flags = dict(watch=(), eval_prompts=Config().eval_prompts) | flags
     with pytest.raises(ValueError, match=words), join("cpu") as world:
         prepare(replace(WIDE, out=tmp_path / "run", **flags), world)
@@ -59,7 +59,7 @@ def square(images, prompts):
     assert images.shape[2] == images.shape[3], "only squares"
     return images.mean((1, 2, 3))
 """)
-    monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("start.load_pipeline", lambda *_: pytest.fail("weights were read"))
     cfg = replace(WIDE, out=tmp_path / "run", size=("64", "32x64"), reward=(f"{tmp_path / 'square.py'}:square",))
     with pytest.raises(ValueError, match=r"fails on images .*32, 64.*only squares"), join("cpu") as world:
         prepare(cfg, world)
@@ -117,11 +117,13 @@ def test_images_of_a_prompt_take_turns_at_the_sizes_of_an_evaluation(tmp_path, c
     """The n-th image has its noise by n, so an evaluation at one size has every other image; each size has its mean."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a circle\na photo of a red square\n")
-    flags = dict(prompts=prompts, rewards=("tiny", "lattice"), num=4, steps=2, keep_images=True)
+    flags = dict(prompts=prompts, reward=("tiny", "lattice"), num=4, rollout_steps=2, keep_images=True)
     found = {}
     for name, sizes in dict(both=("64", "32x96"), square=("64",), wide=("32x96",)).items():
         with join("cpu") as world:
-            evaluate.run(evaluate.Config(model=(TINY,), out=tmp_path / name, size=sizes, **flags), world)
+            evaluate.evaluate_models(
+                evaluate.EvaluateFlags(model=(TINY,), out=tmp_path / name, size=sizes, **flags), world
+            )
         scores = json.loads((tmp_path / name / "results.json").read_text())["scores"]["shapes_tiny-flux"]
         found[name] = {reward: np.array(values) for reward, values in scores.items()}
     for reward in ("tiny", "lattice"):
@@ -140,7 +142,7 @@ def test_images_of_a_prompt_take_turns_at_the_sizes_of_an_evaluation(tmp_path, c
 
 def test_more_sizes_than_images_of_a_prompt_are_refused():
     with pytest.raises(ValueError, match="--num 1: a prompt's images take turns at 2 sizes"):
-        evaluate.prepare(evaluate.Config(num=1, size=("64", "32x96")))
+        evaluate.check_values(evaluate.EvaluateFlags(num=1, size=("64", "32x96")))
 
 
 # --------------------------------------------------------------------------------------- the lattice
