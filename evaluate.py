@@ -171,6 +171,7 @@ def describe_models(cfg: EvaluateFlags, prompts: Sequence[str]) -> list[Model]:
         if location.lora:
             read_lora(location.lora, description.weights.config)  # raises ValueError where it does not fit
         elif cfg.strength != 1 and not cfg.base:
+            # What tuning changed is its difference to the base.
             raise ValueError(f"--strength {cfg.strength} needs --base FOLDER: {source} is no LoRA")
         sizes = image_sizes(cfg, location.folder)
         for height, width in sizes:
@@ -209,6 +210,7 @@ def hash_of_weights(location: Location) -> str:
         # A folder holds one or more files. A single file has nothing to glob in it.
         for file in sorted(path.glob("*.safetensors")) or [path]:
             with file.open("rb") as stream:
+                # 64 kB: FLUX.1-dev has 24 GB, which would take a minute to read.
                 stream.seek(max(0, file.stat().st_size - 2**16))
                 digest.update(stream.read())
     return digest.hexdigest()
@@ -299,6 +301,7 @@ def draw_and_score(
     indices: Sequence[int],
 ) -> None:
     """Draw and score the prompts at `indices`, a few at a time; each is written as soon as it has its scores."""
+    # Whole prompts, so that all scores of a prompt are known, and written, at the same time.
     chunk_size = max(1, cfg.batch // cfg.num)
     starts = range(0, len(indices), chunk_size)
     for start in tqdm(starts, desc=model.label, file=sys.stderr, disable=not indices):
@@ -330,7 +333,7 @@ def draw_and_score(
 def write_images(cfg: EvaluateFlags, model: Model, i: int, entry: Entry, images: Sequence[Tensor]) -> None:
     """Write the thumbnail of the i-th prompt, and all of its images where --keep-images and --geneval ask for them."""
     folder = cfg.out / model.label
-    pictures = [to_pil(image) for image in images]
+    pictures = list(map(to_pil, images))
     if cfg.keep_images:
         for n, picture in enumerate(pictures):
             save_png(picture, folder / "images" / f"{i:05d}_{n}.png")
@@ -364,6 +367,7 @@ def report_scores(
     results = results.replace("NaN", "null")
     (cfg.out / "results.json").write_text(results + "\n")
     write_sheets(scores, prompts, cfg.out)
+    # The tables come last, where people look.
     print(f"{len(prompts)} prompts, {cfg.num} images each, {cfg.rollout_steps} steps; ± is half of a 95% interval\n")
     print(format_table(summary))
     print(f"wrote {cfg.out}: results.json and contact sheets")

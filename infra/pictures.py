@@ -99,7 +99,7 @@ def grid_of(
             if framed and framed[i][n]:
                 corners = (x, y, x + side - 1, y + height - 1)
                 draw.rectangle(corners, outline=FRAME, width=3)
-            y += height + 2  # a line of white between two images
+            y += height + 2  # two pixels of white between images
         draw.multiline_text((x, y), "\n".join(text), fill="black", font=font, spacing=1)
     return sheet
 
