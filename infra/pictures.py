@@ -76,7 +76,7 @@ def grid_of(
         lines = textwrap.wrap(words, width=max(8, side // 6))
         texts.append(lines[:CAPTION_LINES])
     # Every cell is as high as the one with the longest caption.
-    text_height = LINE_HEIGHT * max(map(len, texts))
+    text_height = LINE_HEIGHT * max(map(len, texts))  # pixels
     cell_height = (height + 2) * len(cells[0]) + text_height + PADDING
     cell_width = side + PADDING
     rows = math.ceil(len(cells) / columns)

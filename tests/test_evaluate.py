@@ -172,11 +172,11 @@ def test_two_ranks_find_what_one_finds(evaluated, prompt_file, disturbed, tmp_pa
 
 def evaluate_and_die(cfg: EvaluateFlags, count: int) -> None:
     """Evaluate, and die by SIGKILL where the scores of one more than `count` prompts would be put in place."""
-    written = itertools.count()
+    score_files = itertools.count()
 
     def hook(event: str, args: tuple) -> None:
         is_scores = event == "os.rename" and re.fullmatch(r"\d+\.json", Path(args[1]).name)
-        if is_scores and next(written) == count:
+        if is_scores and next(score_files) == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
