@@ -9,12 +9,13 @@ from torch import nn
 
 import train
 from config import Config
+from infra.checkpoints import checkpoint_folders
 from infra.checks import check_flags
 from infra.distributed import full_tensor, join
 from infra.meter import Meter
 from start import prepare
 from tests.processes import spread
-from tests.test_checkpoint import completed, folders, same_run, slow_save
+from tests.test_checkpoint import completed, same_run, slow_save
 
 ROOT = Path(train.__file__).parent
 
@@ -33,7 +34,7 @@ def drift(lean: bool) -> tuple[float, float]:
     with join("cpu"):
         model = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
         nn.init.ones_(model.weight)
-        run = train.Run(model, 1e-4, 0.0, lean)
+        run = train.State(model, 1e-4, 0.0, lean)
         for _ in range(100):
             model.weight.grad = torch.ones(64, 64, dtype=torch.bfloat16)
             run.optimizer.step()
@@ -52,7 +53,7 @@ def decayed() -> float:
     """The second moment of a small tensor after gradients of 1, then of 0, 700 times each."""
     with join("cpu"):
         model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
-        run = train.Run(model, 1e-4, 0.0, lean=True)
+        run = train.State(model, 1e-4, 0.0, lean=True)
         for size in (1.0, 0.0):
             for _ in range(700):
                 model.weight.grad = torch.full((8, 8), size, dtype=torch.bfloat16)
@@ -68,7 +69,7 @@ def moved(cfg: Config) -> tuple[torch.Tensor, dict[str, float]]:
     """What 6 updates change of the averages, and the bytes a parameter that are held for it."""
     with join("cpu") as world:
         setup = prepare(cfg, world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
+        run = train.State(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
         before = [a.clone() for a in run.averaged]
         for step in range(cfg.updates):
             train.update(cfg, setup, world, run, step)
@@ -92,7 +93,7 @@ def test_a_lean_run_resumes_bitwise_from_what_was_written_while_it_went_on(base,
     straight, resumed = replace(base, out=tmp_path / "a"), replace(base, out=tmp_path / "b", resume=True)
     assert completed(1, straight) == ""
     spread(1, slow_save, resumed)
-    assert [f.name for f in folders(resumed.out)] == ["step_000002", "step_000004"]
+    assert [f.name for f in checkpoint_folders(resumed.out)] == ["step_000002", "step_000004"]
     assert completed(1, resumed) == "" and same_run(straight, resumed)
 
 

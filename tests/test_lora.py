@@ -35,7 +35,7 @@ def as_the_preset(cfg: Config) -> tuple[bool, int, int]:
     """An update in the preset's form; is all finite, and how much a save gathers of how much there is."""
     with join("cpu") as world:
         setup = prepare(cfg, world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+        run = train.State(setup.pipe.flux, cfg.lr, cfg.weight_decay)
         entry = train.update(cfg, setup, world, run, 0)
         gathered = sum(t.numel() for _, t in gathered_tensors(setup.pipe.flux, torch.float32, world.rank))
         every = sum(p.numel() for p in setup.pipe.flux.parameters())
@@ -152,7 +152,7 @@ def test_a_lora_goes_on_from_a_lora_of_its_rank_or_less(trained, rank, alpha):
 
 
 def test_what_a_lora_cannot_go_on_with_is_told_before_weights_are_read(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("start.load_pipeline", lambda *_: pytest.fail("weights were read"))
     cfg = Config(out=tmp_path / "run", model=str(trained), lora=2)
     with pytest.raises(ValueError, match=r"--lora 2 .* rank 2 is too low to go on with a LoRA of rank"):
         start_of(cfg)
