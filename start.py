@@ -14,7 +14,7 @@ from torch import Tensor
 
 from config import PRESETS, Config, sides
 from formats.folders import Pipeline, describe, load_pipeline
-from formats.lora import Change, add_lora, first_values, wrapped_name
+from formats.lora import Changes, add_lora, first_values, wrapped_name
 from formats.lora_files import lora_file, read_lora
 from formats.reading import flux_file
 from infra.anchor import frozen_copy
@@ -22,7 +22,7 @@ from infra.checkpoints import checkpoint_folders
 from infra.checks import check_flags, check_folder, check_groups, check_prompts, tell_changes
 from infra.distributed import Process, fill, shard_flux
 from infra.files import PART, recover, remove, replacing, set_aside
-from infra.fp8 import in_fp8, to_fp8
+from infra.fp8 import quantize_frozen
 from infra.jsonl import Entry, read_log, truncate_log
 from infra.meter import Flops, network_flops
 from infra.methods import (
@@ -76,7 +76,7 @@ class Setup:
 # -------------------------------------------------------------------------------------------- checks
 
 
-def earlier_lora(cfg: Config, config: FluxConfig) -> dict[str, list[Change]] | None:
+def earlier_lora(cfg: Config, config: FluxConfig) -> Changes | None:
     """What the LoRA changes that --lora goes on with; None without one."""
     file = lora_file(cfg.model) if cfg.lora else None
     return read_lora(file, config) if file else None
@@ -194,8 +194,7 @@ def load_inputs(cfg: Config, process: Process) -> Pipeline:
             known = {name for name, _ in flux.named_parameters()}
             renamed = ((wrapped_name(name, known), tensor) for name, tensor in tensors)
             if cfg.fp8:
-                to_fp8(flux)
-                renamed = in_fp8(renamed, {name for name, _ in flux.named_parameters()})
+                renamed = quantize_frozen(flux, renamed)
             tensors = itertools.chain(renamed, first_values(flux, cfg.seed, changes))
         flux.recompute = cfg.recompute
         if cfg.compile:

@@ -15,7 +15,7 @@ from formats.folders import load_pipeline
 from formats.lora import FILE
 from infra.checks import check_flags
 from infra.distributed import Process, full_tensor, join, local_shard
-from infra.fp8 import Linear8, rounded, up_cast
+from infra.fp8 import Fp8Linear, quantize, up_cast
 from infra.meter import Meter
 from sample import sample
 from start import Setup, prepare
@@ -34,12 +34,12 @@ def base(tmp_path_factory) -> Config:
                   fp8=True, eval_prompts=root / "few.txt")  # fmt: skip
 
 
-def small_layer(dtype: torch.dtype = torch.float32) -> tuple[Linear8, nn.Linear]:
+def small_layer(dtype: torch.dtype = torch.float32) -> tuple[Fp8Linear, nn.Linear]:
     """One in fp8, and a plain one of the same numbers."""
     torch.manual_seed(0)
     plain = nn.Linear(48, 32).to(dtype).requires_grad_(False)
-    small = Linear8(plain)
-    weight, scale = rounded(plain.weight)
+    small = Fp8Linear(plain)
+    weight, scale = quantize(plain.weight)
     small.weight.data, small.scale.data = weight, scale
     plain.weight.data = weight.to(dtype) * scale.to(dtype)
     return small, plain
@@ -49,7 +49,7 @@ def test_a_weight_is_off_by_a_sixteenth_at_most_or_by_what_is_nothing_in_its_row
     torch.manual_seed(0)
     weight = torch.randn(64, 512) * torch.logspace(-4, 2, 64)[:, None]
     weight[3] = 0
-    back = up_cast(*rounded(weight), torch.float32)
+    back = up_cast(*quantize(weight), torch.float32)
     bound = torch.maximum(weight.abs() / 16, weight.abs().amax(1, keepdim=True) / 448 / 2**10)
     assert ((back - weight).abs() <= bound * 1.001).all()
     relative = ((back - weight).abs() / weight.abs())[weight.abs() > weight.abs().amax(1, keepdim=True) / 100]
@@ -86,7 +86,7 @@ def gradient(cfg: Config, world: Process, round_weights: bool = False) -> Tensor
                 p.fill_(0.01)  # with B = 0 there is no gradient in A
             if round_weights and "blocks" in name and p.ndim == 2 and not p.requires_grad:
                 weight = local_shard(p)
-                weight.copy_(up_cast(*rounded(weight), weight.dtype))
+                weight.copy_(up_cast(*quantize(weight), weight.dtype))
     train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
     trained = [p.grad for p in network(setup) if p.requires_grad]
     return torch.cat([full_tensor(g).flatten().float() for g in trained])

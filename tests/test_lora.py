@@ -14,7 +14,7 @@ import train
 from config import Config
 from formats.folders import load_pipeline
 from formats.lora import FILE, add_lora, lora_layers
-from formats.lora_files import changes_of, merge_lora
+from formats.lora_files import merge_lora, read_lora
 from infra.distributed import gathered_tensors, join
 from sample import Text, sample, velocity_of
 from start import prepare
@@ -200,7 +200,7 @@ def test_a_lora_folder_can_be_moved_with_its_base_and_broken_files_are_named(tra
 
 def merge(file: Path) -> None:
     flux = load_pipeline(TINY).flux
-    dict(merge_lora(iter(flux.state_dict().items()), changes_of(load_file(file), flux.config)))
+    dict(merge_lora(iter(flux.state_dict().items()), read_lora(file, flux.config)))
 
 
 def test_a_lora_of_another_flux_is_refused(trained, tmp_path):

@@ -26,7 +26,8 @@ from start import check_model
 TINY = Path(__file__).parent.parent / "shapes" / "tiny-flux"
 RANK, ALPHA = 4, 16.0
 FLUX = load_pipeline(TINY).flux
-SHAPES = {name: (count, width) for name, (_, _, count, width) in layer_rows(FLUX.config).items()}
+SHAPES = {name: (len(rows), shape[1]) for name, (_, rows, shape) in layer_rows(FLUX.config).items()}
+SHAPES |= {'double_blocks_0_processor_qkv_lora1': SHAPES['double_blocks_0_img_attn_qkv'], 'double_blocks_0_processor_proj_lora2': SHAPES['double_blocks_0_txt_attn_proj']}
 THEIRS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2", "single_transformer_blocks.3.proj_mlp",
           "single_transformer_blocks.0.proj_out")  # fmt: skip
 FUSED = (
