@@ -204,3 +204,17 @@ def parse_model(kind: type, folder: Path, **options: Any) -> Any:
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} tensors of {kind.__name__} are missing, such as {missing[0]}")
     return model
+
+
+def load_parts(model, flux, device, dtype, text_length, offload=False):
+    folder = model.location.folder
+    vae = parse_file(folder / "vae", partial(parse_model, AutoencoderKL)).float()
+    clip = parse_file(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
+    t5 = parse_file(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
+    vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
+    vae.to(device), clip.to(device)
+    if offload:
+        lend_layers(t5, device)
+    else:
+        t5.to(device)
+    return Pipeline(model.location, flux, vae, clip, t5, *model.tokenizers, model.schedule, text_length, dtype)
