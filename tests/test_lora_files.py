@@ -21,7 +21,7 @@ from formats.saving import save_pipeline
 from infra.distributed import join
 from model import Flux
 from sample import Text, velocity_of
-from start import check_model
+from start import describe_model
 
 TINY = Path(__file__).parent.parent / "shapes" / "tiny-flux"
 RANK, ALPHA = 4, 16.0
@@ -252,7 +252,7 @@ def test_without_a_base_the_flag_is_named_and_with_it_every_command_finds_it(tmp
         load_pipeline(file)
     with pytest.raises(ValueError, match=r"--base .* is a LoRA too"):
         load_pipeline(file, base=str(file))
-    assert len(check_model(Config(model=str(file), base=str(TINY)))[0]) == Config().rollout_steps + 1
+    assert describe_model(Config(model=str(file), base=str(TINY))).location.lora == file
 
 
 def test_a_folder_of_several_loras_is_refused_with_one_of_them_named(tmp_path):
