@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import evaluate
+import train
 from config import Config
 from formats import locations
 from formats.folders import load_pipeline
 from formats.locations import PARTS, locate
 from formats.weights import INDEX, WEIGHTS
 from infra.distributed import join
-from start import prepare
 from tests.tiny_folders import edit_json, shard
 
 TINY_FLUX = Path(evaluate.__file__).parent / "shapes" / "tiny-flux"
@@ -169,7 +169,12 @@ def test_a_folder_mixed_from_different_models_is_named(broken):
 @pytest.fixture
 def no_weights(monkeypatch) -> None:
     """Nothing here may read weights."""
-    for name in ("formats.folders.parse_model", "formats.folders.load_flux", "start.load_pipeline", "evaluate.load"):
+    for name in (
+        "formats.folders.parse_model",
+        "formats.folders.load_flux",
+        "start.load_pipeline",
+        "evaluate.load_pipeline",
+    ):
         monkeypatch.setattr(name, None)
 
 
@@ -191,9 +196,11 @@ def test_the_other_encoders_tokenizer_is_named_before_any_weights_are_read(
         load_pipeline(broken)
     with join("cpu") as world:
         with pytest.raises(ValueError, match=message):
-            prepare(Config(model=str(broken), guidance=3.5, out=tmp_path / "run"), world)
+            train.set_up(Config(model=str(broken), guidance=3.5, out=tmp_path / "run"), world)
         with pytest.raises(ValueError, match=message):
-            evaluate.run(evaluate.Config(model=(str(TINY_FLUX), str(broken)), out=tmp_path / "evaluation"), world)
+            evaluate.evaluate_models(
+                evaluate.EvaluateFlags(model=(str(TINY_FLUX), str(broken)), out=tmp_path / "evaluation"), world
+            )
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 

@@ -319,6 +319,6 @@ def test_a_file_without_a_change_of_the_transformer_is_refused_by_its_kind(state
 
 def test_evaluate_refuses_a_strength_without_a_base_before_it_reads_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "load_pipeline", None)
-    cfg = replace(evaluate.Config(), strength=0.5, out=tmp_path / "out", device="cpu")
+    cfg = replace(evaluate.EvaluateFlags(), strength=0.5, out=tmp_path / "out", device="cpu")
     with join("cpu") as process, pytest.raises(ValueError, match=r"--strength 0\.5 needs --base"):
-        evaluate.run(cfg, process)
+        evaluate.evaluate_models(cfg, process)

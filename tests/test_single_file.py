@@ -22,7 +22,7 @@ from formats.weights import WEIGHTS
 from infra.checks import check_flags, check_folder
 from infra.distributed import join
 from sample import sample
-from start import check_model, prepare
+from start import check_model
 from tests.processes import spread
 
 ROOT = Path(train.__file__).parent
@@ -198,7 +198,7 @@ def test_train_sample_and_evaluate_take_a_file_with_a_base(tmp_path, monkeypatch
 
 def trained(cfg: Config) -> str:
     with join("cpu") as world:
-        train.train(cfg, prepare(cfg, world), world)
+        train.run(cfg, train.set_up(cfg, world), world)
     return ""
 
 

@@ -20,7 +20,7 @@ from formats.folders import load_pipeline
 from infra.checks import check_flags
 from infra.distributed import Process, full_tensor, join
 from sample import sample
-from start import Setup, prepare
+from start import Setup
 from tests.processes import spread
 
 PROMPTS = ["a photo of a red circle", "a photo of three squares"]
@@ -40,8 +40,8 @@ def uncut(monkeypatch) -> None:
 
 def trained(cfg: Config) -> tuple[Setup, list[Tensor]]:
     with join("cpu") as world:
-        setup = prepare(cfg, world)
-        train.train(cfg, setup, world)
+        setup = train.set_up(cfg, world)
+        train.run(cfg, setup, world)
         weights = [full_tensor(p) for p in setup.pipe.flux.parameters()]
     return setup, [w.detach().clone() for w in weights]
 
@@ -104,10 +104,10 @@ def test_an_update_and_an_evaluation_have_no_float64_but_on_the_cpu(cfg, uncut, 
         monkeypatch.setattr(name, on_the_cpu(resolve_name(name)))
     cfg = replace(cfg, **flags)
     with join("cpu") as world:
-        setup = prepare(cfg, world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+        setup = train.set_up(cfg, world)
+        run = train.make_state(cfg, setup.pipe.flux)
         with NoFloat64():
-            train.update(cfg, setup, world, run, 0)
+            train.one_update(cfg, setup, run, world, 0)
             train.evaluate(cfg, setup, world)
         with pytest.raises(AssertionError), NoFloat64():
             torch.ones(1).double()
