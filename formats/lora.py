@@ -50,7 +50,8 @@ class LoRA(nn.Module):
         self.linear = linear
         self.scale = alpha / rank
         self.off = False  # set by without_lora
-        width, device = linear.in_features, linear.weight.device
+        device = linear.weight.device  # often meta: the values come later, as those of all parameters
+        width = linear.in_features
         # q, k and v are square. The last block is the rest: all rows of a layer that is not fused, or the MLP's.
         row_counts = [width] * (block_count - 1)
         row_counts.append(linear.out_features - sum(row_counts))
@@ -63,7 +64,8 @@ class LoRA(nn.Module):
         # A and B are kept in fp32 for the optimizer, and used in the network's precision.
         blocks = []
         for a, b in zip(self.a, self.b):
-            blocks.append(F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)))
+            low_rank_x = F.linear(x, a.to(x.dtype))
+            blocks.append(F.linear(low_rank_x, b.to(x.dtype)))
         return self.linear(x) + self.scale * torch.cat(blocks, dim=-1)
 
 
@@ -162,13 +164,15 @@ def save_lora(folder: Path, flux: Flux, tensors: NamedTensors, base: dict[str, s
     under "base", and under "transformer" its file if that lies elsewhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    values = dict(tensors)
+    values = dict(tensors)  # by our names, which end in .a.0, .b.0, .a.1 and so on
     state = {}
     for name, diffusers_names in lora_layers(flux.config):
         scale = flux.get_submodule(name).scale
         for i, diffusers_name in enumerate(diffusers_names):
             prefix = f"transformer.{diffusers_name}"
-            state[f"{prefix}.lora_A.weight"] = values[f"{name}.a.{i}"].contiguous()
-            state[f"{prefix}.lora_B.weight"] = (scale * values[f"{name}.b.{i}"]).contiguous()
+            a = values[f"{name}.a.{i}"]
+            b = scale * values[f"{name}.b.{i}"]
+            state[f"{prefix}.lora_A.weight"] = a.contiguous()
+            state[f"{prefix}.lora_B.weight"] = b.contiguous()
     save_file(state, folder / FILE, metadata={"format": "pt"})
     (folder / NOTE).write_text(json.dumps(base) + "\n")

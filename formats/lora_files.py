@@ -34,7 +34,8 @@ PEFT = "adapter_model.safetensors"
 SIGN = re.compile(r"lora_A|lora[_.]down|\.processor\..*\.down\.weight|lokr_|hada_")  # only LoRAs have such names
 PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)+")
 DOWN = re.compile(r"\.(lora_A|lora[_.]down)(\.\w+)?\.weight$")  # PEFT at times writes lora_A.default.weight
-TEXT_ENCODERS = ("lora_te", "text_encoder")
+TEXT_ENCODERS = ("lora_te", "text_encoder")  # kohya's lora_te1_ and diffusers' text_encoder. for instance
+# Relatives of LoRA: their change of a weight is no product of two factors, or not that alone.
 UNREAD = {"lokr_": "a LoKr", "hada_": "a LoHa", "dora_scale": "a DoRA", "lora_magnitude": "a DoRA"}
 
 
@@ -49,7 +50,7 @@ def lora_file(name: str | Path) -> Path | None:
     Raises ValueError for a file that cannot be read, and for a folder of several LoRAs.
     """
     path = Path(name)
-    if (path / "model_index.json").exists():
+    if (path / "model_index.json").exists():  # a model folder, whatever lies in it
         return None
     # With its note alone a LoRA is incomplete: `locations.locate` reports the missing file.
     if (path / FILE).exists() or (path / NOTE).exists():
@@ -57,6 +58,7 @@ def lora_file(name: str | Path) -> Path | None:
     if (path / PEFT).exists():
         return path / PEFT
     is_file = path.is_file() and path.suffix == ".safetensors"
+    # kohya and ai-toolkit leave a LoRA for each checkpoint in one folder.
     files = [path] if is_file else sorted(path.glob("*.safetensors"))
     if not files or not all(map(is_lora_file, files)):
         return None
@@ -75,10 +77,11 @@ def read_lora(file: Path, config: FluxConfig) -> Changes:
     check_lora(state, file)
     table = layer_rows(config)
     changes = {}
+    # Tensors are taken out of `state`, so that those that nobody understands are left at the end.
     for down_name in list(filter(DOWN.search, state)):
         down = state.pop(down_name)  # (rank, in)
         up = state.pop(down_name.replace("lora_A", "lora_B").replace("down", "up"), None)  # (rows, rank)
-        alpha = state.pop(DOWN.sub(".alpha", down_name), None)
+        alpha = state.pop(DOWN.sub(".alpha", down_name), None)  # kohya's and OneTrainer's; a tensor of one number
         layer = PREFIX.sub("", DOWN.sub("", down_name))
         if kohya_name(layer) not in table:
             raise ValueError(f"{file}: {down_name} is of no layer of this Flux")
@@ -143,8 +146,10 @@ def scale_of(layer: str, rank: int, alpha: Tensor | None, settings: dict) -> flo
         return alpha.item() / rank
     layer_alpha = settings.get("lora_alpha", rank)
     for pattern, value in settings.get("alpha_pattern", {}).items():
+        # As in PEFT: a pattern is the end of a layer's name, from a dot on, and the first that fits counts.
         if re.match(rf"(.*\.)?({pattern})$", layer):
             layer_alpha = value
+            break
     # rsLoRA divides by the root of the rank, so that a higher rank does not learn more slowly.
     return layer_alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
@@ -154,7 +159,7 @@ def kohya_name(layer: str) -> str:
 
 
 def layer_rows(config: FluxConfig) -> dict[str, tuple[str, Tensor, torch.Size]]:
-    """By each published name of a layer, as kohya writes it: our name of the weight that it is in, its rows there, the shape of the weight."""
+    """By each published name of a layer, as kohya writes it: our weight, the layer's rows in it, the weight's shape."""
     with torch.device("meta"):
         parameters = dict(Flux(config).named_parameters())
     table = {}
@@ -172,5 +177,6 @@ def merge_lora(tensors: NamedTensors, changes: Changes, strength: float = 1.0) -
     for name, tensor in tensors:
         if name in changes:
             up, down = changes[name]
+            # A new tensor: the old one may be a view of a mapped file.
             tensor = tensor.float() + strength * (up @ down)
         yield name, tensor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model import Flux
 
-E4M3 = torch.float8_e4m3fn
+E4M3 = torch.float8_e4m3fn  # 1 sign, 4 exponent and 3 mantissa bits
 E4M3_MAX = 448.0
 NamedTensors = Iterator[tuple[str, Tensor]]
 
@@ -49,7 +49,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (out, in) in e4m3, and the scale of each of its rows, (out, 1) in fp32."""
     row_max = weight.float().abs().amax(1, keepdim=True)
     scale = row_max.clamp(min=1e-12) / E4M3_MAX  # a row may be zero
-    return (weight.float() / scale).to(E4M3), scale
+    numbers = (weight.float() / scale).to(E4M3)
+    return numbers, scale
 
 
 def up_cast(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,6 +63,7 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        # On the layer's device, meta included. The values come from quantized_tensors.
         weight = torch.empty_like(linear.weight, dtype=E4M3)
         scale = linear.weight.new_empty(len(weight), 1, dtype=torch.float32)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -82,10 +84,12 @@ class Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, up_cast(weight, scale, x.dtype), bias)
+        full_weight = up_cast(weight, scale, x.dtype)
+        return F.linear(x, full_weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
+        grad_x = grad @ up_cast(weight, scale, grad.dtype)
         # One gradient for each argument of forward: all but x are frozen.
-        return grad @ up_cast(weight, scale, grad.dtype), None, None, None
+        return grad_x, None, None, None

@@ -1,13 +1,13 @@
 """--lean: all weights in bf16 on one GPU, and an optimizer whose moments take a byte each (torchao).
 
-An update of 1e-5 is below the precision of most weights in bf16: rounding to the nearest number would undo every update.
-Stochastic rounding goes up or down with odds such that the mean of the rounded weight is the exact one.
+An update of 1e-5 is below the precision of most weights in bf16: rounding to the nearest number would undo each update.
+Stochastic rounding goes up or down, with odds such that the mean of the rounded weight is the exact one.
 """
 
 import torch
 from torch import Tensor
 from torchao.optim import AdamW8bit
-from torchao.optim.subclass_8bit import OptimState8bit
+from torchao.optim.subclass_8bit import OptimState8bit  # the tensor class of quantized moments
 
 
 class LeanAdamW(AdamW8bit):

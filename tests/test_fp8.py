@@ -29,14 +29,14 @@ PROMPTS = ["a photo of a red circle", "a photo of three squares"]
 # ----------------------------------------------------------------------------------------------------- a layer
 
 
-def fp8_and_plain_layer() -> tuple[Fp8Linear, nn.Linear]:
+def fp8_and_fp32_layer() -> tuple[Fp8Linear, nn.Linear]:
     """A layer in fp8, and an fp32 one with the same rounded weights."""
     torch.manual_seed(0)
-    plain = nn.Linear(48, 32).requires_grad_(False)
-    layer = Fp8Linear(plain)
-    layer.weight.data, layer.scale.data = quantize(plain.weight)
-    plain.weight.data = layer.weight.float() * layer.scale
-    return layer, plain
+    fp32_layer = nn.Linear(48, 32).requires_grad_(False)
+    layer = Fp8Linear(fp32_layer)
+    layer.weight.data, layer.scale.data = quantize(fp32_layer.weight)
+    fp32_layer.weight.data = layer.weight.float() * layer.scale
+    return layer, fp32_layer
 
 
 def test_the_error_of_a_weight_is_a_sixteenth_at_most_or_nothing_beside_its_row():
@@ -52,22 +52,22 @@ def test_the_error_of_a_weight_is_a_sixteenth_at_most_or_nothing_beside_its_row(
 
 
 def test_a_layers_output_and_its_gradient_are_those_of_its_up_cast_weight():
-    layer, plain = fp8_and_plain_layer()
+    layer, fp32_layer = fp8_and_fp32_layer()
     x = torch.randn(5, 7, 48, requires_grad=True)
-    plain_x = x.detach().clone().requires_grad_()
+    fp32_x = x.detach().clone().requires_grad_()
     u = torch.randn(5, 7, 32)
-    y, plain_y = layer(x), plain(plain_x)
-    torch.testing.assert_close(y, plain_y)
+    y, fp32_y = layer(x), fp32_layer(fp32_x)
+    torch.testing.assert_close(y, fp32_y)
     y.backward(u)
-    plain_y.backward(u)
-    torch.testing.assert_close(x.grad, plain_x.grad)
+    fp32_y.backward(u)
+    torch.testing.assert_close(x.grad, fp32_x.grad)
 
 
 def test_no_up_cast_weight_is_kept_for_the_backward():
-    layer, plain = fp8_and_plain_layer()
+    layer, fp32_layer = fp8_and_fp32_layer()
     x = torch.randn(2, 48, requires_grad=True)
     assert kept_bytes(lambda: layer(x), layer.parameters()) == 0
-    assert kept_bytes(lambda: F.linear(x, plain.weight * 1.0, plain.bias), plain.parameters()) == 48 * 32 * 4
+    assert kept_bytes(lambda: F.linear(x, fp32_layer.weight * 1.0, fp32_layer.bias), fp32_layer.parameters()) == 48 * 32 * 4
 
 
 # ------------------------------------------------------------------------------------------------------- a run
@@ -129,8 +129,8 @@ def test_the_plan_counts_what_is_held(base):
         flux = network(base, process)
     with FakeTensorMode():
         planned = planned_flux(flux.config, base.lora, torch.bfloat16)
-        parts = memory(Plan(size="64", text_length=12, lora=base.lora, fp8=True), 1, planned, torch.bfloat16)
-    assert parts["weights"] == count_bytes(list(flux.parameters()))
+        sizes = memory(Plan(size="64", text_length=12, lora=base.lora, fp8=True), 1, planned, torch.bfloat16)
+    assert sizes["weights"] == count_bytes(list(flux.parameters()))
 
 
 def test_a_run_draws_and_saves_a_lora_that_lies_over_the_base_as_it_was(base):

@@ -1,7 +1,6 @@
 """--lean: all weights in bf16 on one GPU, and what that costs."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch

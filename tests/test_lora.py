@@ -71,11 +71,11 @@ def test_without_its_lora_a_network_is_the_untuned_one_also_after_an_error():
     assert torch.equal(velocity_at(flux), tuned)
 
 
-def test_a_network_has_no_lora_to_switch_off_and_is_itself():
+def test_a_network_that_has_no_lora_is_itself_without_it():
     flux = load_pipeline(TINY).flux
     with torch.no_grad(), without_lora(flux):
-        inside = velocity_at(flux)
-    assert torch.equal(inside, velocity_at(flux))
+        velocity = velocity_at(flux)
+    assert torch.equal(velocity, velocity_at(flux))
 
 
 def test_first_values_are_random_in_A_and_zero_in_B_and_continue_a_change_in_the_first_columns():

@@ -153,11 +153,11 @@ def test_pefts_alpha_is_that_of_its_config(tmp_path):
 def test_rslora_divides_alpha_by_the_root_of_the_rank(tmp_path):
     save_file(factors(DIFFUSERS), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(dict(lora_alpha=ALPHA)))
-    plain = read_lora(tmp_path / "adapter_model.safetensors", FLUX.config)
+    unrooted = read_lora(tmp_path / "adapter_model.safetensors", FLUX.config)
     (tmp_path / "adapter_config.json").write_text(json.dumps(dict(lora_alpha=ALPHA, use_rslora=True)))
     rooted = read_lora(tmp_path / "adapter_model.safetensors", FLUX.config)
-    for weight in plain:
-        torch.testing.assert_close(rooted[weight].up, plain[weight].up * RANK**0.5)
+    for weight in unrooted:
+        torch.testing.assert_close(rooted[weight].up, unrooted[weight].up * RANK**0.5)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,9 @@ def test_layers_that_diffusers_does_not_read_are_changed_too(layer, state, tmp_p
 
 @torch.no_grad()
 def test_in_bf16_a_small_change_is_not_rounded_away(tmp_path):
-    small = {name: t * (1e-3 if "lora_B" in name else 1) for name, t in STATES["diffusers"].items()}
+    state = {name: t * (1e-3 if "lora_B" in name else 1) for name, t in STATES["diffusers"].items()}
     file = tmp_path / "small.safetensors"
-    save_file(small, file)
+    save_file(state, file)
     merged = dict(merge_lora(iter(WEIGHTS.items()), read_lora(file, FLUX.config)))
 
     x = torch.randn(2, 16, FLUX.config.in_channels)
