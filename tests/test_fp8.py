@@ -67,7 +67,8 @@ def test_no_up_cast_weight_is_kept_for_the_backward():
     layer, fp32_layer = fp8_and_fp32_layer()
     x = torch.randn(2, 48, requires_grad=True)
     assert kept_bytes(lambda: layer(x), layer.parameters()) == 0
-    assert kept_bytes(lambda: F.linear(x, fp32_layer.weight * 1.0, fp32_layer.bias), fp32_layer.parameters()) == 48 * 32 * 4
+    weight = fp32_layer.weight  # times 1.0 it is a new tensor, as an up-cast weight is
+    assert kept_bytes(lambda: F.linear(x, weight * 1.0, fp32_layer.bias), fp32_layer.parameters()) == 48 * 32 * 4
 
 
 # ------------------------------------------------------------------------------------------------------- a run
