@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from formats.lora import Change, Changed
+from formats.lora import Changes, add_change
 from formats.lora_files import merge_lora
 from formats.names import check_state, config_from_diffusers, from_diffusers, load_weights
 from formats.reading import FP8, check_precision, parse_file, without_prefix
@@ -115,7 +115,7 @@ def load_flux(
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     place: Callable[[Flux, Tensors], None] | None = None,
-    lora: dict[str, list[Change]] | None = None,
+    lora: Changes | None = None,
     strength: float = 1.0,
     origin: Weights | None = None,
 ) -> Flux:
@@ -142,9 +142,8 @@ def load_flux(
         place(flux, tensors)
         return flux
     load_weights(flux, {name: tensor.to(dtype) for name, tensor in tensors}, source=str(path))
-    for name, changes in apart.items():
-        layer = name.removesuffix(".weight")
-        flux.set_submodule(layer, Changed(flux.get_submodule(layer), changes, strength))
+    for name, change in apart.items():
+        add_change(flux.get_submodule(name.removesuffix(".weight")), change, strength)
     return flux.to(device)  # names were converted on the CPU: a GPU holds the weights once
 
 
