@@ -45,7 +45,7 @@ from infra.distributed import (
 )  # fmt: skip
 from infra.jsonl import Entry
 from infra.logs import Log, note_nonfinite
-from infra.meter import Meter, peak_flops, peak_memory
+from infra.meter import Meter
 from infra.prompts import prompts_of_update, rows_of_rank
 from infra.seeds import generator_of
 from infra.watch import folder_advice, hacking_warnings, preview_indices, watched_value
@@ -185,7 +185,7 @@ def update(cfg: Config, setup: Setup, process: Process, run: State, step: int) -
         norm = full_tensor(nn.utils.clip_grad_norm_(run.params, cfg.clip)).item()
 
     # Every rank sees every value, so that all come to the same decisions below.
-    ranks = all_gather_objects((own, meter.counts, prompts))
+    ranks = all_gather_objects((own, meter, prompts))
     means = {name: torch.cat([values[name] for values, *_ in ranks]).mean().item() for name in own}
     if not np.isfinite([norm, *means.values()]).all():
         run.optimizer.zero_grad()
@@ -198,21 +198,9 @@ def update(cfg: Config, setup: Setup, process: Process, run: State, step: int) -
         run.optimizer.zero_grad()
         run.average(cfg.ema)
 
-    counts = [counts for _, counts, _ in ranks]
-    forwards, backwards = (sum(c[name] for c in counts) for name in ("forwards", "backwards"))
-    entry = dict(
-        step=step, **reported_means(setup.rewards, means), grad_norm=norm, forwards=forwards, backwards=backwards
-    )
-    entry |= {k: sum(c[k] for c in counts) / process.world_size for k in counts[0] if k.startswith("seconds")}
-    entry["seconds_update"] = meter.counts["seconds_update"]
-    entry["seconds"] = time.perf_counter() - began
-    entry["memory"] = peak_memory(process.device)
-    cost = setup.size(step).flops
-    flops = (forwards - backwards) * cost.forward + backwards * cost.both
-    entry["tflops"] = flops / entry["seconds"] / process.world_size / 1e12  # per rank, of the transformer alone
-    if peak := peak_flops(process.device):
-        entry["mfu"] = entry["tflops"] * 1e12 / peak
-    return entry
+    meters = [rank_meter for _, rank_meter, _ in ranks]
+    entry = dict(step=step, **reported_means(setup.rewards, means), grad_norm=norm)
+    return entry | meter.report(meters, setup.size(step).flops, seconds=time.perf_counter() - began)
 
 
 # --------------------------------------------------------------------------------------- an evaluation

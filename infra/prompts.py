@@ -19,8 +19,8 @@ COMMENT = re.compile(r"#+(\s|$)")  # "# a note", not "#1 dad mug"
 # Zero-width space, word joiner and byte order mark: they come with text from web pages and would become tokens. The
 # zero-width joiners stay, because emoji and Persian words are made with them.
 INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
-# The first line that is written for another program: an object of JSON; a prompt with flags such as --w 512; "prompts:",
-# or the first line of a list in which every line has a dash.
+# The first line that is written for another program: an object of JSON; a prompt with flags such as --w 512;
+# "prompts:", or the first line of a list in which every line has a dash.
 OTHER_FORMAT = re.compile(
     r'(?P<JSON_lines>^\[?\{ ?".*$)'
     r"|(?P<a_kohya_prompt_file>^.* --[a-z]+ .*$)"

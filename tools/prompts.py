@@ -38,7 +38,7 @@ MIRRORED = {"right of": "left of", "below": "above"}  # "a right of b" means "b 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 TASKS = ("position", "counting", "color_attr", "colors", "two_object", "single_object")  # GenEval's tags
 RATIO = (7, 5, 3, 1, 1, 0)  # of the tasks, in the paper
-MAX_REFUSALS = 10_000  # of prompts in a row, before a task counts as exhausted: counting has 240 prompts in all
+MAX_REFUSALS = 10_000  # in a row, until a task has no prompt left: counting has 240 in all
 
 Entry = dict[str, Any]  # a line of GenEval's metadata
 
