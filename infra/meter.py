@@ -45,8 +45,8 @@ class Meter:
     def report(self, ranks: Sequence["Meter"], cost: Flops, seconds: float) -> dict[str, float]:
         """What metrics.jsonl says of an update of `seconds`, from the meters of all ranks, this rank's among them.
 
-        `forwards` are all evaluations of all ranks, `backwards` those with a gradient. `seconds_STAGE` are means over the
-        ranks. `memory` (GB), `tflops` and `mfu` are of one rank, the last two of the transformer alone.
+        `forwards` are all evaluations of all ranks, `backwards` those with a gradient; `seconds_STAGE` are means over
+        the ranks; `memory` (GB), `tflops` and `mfu` are of one rank, the last two of the transformer alone.
         """
         without_gradient = sum(meter.without_gradient for meter in ranks)
         with_gradient = sum(meter.with_gradient for meter in ranks)

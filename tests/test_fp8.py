@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from config import Config
@@ -19,7 +18,8 @@ from infra.fp8 import Linear8, rounded, up_cast
 from infra.meter import Meter
 from sample import sample
 from start import Setup, prepare
-from tools.plan import Plan, kept_bytes, memory, planned_flux
+from tests.activations import kept_bytes
+from tools.plan import PlanFlags, memory, planned_flux
 
 ROOT = Path(train.__file__).parent
 TINY = ROOT / "shapes" / "tiny-flux"
@@ -116,10 +116,8 @@ def test_the_plan_counts_what_is_held(base):
     with join("cpu") as world:
         pipe = prepare(base, world).pipe
     held = sum(p.numel() * p.dtype.itemsize for p in pipe.flux.parameters())
-    with FakeTensorMode():
-        flux = planned_flux(pipe.flux.config, base.lora, torch.bfloat16)
-        parts = memory(Plan(size="64", text_length=12, lora=base.lora, fp8=True), 1, flux, torch.bfloat16)
-    assert parts["weights"] == held
+    flux = planned_flux(pipe.flux.config, base.lora, torch.bfloat16)
+    assert memory(PlanFlags(size="64", lora=base.lora, fp8=True), 1, flux)["weights"] == held
 
 
 def test_a_run_draws_and_saves_a_lora_that_lies_over_the_base_as_it_was(base):
