@@ -319,7 +319,7 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
         grad_norm = distributed.full_tensor(grad_norm).item()
 
     # Every rank sees every rank's values, so that all come to the same decision below.
-    ranks = distributed.all_gather_objects((values, meter.counts))
+    ranks = distributed.all_gather_objects((values, meter))
     values_of_ranks = [rank_values for rank_values, _ in ranks]
     means = {}
     for name in values:
@@ -339,7 +339,8 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
         update_averages(state, cfg.ema)
 
     rewards = reported_means(setup.rewards, means)
-    cost = meter.report([counts for _, counts in ranks], setup.size(update).flops, time.perf_counter() - began)
+    meters = [rank_meter for _, rank_meter in ranks]
+    cost = meter.report(meters, setup.size(update).flops, seconds=time.perf_counter() - began)
     return dict(step=update, **rewards, grad_norm=grad_norm, **cost)
 
 

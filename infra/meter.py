@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,87 +14,110 @@ from model import Flux
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16 FLOP/s, dense, published
 
 
-class Meter:
-    """Adds up, while an update runs, what its stages take, where the calls are made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.counts = device, Counter()
-
-    @contextmanager
-    def __call__(self, stage: str, forwards: int = 0, backwards: int = 0) -> Iterator[None]:
-        """Within: a stage, in which the network is evaluated that often, and as often with a backward."""
-        began = time.perf_counter()
-        yield
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        self.counts[f"seconds_{stage}"] += time.perf_counter() - began
-        self.counts["forwards"] += forwards + backwards
-        self.counts["backwards"] += backwards
-
-
-def _report(self, counts, cost, seconds):
-    n = len(counts)
-    forwards, backwards = (sum(c[k] for c in counts) for k in ("forwards", "backwards"))
-    entry = dict(forwards=forwards, backwards=backwards)
-    for name in counts[0]:
-        if name.startswith("seconds"):
-            entry[name] = sum(c[name] for c in counts) / n
-    entry["seconds_update"] = self.counts["seconds_update"]
-    entry["seconds"] = seconds
-    entry["memory"] = peak_memory(self.device)
-    flops = (forwards - backwards) * cost.forward + backwards * cost.both
-    entry["tflops"] = flops / seconds / n / 1e12
-    return entry
-
-
-Meter.report = _report
-
-
 class Flops(NamedTuple):
     """Floating-point operations of the transformer, for one sample."""
 
     forward: int
-    both: int  # of a forward and its backward
+    forward_backward: int
+
+
+class Meter:
+    """What one rank does in an update. An evaluation is of one sample: a batch of 4 counts 4."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = Counter()  # by stage
+        self.without_gradient = 0  # evaluations of the network with a forward alone
+        self.with_gradient = 0  # evaluations with a forward and its backward
+
+    @contextmanager
+    def __call__(self, stage: str, forwards: int = 0, backwards: int = 0) -> Iterator[None]:
+        """Time a stage with so many evaluations, `forwards` without a gradient and `backwards` with one."""
+        start = time.perf_counter()
+        yield
+        if self.device.type != "cpu":
+            # A GPU computes while Python goes on: without this, its time would count for a stage that comes later.
+            torch.accelerator.synchronize(self.device)
+        self.seconds[stage] += time.perf_counter() - start
+        self.without_gradient += forwards
+        self.with_gradient += backwards
+
+    def report(self, ranks: Sequence["Meter"], cost: Flops, seconds: float) -> dict[str, float]:
+        """What metrics.jsonl says of an update of `seconds`, from the meters of all ranks, this rank's among them.
+
+        `forwards` are all evaluations of all ranks, `backwards` those with a gradient; `seconds_STAGE` are means over
+        the ranks; `memory` (GB), `tflops` and `mfu` are of one rank, the last two of the transformer alone.
+        """
+        without_gradient = sum(meter.without_gradient for meter in ranks)
+        with_gradient = sum(meter.with_gradient for meter in ranks)
+        entry = {"forwards": without_gradient + with_gradient, "backwards": with_gradient}
+        for stage in self.seconds:
+            entry[f"seconds_{stage}"] = sum(meter.seconds[stage] for meter in ranks) / len(ranks)
+        # Ranks exchange their meters before the weights change, so of this stage a rank knows its own time alone.
+        entry["seconds_update"] = self.seconds["update"]
+        entry["seconds"] = seconds
+        entry["memory"] = peak_memory(self.device)
+
+        flops = without_gradient * cost.forward + with_gradient * cost.forward_backward
+        rate = flops / len(ranks) / seconds
+        entry["tflops"] = rate / 1e12
+        peak = peak_flops(self.device)
+        if peak:
+            entry["mfu"] = rate / peak
+        return entry
 
 
 def network_flops(flux: Flux, image_tokens: int, text_tokens: int) -> Flops:
-    """What an evaluation multiplies and adds in linear layers and attention: what torch's own counter counts, too.
+    """Multiplications and additions of an evaluation in linear layers and attention, as torch's FlopCounterMode counts.
 
-    A backward multiplies as often for the gradients in the inputs, which attention has two of, and once more for the
-    weights that are trained; with `flux.recompute` the blocks run again.  Only shapes are read: `flux` may be without
-    memory (on the meta device).
+    Biases, norms and activations are left out. Only shapes are read: `flux` may be on the meta device.
     """
+    linear, trained, in_blocks = 0, 0, 0
+    for name, p in flux.named_parameters():
+        if p.ndim == 2:  # the weight of a linear layer, or a factor of a LoRA
+            flops = 2 * p.numel() * vectors_of_weight(name, image_tokens, text_tokens)
+            linear += flops
+            trained += flops * p.requires_grad
+            in_blocks += flops * ("blocks" in name)
 
-    def tokens(name: str) -> int:
-        """How many vectors a sample has that a weight is multiplied with."""
-        if "mod" in name or name.startswith(("time_in", "guidance_in", "vector_in")):
-            return 1
-        both = image_tokens + text_tokens
-        return both if "single_blocks" in name else text_tokens if "txt" in name else image_tokens
-
-    # Rows by columns, a multiplication and an addition each: linear layers, LoRA's too, but no biases nor norms.
-    linear = {name: 2 * tokens(name) * p.numel() for name, p in flux.named_parameters() if p.ndim == 2}
-    trained = sum(linear[name] for name, p in flux.named_parameters() if p.ndim == 2 and p.requires_grad)
     blocks = len(flux.double_blocks) + len(flux.single_blocks)
+    # Two products, q k^T and the weighted sum of v, of 2 l^2 c each for a sequence of l tokens and c channels.
     attention = blocks * 4 * (image_tokens + text_tokens) ** 2 * flux.config.hidden_size
-    forward = sum(linear.values()) + attention
-    again = attention + sum(count for name, count in linear.items() if "blocks" in name) if flux.recompute else 0
-    return Flops(forward, 2 * forward + attention + trained + again)
+    forward = linear + attention
+    # A product has a gradient in each factor: in its input always, in its weight if the weight is trained. Both factors
+    # of attention's products are activations.
+    backward = linear + 2 * attention + trained
+    if flux.recompute:
+        backward += in_blocks + attention
+    return Flops(forward, forward + backward)
+
+
+def vectors_of_weight(name: str, image_tokens: int, text_tokens: int) -> int:
+    """The number of vectors of a sample that a weight is multiplied with, by the parameter's name."""
+    if "mod" in name or name.startswith(("time_in", "guidance_in", "vector_in")):
+        return 1
+    if "single_blocks" in name:
+        return image_tokens + text_tokens
+    return text_tokens if "txt" in name else image_tokens
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB: of the device since the start, or of the process on a CPU; 0 where the system does not tell (Windows)."""
+    """GB: of the device since the start, or of the process on a CPU; 0 where the system does not say (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import resource  # not on Windows
     except ImportError:
         return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that the device is sold with, if it is a known one."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for kind, flops in PEAK.items() if kind in name), None)
+    """The device's published FLOP/s; None for a device that PEAK does not list."""
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+        for kind, flops in PEAK.items():
+            if kind in device_name:
+                return flops
+    return None

@@ -100,7 +100,7 @@ def counted():
             meter = Meter(world.device)
             one = replace(setup, method=opened(spec, SMALL)[0], group=8 if "grpo" in spec else 1)
             train.batch_gradient(cfg, one, world, step, meter)
-            return cost(meter.counts["forwards"], meter.counts["backwards"])
+            return cost(meter.without_gradient + meter.with_gradient, meter.with_gradient)
 
         yield count
 

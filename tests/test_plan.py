@@ -1,5 +1,6 @@
-"""plan.py's counts against what the tiny model really keeps, holds and sends."""
+"""plan.py's counts against what real modules keep, hold, send and compute."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,70 +15,89 @@ from transformers import T5Config, T5EncoderModel
 import train
 from config import Config
 from infra.distributed import join, local_shard
-from infra.meter import Meter, network_flops
+from infra.meter import PEAK, Flops, Meter, network_flops
 from model import FLUX_DEV, Flux
 from recipe.models import TINY
+from tests.activations import built_flux, conditions, decode_bytes, flux_vae, kept_bytes, leap_bytes
 from tests.processes import spread
 from tools import plan
-from tools.plan import ENCODERS, LENT, Plan, decode_bytes, flux_inputs, kept_bytes, leap_bytes, planned_flux, traffic
+from tools.plan import (
+    DECODE,
+    ENCODERS,
+    LEAP,
+    OFFLOADED,
+    TEXT_TOKENS,
+    VAE,
+    PlanFlags,
+    evaluations,
+    planned_flux,
+    traffic,
+)
 
-CONFIG = replace(
+SMALL = replace(
     FLUX_DEV, hidden_size=128, num_heads=4, axes_dim=(8, 12, 12), depth=2, depth_single_blocks=3, context_in_dim=96
 )
+BF16 = torch.bfloat16
+CLIP = 123_060_480  # parameters of CLIP-L's text model, published
+RESIDENT = ("weights", "gradients", "optimizer", "averages")
+
+
+# ------------------------------------------------------------------------------------------- compute
 
 
 @pytest.mark.parametrize("size, published", [(512, 21.5), (720, 37.0)])
-def test_an_evaluation_of_flux_dev_costs_what_is_known(size, published):
-    with torch.device("meta"):
-        flux = Flux(FLUX_DEV)
+def test_an_evaluation_of_flux_dev_costs_what_is_published(size, published):
+    flux = planned_flux(FLUX_DEV, None, BF16)
     assert network_flops(flux, (size // 16) ** 2, 512).forward / 1e12 == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize("lora, recompute", [(None, False), (None, True), (8, False), (8, True)])
 def test_floating_point_operations_are_those_that_torch_counts(lora, recompute):
-    flux, image, text = planned_flux(CONFIG, lora, torch.float32), 64, 20
+    flux, image_tokens, text_tokens = built_flux(SMALL, lora, torch.float32), 64, 20
     flux.recompute = recompute
-    img, *others = flux_inputs(CONFIG, 1, image, text, torch.float32)
+    img = torch.zeros(1, image_tokens, SMALL.in_channels)
+    inputs = conditions(SMALL, 1, image_tokens, text_tokens, torch.float32)
     with sdpa_kernel(SDPBackend.MATH):  # no other attention is counted on a CPU
         with FlopCounterMode(display=False) as forward, torch.no_grad():
-            flux(img, *others)
-        with FlopCounterMode(display=False) as both:
-            v = flux(img.requires_grad_(), *others)
+            flux(img, *inputs)
+        with FlopCounterMode(display=False) as forward_backward:
+            v = flux(img.requires_grad_(), *inputs)
             v.backward(torch.zeros_like(v))
-    cost = network_flops(flux, image, text)
+    cost = network_flops(flux, image_tokens, text_tokens)
     assert cost.forward == forward.get_total_flops()
-    assert cost.both == pytest.approx(both.get_total_flops(), rel=0.01)  # but for gradients in inputs that have none
+    # The plan counts a gradient in every input, also in text and time, which need none.
+    assert cost.forward_backward == pytest.approx(forward_backward.get_total_flops(), rel=0.01)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_activations_counted_without_memory_are_those_that_a_real_leap_keeps(recompute):
-    with FakeTensorMode():
-        counted = leap_bytes(Flux(CONFIG), 2, 64, 20, torch.float32, recompute)
-    real = leap_bytes(Flux(CONFIG), 2, 64, 20, torch.float32, recompute)
-    assert counted == real
-    assert counted > 2 * 64 * 128 * 4 * 5  # at least a tensor a block
+def test_a_report_sums_evaluations_over_the_ranks_and_averages_their_seconds(monkeypatch):
+    meter, neighbour = Meter(torch.device("cpu")), Meter(torch.device("cpu"))
+    for rank in (meter, neighbour):
+        with rank("rollout", forwards=3):
+            pass
+        with rank("leaps", forwards=1, backwards=2):
+            pass
+    meter.seconds |= {"rollout": 2.0, "update": 5.0}
+    neighbour.seconds |= {"rollout": 4.0, "update": 1.0}
+    monkeypatch.setattr("infra.meter.peak_flops", lambda device: 2e12)
+    entry = meter.report([meter, neighbour], Flops(forward=10**12, forward_backward=3 * 10**12), seconds=10.0)
+    assert (entry["forwards"], entry["backwards"]) == (2 * (4 + 2), 2 * 2)
+    assert entry["seconds_rollout"] == 3.0
+    assert entry["seconds_update"] == 5.0  # this rank's own: the others' came before the update
+    assert entry["tflops"] == pytest.approx((4 + 2 * 3) / 10)  # a rank's
+    assert entry["mfu"] == pytest.approx(entry["tflops"] / 2)
+    assert entry["memory"] > 0 and entry["seconds"] == 10.0
 
 
-def test_recomputing_keeps_less():
-    with FakeTensorMode():
-        flux, vae = planned_flux(FLUX_DEV, None, torch.bfloat16), plan.flux_vae()
-        much, little = (leap_bytes(flux, 1, 2025, 512, torch.bfloat16, r) for r in (False, True))
-        assert little < 0.2 * much
-        much, little = (decode_bytes(vae, 1, 90, 90, r) for r in (False, True))
-        assert little < 0.8 * much
+def test_evaluations_are_those_that_a_method_makes_on_average():
+    assert evaluations(PlanFlags(updates=3)) == (25, 2)
+    assert evaluations(PlanFlags(updates=1, method="mix_grpo")) == (25, 4)
+    forwards, backwards = evaluations(PlanFlags(updates=200, method="refl"))  # which stops at a random one of 11 steps
+    assert backwards == 1 and 14 < forwards < 25 and forwards != int(forwards)
+    with pytest.raises(ValueError, match="--method nonsense"):
+        evaluations(PlanFlags(method="nonsense"))
 
 
-def test_of_t5_all_layers_but_one_are_lent():
-    with torch.device("meta"):
-        t5 = T5EncoderModel(
-            T5Config(
-                vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                feed_forward_proj="gated-gelu",
-            )
-        )  # fmt: skip
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in t5.encoder.block]
-    assert sum(layers[1:]) == LENT
-    assert ENCODERS - sum(p.numel() for p in t5.parameters()) == 123_060_480
+# ---------------------------------------------------------------------------------------- activations
 
 
 def test_kept_memory_is_counted_once_and_without_parameters():
@@ -85,8 +105,50 @@ def test_kept_memory_is_counted_once_and_without_parameters():
     assert kept_bytes(lambda: (x @ w).exp().sum() + (x * x).sum(), [w]) == 10 * 50 * 4 * 2  # x, and exp's result
 
 
-class Sent(TorchDispatchMode):
-    """Adds up what collectives bring and reduce on this rank."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_counted_without_memory_are_those_that_a_real_leap_keeps(recompute):
+    with FakeTensorMode():
+        fake = Flux(SMALL)
+        fake.recompute = recompute
+        counted = leap_bytes(fake, 2, 64, 20)
+    flux = Flux(SMALL)
+    flux.recompute = recompute
+    assert counted == leap_bytes(flux, 2, 64, 20)
+    assert counted > 2 * 64 * 128 * 4 * 5  # at least a tensor a block
+
+
+@pytest.mark.parametrize("size, b", [(512, 1), (720, 2)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_leap_and_a_decode_keep_the_bytes_of_the_plan(recompute, size, b):
+    tokens = (size // 16) ** 2
+    with FakeTensorMode():
+        flux = built_flux(FLUX_DEV, None, BF16)
+        flux.recompute = recompute
+        leap = leap_bytes(flux, b, tokens, TEXT_TOKENS)
+        decode = decode_bytes(flux_vae(), b, size // 8, size // 8, recompute)
+    assert b * (tokens + TEXT_TOKENS) * LEAP[recompute] == pytest.approx(leap, rel=0.01)
+    assert b * size**2 * DECODE[recompute] == pytest.approx(decode, rel=0.001)
+
+
+# --------------------------------------------------------------------------------- weights and traffic
+
+
+def test_published_networks_have_the_sizes_of_the_plan():
+    with torch.device("meta"):
+        config = T5Config(
+            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+        t5 = T5EncoderModel(config)
+        vae = flux_vae()
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in t5.encoder.block]
+    assert 2 * sum(layers[1:]) == OFFLOADED
+    assert 2 * (sum(p.numel() for p in t5.parameters()) + CLIP) == ENCODERS
+    assert 4 * sum(p.numel() for p in vae.parameters()) == VAE
+
+
+class Collectives(TorchDispatchMode):
+    """Adds up the bytes that all-gathers and reduce-scatters bring to this rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,71 +163,122 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def sent(cfg: Config) -> tuple[int, int, int]:
+def measured_bytes(cfg: Config) -> tuple[int, int, int]:
+    """Bytes that a rank receives by all-gathers and by reductions in an update, and bytes that it holds."""
     with join("cpu") as world:
         setup = train.set_up(cfg, world)
         run = train.make_state(cfg, setup.pipe.flux)
         train.one_update(cfg, setup, run, world, 0)
-        with Sent() as seen:
+        with Collectives() as collectives:
             train.batch_gradient(cfg, setup, world, 1, Meter(world.device))
-        held = sum(local_shard(t).nbytes for p in run.params for t in (p, p.grad))
-        held += sum(local_shard(t).nbytes for t in (*run.averaged, *(setup.base.parameters() if setup.base else ())))
-        moments = (v for s in run.optimizer.state.values() for k, v in s.items() if k != "step")
-        return seen.gathered, seen.reduced, held + sum(local_shard(t).nbytes for t in moments)
+        tensors = [*run.params, *run.averaged]
+        tensors += [p.grad for p in run.params]
+        for state in run.optimizer.state.values():
+            tensors += [state["exp_avg"], state["exp_avg_sq"]]
+        held_bytes = sum(local_shard(t).nbytes for t in tensors)
+        return collectives.gathered, collectives.reduced, held_bytes
 
 
-@pytest.mark.parametrize("flags", [{}, dict(keep_gathered=True), dict(anchor=1.0)])
-def test_bytes_held_and_sent_by_two_ranks_are_those_counted(flags):
-    flags = dict(batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, **flags)
-    flux = planned_flux(TINY, None, torch.float32)
-    told = Plan(size="64", text_length=12, **flags)
-    counted = traffic(told, 2, flux, torch.float32, network_flops(flux, 16, 12))
-    parts = plan.memory(told, 2, flux, torch.float32)
-    held = sum(parts[name] for name in ("weights", "gradients", "averages", "optimizer", "base"))
-    assert held == (6 if told.anchor else 5) * plan.size_of(flux.parameters(), torch.float32) / 2
-    cfg = Config(out=Path("nonexistent"), **flags)
-    for gathered, reduced, real in spread(2, sent, cfg):
-        assert (gathered, reduced) == (counted["gathered"], counted["reduced"])
-        assert real == held
+@pytest.mark.parametrize("method", ["leapalign", "draft_lv"])
+def test_bytes_held_and_sent_by_two_ranks_are_those_of_the_plan(method):
+    flags = dict(batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, method=method, updates=2)
+    cfg, flux = PlanFlags(size="64", **flags), planned_flux(TINY, None, torch.float32)
+    sent = traffic(cfg, 2, flux, *evaluations(cfg))
+    sizes = plan.memory(cfg, 2, flux)
+    resident = sum(sizes[name] for name in RESIDENT)
+    assert resident == 5 * sum(p.nbytes for p in flux.parameters()) / 2
+    for gathered, reduced, held_bytes in spread(2, measured_bytes, Config(out=Path("nonexistent"), **flags)):
+        assert (gathered, reduced) == (sent["gathered in an update"], sent["reduced in an update"])
+        assert held_bytes == resident
 
 
-def test_every_part_of_a_plan_is_counted_in_bytes_a_weight():
+def test_every_row_of_a_plan_is_counted_in_bytes_a_weight():
     """With weights in fp32: 4 for themselves, 4 for gradients, 8 for moments, 4 for averages; all else by its shape."""
-    told = Plan(size="64", text_length=12, rollout_steps=3, rollout_batch=2, reward=("hpsv2",), recompute=False)
-    dtype, cost = torch.bfloat16, network_flops(planned_flux(CONFIG, None, torch.bfloat16), 16, 12)
-    with FakeTensorMode():
-        flux, lora = (planned_flux(CONFIG, rank, dtype) for rank in (None, 4))
-        parts = plan.memory(told, 2, flux, dtype)
-        lean = plan.memory(replace(told, lean=True), 1, flux, dtype)
-        anchored = plan.memory(replace(told, anchor=1.0), 2, flux, dtype)["base"]
-        anchored_lora = plan.memory(replace(told, anchor=1.0, lora=4), 2, lora, dtype)["base"]
-        fp8 = plan.memory(replace(told, fp8=True, lora=4), 1, lora, dtype)
-        leap = leap_bytes(flux, 1, 16, 12, dtype, False)
-    p, largest = (sum(w.numel() for w in m.parameters()) for m in (flux, flux.double_blocks[0]))
-    assert [parts[k] for k in ("weights", "gradients", "optimizer", "averages")] == [2 * p, 2 * p, 4 * p, 2 * p]
-    assert (lean["weights"], lean["gradients"], lean["averages"]) == (2 * p, 2 * p, 0)
-    assert (anchored, anchored_lora) == (p, 0)
-    assert parts["states"] == (3 + 1 + 3) * 2 * 16 * 64 * 4  # states and velocities of two rollouts, fp32
-    assert parts["rollout"] == 2 * 2 * largest and parts["leap"] == leap + parts["rollout"]
-    assert parts["rewards"] == 986_109_441 * 4  # of ViT-H-14, published
-    linear = max(w.numel() for w in flux.parameters() if w.ndim == 2)
-    assert fp8["rollout"] == linear * (4 + 2)  # up-cast by way of fp32
+    cfg = PlanFlags(size="64", rollout_steps=3, rollout_batch=2, reward=("hpsv2",), recompute=False)
+    flux, lora = planned_flux(SMALL, None, BF16), planned_flux(SMALL, 4, BF16)
+    sizes = plan.memory(cfg, 2, flux)
+    n = sum(p.numel() for p in flux.parameters())
+    assert [sizes[name] for name in RESIDENT] == [2 * n, 2 * n, 4 * n, 2 * n]
+    assert sizes["states"] == (3 + 1 + 3) * 2 * 16 * 64 * 4  # states and velocities of two rollouts, fp32
+    assert sizes["rewards"] == 986_109_441 * 4  # of ViT-H-14, published
+    largest_block = sum(p.numel() for p in flux.double_blocks[0].parameters())
+    assert sizes["leap"] == (16 + TEXT_TOKENS) * LEAP[False] + 2 * 2 * largest_block
+    assert sizes["a checkpoint on disk"] == 16 * n and sizes["best/ or final/ on disk"] == 2 * n
+    assert sizes["in the host's memory"] == (16 * n + 4 * n) / 2
+
+    lean = plan.memory(replace(cfg, lean=True), 1, flux)
     moments = 8 * (1 / 4 + 1 / 256)
-    assert plan.disk(told, flux) == 16 * p and plan.host_memory(told, 2, flux) == (16 * p + 4 * p) / 2
-    assert plan.disk(replace(told, lean=True), flux) == pytest.approx((2 + moments + 4) * p)
-    assert plan.host_memory(replace(told, lean=True), 1, flux) == pytest.approx((2 + moments + 4 + 2 + 4) * p)
-    # Two groups of two: each reduces within, and then all-reduces its half as a ring of two, which receives it once.
-    apart, together = (traffic(replace(told, shard=shard), 4, flux, dtype, cost) for shard in (2, 4))
-    reduces = 2 * 64 // 4  # two leaps of each sample, one at a time
-    assert apart["reduced"] == reduces * (4 * p / 2 + 4 * p / 2) and together["reduced"] == reduces * 4 * p * 3 / 4
+    assert [lean[name] for name in RESIDENT] == [2 * n, 2 * n, moments * n, 0]
+    assert lean["a checkpoint on disk"] == pytest.approx((2 + moments + 4) * n)
+    assert lean["in the host's memory"] == pytest.approx((2 + moments + 4 + 2 + 4) * n)
+
+    fp8 = plan.memory(replace(cfg, fp8=True, lora=4), 1, lora)
+    largest_linear = max(p.numel() for p in flux.parameters() if p.ndim == 2)
+    leap = (16 + TEXT_TOKENS) * LEAP[False]
+    assert fp8["leap"] == leap + largest_linear * (4 + 2)  # up-cast by way of fp32
+    trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    assert fp8["best/ or final/ on disk"] == 4 * trained
 
 
-def test_a_cut_network_costs_a_share_and_a_lora_little():
-    with FakeTensorMode():
-        flux, lora = (planned_flux(FLUX_DEV, rank, torch.bfloat16) for rank in (None, 64))
-        one, eight = (plan.memory(Plan(), n, flux, torch.bfloat16) for n in (1, 8))
-        little = plan.memory(Plan(), 1, lora, torch.bfloat16)
-    for what in ("weights", "gradients", "optimizer", "averages"):
-        assert eight[what] == one[what] / 8
+def test_a_sharded_network_costs_a_share_and_a_lora_little():
+    flux, lora = planned_flux(FLUX_DEV, None, BF16), planned_flux(FLUX_DEV, 64, BF16)
+    one, eight = (plan.memory(PlanFlags(), gpus, flux) for gpus in (1, 8))
+    for name in RESIDENT:
+        assert eight[name] == one[name] / 8
     assert one["weights"] == 11_901_408_320 * 4  # the published count
-    assert plan.peak(little) < 80e9 < plan.peak(one)
+    assert plan.memory(PlanFlags(lora=64), 1, lora)["peak"] < 80e9 < one["peak"]
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+
+def rows_of_command(words: str, monkeypatch, capsys) -> tuple[str, dict[str, list[float]]]:
+    """What the command prints, and the numbers of its table."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words.split()])
+    plan.main()
+    text = capsys.readouterr().out
+    rows = {}
+    for line in text.splitlines()[4:]:
+        _, name, *cells, _ = line.split("|")
+        rows[name.strip()] = [float(cell.replace(",", "")) for cell in cells]
+    return text, rows
+
+
+@pytest.mark.parametrize(
+    "words, peak",
+    [
+        ("--gpus 8", 55),
+        ("--gpus 8 --reward hpsv3 hpsv2", 68),
+        ("--gpus 1 --lean", 97),
+        ("--gpus 1 --batch 16 --lora 64", 54),
+        ("--gpus 1 --batch 16 --lora 64 --offload-encoders", 46),
+        ("--gpus 1 --batch 16 --lora 16 --offload-encoders --size 512 --fp8 --reward hpsv2", 22),
+    ],
+)
+def test_peaks_are_those_of_the_readmes_table(words, peak, monkeypatch, capsys):
+    assert round(rows_of_command(words, monkeypatch, capsys)[1]["peak, GB"][0]) == peak
+
+
+def test_hours_are_operations_over_the_assumed_rate_which_is_printed(monkeypatch, capsys):
+    text, rows = rows_of_command("--gpus 1 8 --mfu 0.25 --gpu A100 --updates 10", monkeypatch, capsys)
+    assert "25% (--mfu) of the A100's 312 TFLOP/s" in text
+    flux = planned_flux(FLUX_DEV, None, BF16)
+    flux.recompute = True
+    cost = network_flops(flux, 45**2, TEXT_TOKENS)
+    seconds = 10 * 64 * (25 * cost.forward + 2 * cost.forward_backward) / (0.25 * PEAK["A100"])
+    assert rows["hours of the run"] == [pytest.approx(seconds / 3600 / gpus, abs=0.051) for gpus in (1, 8)]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--gpus 6", "--batch 64 is not a multiple of --gpus 6"),
+        ("--gpus 2 --lean", "--gpus 2: --lean and --fp8 are for one GPU"),
+        ("--size 9*9", "--size 9"),
+        ("--method nonsense", "--method nonsense"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_named(words, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words.split()])
+    with pytest.raises(SystemExit, match=message.replace("*", ".")):
+        plan.main()

@@ -1,6 +1,7 @@
 """prompts.py: what files say, the order of an epoch, and prompts that GenEval's evaluator can score."""
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,8 +20,8 @@ from tools.prompts import COLORS, NUMBERS, PLURAL, RATIO, TASKS, compose, genera
 ROOT = Path(__file__).parent.parent
 
 
-def written(tmp_path: Path, text: str) -> Path:
-    file = tmp_path / "prompts.txt"
+def prompt_file(folder: Path, text: str, name: str = "prompts.txt") -> Path:
+    file = folder / name
     file.write_bytes(text.encode())
     return file
 
@@ -28,67 +29,90 @@ def written(tmp_path: Path, text: str) -> Path:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def test_lines_are_prompts_but_blanks_and_comments(tmp_path):
-    file = written(tmp_path, "\ufeffa cat\n\n  # no\n\t a café \r\n#1 dad mug\n## no\n#\nb # c\n")
+def test_a_line_of_text_is_a_prompt_unless_it_is_blank_or_a_comment(tmp_path):
+    file = prompt_file(tmp_path, "a cat\n\n  # no\n\t a café \r\n#1 dad mug\n## no\n#\nb # c\n")
     assert read_prompts(file) == ["a cat", "a café", "#1 dad mug", "b # c"]
 
 
-def test_what_was_read_as_a_comment_is_told_in_a_line_once(tmp_path, capsys, monkeypatch):
-    file = written(tmp_path, "# no\na cat\n#1 dad mug\n# nor this\n")
-    read_prompts(file)
-    monkeypatch.setenv("RANK", "1")
-    read_prompts(file)
-    said = capsys.readouterr().err
-    assert said == f"{file}: 2 of 4 lines start with # and a space: read as comments\n"
-    monkeypatch.delenv("RANK")
-    read_prompts(written(tmp_path, "a cat\n\na dog\n"))
-    assert not capsys.readouterr().err
+def test_invisible_characters_are_removed_but_not_the_joiners_of_emoji(tmp_path):
+    family = "\U0001f468\u200d\U0001f469"
+    file = prompt_file(tmp_path, f"\ufeffa\u200b cat\u2060\n\u200b\n\ufeff{family}\n")
+    assert read_prompts(file) == ["a cat", family]
 
 
-def test_json_lines_are_read_for_their_prompt_and_keep_the_rest(tmp_path):
-    file = written(tmp_path, '{"prompt": "a cat", "tag": "single_object"}\n\n# note\na dog\n{"prompt": "é"}\n')
-    assert read_entries(file) == [{"prompt": "a cat", "tag": "single_object"}, {"prompt": "a dog"}, {"prompt": "é"}]
-    assert read_prompts(written(tmp_path, '{"prompt": "a \u2028cat"}\na\x85dog\n')) == ["a \u2028cat", "a\x85dog"]
-
-
-def test_json_lines_may_be_strings_where_the_file_is_called_so(tmp_path):
-    (file := tmp_path / "strings.jsonl").write_text('"a cat"\n"a \\"dog\\""\n')
-    assert read_prompts(file) == ["a cat", 'a "dog"']
-    assert read_prompts(written(tmp_path, '"a cat"\n')) == ['"a cat"']
-
-
-def test_a_json_array_such_as_hpdv2s_is_read_too(tmp_path):
-    file = written(tmp_path, '[\n {"prompt": "a cat", "rank": [1, 2]},\n "a dog"]')
-    assert read_entries(file) == [{"prompt": "a cat", "rank": [1, 2]}, {"prompt": "a dog"}]
-
-
-@pytest.mark.parametrize("key", ["text", "caption", "Prompt", "Prompts"])
-def test_a_prompt_may_be_called_otherwise_and_is_given_its_name(key, tmp_path):
-    assert read_entries(written(tmp_path, json.dumps({key: "a cat"}))) == [{key: "a cat", "prompt": "a cat"}]
-    both = written(tmp_path, json.dumps({key: "a dog", "prompt": "a cat"}))
-    assert read_prompts(both) == ["a cat"]
-
-
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts", "prompts.md"])
 @pytest.mark.parametrize(
     "lines",
     [
-        ["{{{masterpiece}}}, 1girl", "a cat"],
-        ["{broken", "a cat"],
-        ["[photo] a cat", "a [dog]"],
+        ['{"prompt": "a cat"}', "a dog"],
+        ['[{"prompt": "a cat"}, "a dog"]'],
+        ["{{{masterpiece}}}, 1girl", "{broken"],
         ["[masterpiece]", "a cat [blurred]"],
-        ["a cat, text, high detail", "a dog"],
         ["prompt, text", "a dog", "a hat, with a feather, red"],
-        ["prompt", "a dog"],
+        ["Prompt\tCategory", "a cat\tanimals"],
+        ['"a cat"', "a\x85dog", "a \u2028hat"],
     ],
 )
-def test_only_what_is_json_or_a_table_is_read_as_such(lines, tmp_path):
-    assert read_prompts(written(tmp_path, "\n".join(lines))) == lines
+def test_a_text_has_a_prompt_a_line_whatever_the_lines_look_like(lines, name, tmp_path):
+    assert read_prompts(prompt_file(tmp_path, "\n".join(lines), name)) == lines
+
+
+@pytest.mark.parametrize(
+    "lines, format_name, line",
+    [
+        (["a cat", '{"prompt": "a dog"}', '{"prompt": "a hat"}'], "JSON lines", '{"prompt": "a dog"}'),
+        (["a cat", "a dog --w 512 --h 512", "a hat --n bad"], "a kohya prompt file", "a dog --w 512 --h 512"),
+        (["prompts:", "  - a cat"], "YAML", "prompts:"),
+        (["- a cat", "- a dog"], "YAML", "- a cat"),
+    ],
+)
+def test_a_text_that_looks_like_another_format_is_warned_of_once(
+    lines, format_name, line, tmp_path, capsys, monkeypatch
+):
+    file = prompt_file(tmp_path, "# a note\n" + "\n".join(lines))
+    assert len(read_prompts(file)) == len(lines)
+    warning = f"warning: {file} looks like {format_name}, and this is read as a prompt: {line}\n"
+    assert capsys.readouterr().err == warning
+    monkeypatch.setenv("RANK", "1")
+    read_prompts(file)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "lines", [["a cat", "- a dog"], ["{{a}}, 1girl", "[b]"], ["state-of-the-art -- a photo", "a cat --"]]
+)
+def test_a_text_of_prompts_is_read_without_a_warning(lines, tmp_path, capsys):
+    read_prompts(prompt_file(tmp_path, "\n".join(lines)))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "JSONL"])
+def test_json_lines_are_objects_or_strings_and_objects_keep_their_fields(suffix, tmp_path):
+    text = '{"prompt": "a cat", "tag": "single_object"}\n\n# note\n"a \\"dog\\""\n{"prompt": "é \u2028a"}\n'
+    file = prompt_file(tmp_path, text, f"prompts.{suffix}")
+    first, second, third = read_entries(file)
+    assert first == {"prompt": "a cat", "tag": "single_object"}
+    assert second == {"prompt": 'a "dog"'}
+    assert third == {"prompt": "é \u2028a"}
+
+
+def test_a_json_array_such_as_hpdv2s_has_objects_or_strings(tmp_path):
+    file = prompt_file(tmp_path, '[\n {"prompt": "a cat", "rank": [1, 2]},\n "a dog"]', "test.json")
+    assert read_entries(file) == [{"prompt": "a cat", "rank": [1, 2]}, {"prompt": "a dog"}]
+
+
+@pytest.mark.parametrize("key", ["text", "caption", "Prompt", "TEXT"])
+def test_a_prompt_may_have_another_key_in_any_case_and_gets_its_usual_one(key, tmp_path):
+    file = prompt_file(tmp_path, json.dumps({key: "a cat"}), "p.jsonl")
+    assert read_entries(file) == [{key: "a cat", "prompt": "a cat"}]
+    file = prompt_file(tmp_path, json.dumps({"prompt": "a cat", key: "a dog"}), "p.jsonl")
+    assert read_prompts(file) == ["a cat"]
 
 
 # As published: PartiPrompts.tsv has letters and curly quotes and empty notes, DrawBench.csv prompts with commas.
 PARTI = (
     "Prompt\tCategory\tChallenge\tNote\n"
-    "bond\tAbstract\tBasic\tBiology-inspired concepts\n"
+    '"bond" or "no bond"\tAbstract\tBasic\tBiology-inspired concepts\n'
     'a sign that says "Hello, # you"\tArtifacts\tWriting & Symbols\t\n'
     "a conductor\u2019s hat \tAnimals\tStyle & Format\t\n"
 )
@@ -100,54 +124,52 @@ DRAWBENCH = (
 )
 
 
-@pytest.mark.parametrize("suffix", ["txt", "tsv"])
-def test_a_tab_separated_table_is_read_by_its_header(suffix, tmp_path):
-    (file := tmp_path / f"PartiPrompts.{suffix}").write_bytes(PARTI.encode())
-    assert read_prompts(file) == ["bond", 'a sign that says "Hello, # you"', "a conductor\u2019s hat"]
+def test_a_tab_separated_table_is_read_by_its_header(tmp_path):
+    file = prompt_file(tmp_path, PARTI, "PartiPrompts.tsv")
+    prompts_read = ['"bond" or "no bond"', 'a sign that says "Hello, # you"', "a conductor\u2019s hat"]
+    assert read_prompts(file) == prompts_read
     assert read_entries(file)[1]["Category"] == "Artifacts"
-    file.write_bytes(PARTI.replace("bond", '"bond" or "no bond"').encode())  # quotes that are no table's
-    assert read_prompts(file)[0] == '"bond" or "no bond"'
 
 
-@pytest.mark.parametrize("suffix", ["txt", "tsv"])
-def test_a_table_that_pandas_wrote_with_its_index_is_read(suffix, tmp_path):
-    (file := tmp_path / f"table.{suffix}").write_text("\n\tPrompt\tCategory\n0\ta cat\tsingle\n1\ta dog\ttwo\n")
-    assert read_prompts(file) == ["a cat", "a dog"]
-
-
-@pytest.mark.parametrize("suffix", ["txt", "csv"])
-def test_a_comma_separated_table_is_read_by_its_header(suffix, tmp_path):
-    (file := tmp_path / f"DrawBench.{suffix}").write_bytes(DRAWBENCH.encode())
+def test_a_comma_separated_table_is_read_by_its_header(tmp_path):
+    file = prompt_file(tmp_path, DRAWBENCH, "DrawBench.csv")
     assert read_prompts(file) == ["A red colored car.", 'A zebra, underneath a "broccoli".', "# one"]
-    (file := tmp_path / "one.csv").write_text('caption\n"a cat, a dog"\n\na hat\n')
+    file = prompt_file(tmp_path, 'caption\n"a cat, a dog"\n\na hat\n', "one.csv")
     assert read_prompts(file) == ["a cat, a dog", "a hat"]
+
+
+@pytest.mark.parametrize("suffix, separator", [("tsv", "\t"), ("csv", ",")])
+def test_a_table_that_pandas_wrote_with_its_index_is_read(suffix, separator, tmp_path):
+    text = "\tPrompt\tCategory\n0\ta cat\tsingle\n1\ta dog\ttwo\n".replace("\t", separator)
+    assert read_prompts(prompt_file(tmp_path, text, f"table.{suffix}")) == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize(
     "name, text, words",
     [
-        ("p.csv", "id,sentence\n1,a cat\n", "no column of its header is called prompt or prompts or text or caption"),
-        ("p.csv", "prompt,id\na cat, a dog,1\n", "line 2: 3 cells under 2 columns"),
-        ("p.csv", "prompt,id\n,1\n", 'line 2: it has no "prompt"'),
-        ("p.csv", 'prompt,id\n"a" cat,1\n', "line 2: no row of a table"),
-        ("p.json", '[\n"a cat"', "no JSON"),
-        ("p.jsonl", "a\n{broken\n", "line 2: no JSON"),
+        ("p.csv", "id,sentence\n1,a cat\n", """line 2 has no "prompt": {'id': '1', 'sentence': 'a cat'}"""),
+        ("p.csv", "prompt,id\na cat, a dog,1\n", "line 2: more cells than columns"),
+        ("p.csv", "prompt,id\na cat,1\n,2\n", 'line 3 has no "prompt"'),
+        ("p.csv", 'prompt,id\n"a" cat,1\n', "line 2: "),
+        ("p.csv", 'prompt,id\n"a cat,1\na dog,2\n', "line 3: unexpected end"),
+        ("p.csv", "prompt,id\n", "holds no prompt"),
+        ("p.json", '[\n"a cat"', "line 2 column 8"),
+        ("p.json", '[\n"a cat", {"words": "a dog"}]', """line 2 has no "prompt": {'words': 'a dog'}"""),
+        ("p.json", "[3]", 'line 1 has no "prompt": 3'),
+        ("p.json", "[]", "holds no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n\n{broken\n', "line 3 is not JSON"),
+        ("p.jsonl", "a cat\n", "line 1 is not JSON"),
+        ("p.jsonl", '{"words": "a cat"}', """line 1 has no "prompt": {'words': 'a cat'}"""),
+        ("p.jsonl", '{"prompt": " "}', 'line 1 has no "prompt"'),
+        ("p.jsonl", '{"prompt": 3}', 'line 1 has no "prompt"'),
         ("p.txt", "", "holds no prompt"),
         ("p.txt", "# only this\n", "holds no prompt"),
-        ("p.txt", '{"prompt": "a"}\n{broken\n', "line 2: no JSON"),
-        ("p.txt", '[{"prompt": "a"},\n{"prom', "no JSON"),
-        ("p.txt", '{"words": "a cat"}', 'line 1: it has no "prompt", but words'),
-        ("p.txt", '{"prompt": " "}', 'line 1: it has no "prompt"'),
-        ("p.txt", '[\n"a cat", {"words": "a dog"}]', 'entry 1: it has no "prompt", but words'),
-        ("p.txt", "[3]", 'entry 0: it has no "prompt", but 3'),
-        ("p.txt", '{"prompt": 3}', 'line 1: it has no "prompt"'),
     ],
 )
 def test_a_bad_file_is_an_error_that_names_it_and_the_line(name, text, words, tmp_path):
-    (file := tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=words) as error:
-        read_prompts(file)
-    assert name in str(error.value)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        read_prompts(prompt_file(tmp_path, text, name))
+    assert str(tmp_path / name) in str(error.value)
 
 
 def test_the_fingerprint_is_that_of_the_prompts_and_of_their_order():
@@ -185,7 +207,7 @@ def test_prompts_that_are_cut_are_told_with_the_numbers_of_each_encoder():
 )
 def test_the_commands_tell_it_once(command, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    file = written(tmp_path, "a photo of " + "a circle and " * 9 + "a square\n")
+    file = prompt_file(tmp_path, "a photo of " + "a circle and " * 9 + "a square\n")
     monkeypatch.setattr(sys, "argv", ["command", "--prompts", str(file), "--device", "cpu", *flags])
     command.main()
     assert capsys.readouterr().err.count("warning: prompts are cut") == 1
@@ -298,21 +320,23 @@ def test_two_things_mean_the_same_whichever_comes_first():
         assert said != of_two("position", cat, dict(dog, position=[mirrored, 0]))
 
 
-def test_the_command_writes_a_file_that_is_read_back(tmp_path, monkeypatch, capsys):
-    out, without = tmp_path / "deep" / "p.jsonl", tmp_path / "without.txt"
+@pytest.mark.parametrize("flag", ["--file", "--out"])
+def test_the_command_writes_a_file_that_is_read_back(flag, tmp_path, monkeypatch, capsys):
+    file, without = tmp_path / "deep" / "p.jsonl", tmp_path / "without.txt"
     without.write_text("a photo of a cat\n")
-    monkeypatch.setattr(sys, "argv", ["prompts.py", "--out", str(out), "--num", "34", "--without", str(without)])
+    monkeypatch.setattr(sys, "argv", ["prompts.py", flag, str(file), "--num", "34", "--without", str(without)])
     prompts.main()
-    assert [e["tag"] for e in read_entries(out)].count("position") == 14 and str(out) in capsys.readouterr().out
-    assert all(json.loads(line)["include"] for line in out.read_text().splitlines())
+    assert [entry["tag"] for entry in read_entries(file)].count("position") == 14
+    assert str(file) in capsys.readouterr().out
+    assert all(json.loads(line)["include"] for line in file.read_text().splitlines())
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--num", "0"], ["--ratio", "0", "0", "0", "0", "0", "0"], ["--without", "no.txt"], ["--out", f"{__file__}/p"]],
+    [["--num", "0"], ["--ratio", "0", "0", "0", "0", "0", "0"], ["--without", "no.txt"], ["--file", f"{__file__}/p"]],
 )
 def test_a_bad_flag_is_named(arguments, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["prompts.py", "--out", str(tmp_path / "p"), *arguments])
+    monkeypatch.setattr(sys, "argv", ["prompts.py", "--file", str(tmp_path / "p"), *arguments])
     with pytest.raises(SystemExit) as exit_:
         prompts.main()
     said = capsys.readouterr().err

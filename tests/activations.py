@@ -1,0 +1,94 @@
+"""What autograd keeps for a backward, counted in the real modules, with memory or on fake tensors without."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from formats.lora import add_lora
+from model import Flux, FluxConfig
+
+
+def kept_bytes(run: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of `run`, without parameters. Shared memory counts once."""
+    storages: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storages[t.untyped_storage()._cdata] = t  # the tensor too, so that its address is not used again
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    for p in parameters:
+        storages.pop(p.untyped_storage()._cdata, None)
+    return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+
+def backward_bytes(run: Callable[[], Any], network: nn.Module, recomputed: Iterable[nn.Module] = ()) -> int:
+    """As kept_bytes, with the inside of the largest of the blocks that are recomputed one after the other."""
+    calls: list[Callable[[], Any]] = []
+    hooks = []
+    for block in recomputed:
+        hook = block.register_forward_pre_hook(lambda block, inputs: calls.append(partial(block, *inputs)))
+        hooks.append(hook)
+    outside = kept_bytes(run, network.parameters())
+    for hook in hooks:
+        hook.remove()
+    inside = [kept_bytes(call, network.parameters()) for call in calls]
+    return outside + max(inside, default=0)
+
+
+def leap_bytes(flux: Flux, b: int, image_tokens: int, text_tokens: int) -> int:
+    """Bytes that a leap of b samples keeps, as `flux.recompute` says."""
+    config, dtype = flux.config, flux.img_in.weight.dtype
+    img = torch.zeros(b, image_tokens, config.in_channels, dtype=dtype, requires_grad=True)
+    blocks = [*flux.double_blocks, *flux.single_blocks] if flux.recompute else []
+    return backward_bytes(lambda: flux(img, *conditions(config, b, image_tokens, text_tokens, dtype)), flux, blocks)
+
+
+def conditions(config: FluxConfig, b: int, image_tokens: int, text_tokens: int, dtype: torch.dtype) -> tuple:
+    """The inputs of a Flux beside its image, all zero: ids, text, time, guidance."""
+    txt = torch.zeros(b, text_tokens, config.context_in_dim, dtype=dtype)
+    vec = torch.zeros(b, config.vec_in_dim, dtype=dtype)
+    img_ids, txt_ids = (torch.zeros(n, 3, dtype=torch.long) for n in (image_tokens, text_tokens))
+    time = torch.zeros(b)
+    return img_ids, txt, txt_ids, time, vec, time if config.guidance_embed else None
+
+
+def decode_bytes(vae: AutoencoderKL, b: int, rows: int, columns: int, recompute: bool) -> int:
+    """Bytes that decoding b samples of `rows` x `columns` latents keeps."""
+    z = torch.zeros(b, vae.config.latent_channels, rows, columns, requires_grad=True)
+    if not recompute:
+        return backward_bytes(lambda: vae.decode(z), vae)
+    vae.enable_gradient_checkpointing()
+    return backward_bytes(lambda: vae.decode(z), vae, [vae.decoder.mid_block, *vae.decoder.up_blocks])
+
+
+def built_flux(config: FluxConfig, lora: int | None, dtype: torch.dtype) -> Flux:
+    """A Flux built in its dtype, as fake tensors cannot be cast in place."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        flux = Flux(config)
+        if lora:
+            add_lora(flux, lora, 2 * lora)
+        return flux
+    finally:
+        torch.set_default_dtype(default)
+
+
+def flux_vae() -> AutoencoderKL:
+    """FLUX's autoencoder."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return vae.requires_grad_(False)
