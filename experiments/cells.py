@@ -179,7 +179,7 @@ def load_method(spec: str, flags: str) -> tuple[Callable[..., Any], Size]:
 
 
 def cost(forwards: int, backwards: int) -> int:
-    """Evaluations of the network: a forward is 1, a forward and backward 3. As in metrics.jsonl, `forwards` has both."""
+    """Evaluations of the network: a forward is 1, a forward and backward 3. `forwards` counts both kinds."""
     return forwards + 2 * backwards
 
 

@@ -1,15 +1,16 @@
 """Methods side by side: every one from the same base, on the same prompts and noises, over several seeds.
 
-    python -m experiments.compare --jobs 2                                           # all methods
+    python -m experiments.compare --jobs 2                                           # all methods, equal evaluations
+    python -m experiments.compare --jobs 2 --equal updates                           # and as many updates of each
     python -m experiments.compare --methods leapalign refl "full --last 2" --seeds 3
     python -m experiments.compare --also my_method.py:noisy_steps                    # yours, in the table
     python -m experiments.compare --table ablations                                  # the paper's Fig. 4
     python -m experiments.compare --table ranges --jobs 2                            # where do early steps matter?
 
 A row is a method, or FILE.py:FUNCTION, and then any flags of train.py. The first row is the reference: it makes
---updates updates, and the other rows are compared with it, seed by seed. The table of methods is made twice: all rows
-take as many evaluations of the network as the reference (forward 1, forward and backward 3), or as many updates
-(--equal). A row has its own method's defaults, the paper's, not the --reward-input of the preset.
+--updates updates, and the other rows are compared with it, seed by seed. All rows take as many evaluations of the
+network as the reference (a forward is 1, a forward and backward 3), or as many updates (--equal). A row has its own
+method's defaults, the paper's, not the --reward-input of the preset.
 
 Each method has a learning rate of its own, chosen from the same grid on a seed that no table uses, by the judge at the
 end of a run at equal evaluations. The choice begins in the middle of the grid and goes uphill until the next rate does
@@ -80,7 +81,7 @@ class CompareFlags:
     """Train methods side by side over several seeds, and write a table with intervals."""
 
     table: Literal["methods", "ablations", "ranges"] = "methods"
-    """methods, at equal evaluations and at equal updates; the paper's ablations; leaps from ranges of steps only."""
+    """The methods; the paper's ablations; leaps from ranges of steps only."""
     methods: tuple[str, ...] = ()
     """Rows in place of the table's, each a method and its flags, "leapalign --alpha 0"; first the reference."""
     also: tuple[str, ...] = ()
@@ -89,8 +90,9 @@ class CompareFlags:
     """Runs of each row, with seeds 0, 1, 2, ..."""
     updates: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 100
     """Updates of the reference."""
-    equal: tuple[Literal["evaluations", "updates"], ...] = ("evaluations", "updates")
-    """Of the table of methods: give every row the reference's number of network evaluations, or of updates."""
+    equal: Literal["evaluations", "updates"] | None = None
+    """What all rows have as many of as the reference. The default is evaluations of the network, and updates for
+    ablations and ranges."""
     grid: tuple[float, ...] = ()
     """Learning rates to choose from, for each row; a single one is taken as it is. The default is eight rates from
     1.75e-5 to 2.24e-3, and 7e-5 alone for ablations and ranges."""
@@ -110,32 +112,28 @@ class CompareFlags:
     """Print which runs there would be and how many evaluations they take, and stop."""
 
 
-Updates = dict[str, dict[str, int]]  # what is equal, "evaluations" or "updates" -> row -> its updates
-
-
 def compare_methods(cfg: CompareFlags) -> None:
     """Make the runs that are not finished yet; write the results, tables and pictures."""
-    if cfg.table != "methods":
-        cfg = replace(cfg, equal=("updates",), grid=cfg.grid or (LOW_RATE,))
-    cfg = replace(cfg, grid=tuple(sorted(cfg.grid or GRID)))
+    is_methods = cfg.table == "methods"
+    equal = cfg.equal or ("evaluations" if is_methods else "updates")
+    grid = cfg.grid or (GRID if is_methods else (LOW_RATE,))
+    cfg = replace(cfg, equal=equal, grid=tuple(sorted(grid)))
     check_compare_flags(cfg)
     rows = table_rows(cfg)
     check_rows(cfg, rows)
-    updates = {equal: updates_of_rows(cfg, rows, equal) for equal in ("evaluations", "updates")}
+    updates = updates_of_rows(cfg, rows, cfg.equal)
+    trial_updates = updates_of_rows(cfg, rows, "evaluations")
     finished = read_cells()
     if cfg.plan:
-        print_plan(cfg, updates, finished)
+        print_plan(cfg, updates, trial_updates, finished)
         return
-    rates, trials = choose_rates(cfg, updates["evaluations"], finished)
+    rates, trials = choose_rates(cfg, trial_updates, finished)
     cells = table_cells(cfg, updates, rates)
-    run = partial(run_cell, work=cfg.work, finished=finished)
-    entries = run_parallel(run, cells.values(), cfg.jobs)
-    tables = {equal: {spec: [] for spec in rows} for equal in cfg.equal}
-    for (equal, spec, _), cell in cells.items():
-        tables[equal][spec].append(entries[cell])
+    entries = run_parallel(partial(run_cell, work=cfg.work, finished=finished), cells, cfg.jobs)
+    table = {spec: [entry for cell, entry in entries.items() if cell.spec == spec] for spec in rows}
     path = cfg.results or Path("runs") / f"{cfg.table}.json"
     rewards = config_of(rows[0], common_flags(cfg)).reward
-    write_result(path, kind=cfg.table, rewards=rewards, select=cfg.select, grid=trials, tables=tables)
+    write_result(path, kind=cfg.table, rewards=rewards, select=cfg.select, grid=trials, tables={cfg.equal: table})
     draw_result(path)
     warn_of_other_code(entries.values())
 
@@ -145,8 +143,8 @@ def compare_methods(cfg: CompareFlags) -> None:
 
 def check_compare_flags(cfg: CompareFlags) -> None:
     """Raise ValueError naming the flag if no table can be made."""
-    if not cfg.equal or min(cfg.seeds, cfg.updates, cfg.jobs, *cfg.grid) <= 0:
-        raise ValueError("--seeds, --updates, --jobs and --grid must be above 0, and --equal takes one word at least")
+    if min(cfg.seeds, cfg.updates, cfg.jobs, *cfg.grid) <= 0:
+        raise ValueError("--seeds, --updates, --jobs and --grid must be above 0")
     fixed = {field.name for field in fields(Run)} | {"steps", "seed", "lr", "eval_every", "watch"}
     for words in (cfg.flags, *cfg.methods, *cfg.also):
         for flag in flag_names(words):
@@ -171,7 +169,7 @@ def check_rows(cfg: CompareFlags, rows: list[str]) -> None:
     for spec in rows:
         load_method(spec, common_flags(cfg))
         if config_of(spec, common_flags(cfg)).reward != rewards:
-            raise ValueError(f"--reward in {spec!r}: rows are compared by what they all raise, which --flags can change")
+            raise ValueError(f"--reward in {spec!r}: all rows must raise the same rewards, which --flags can set")
     names = {"reward", *map(reward_name, (*rewards, *cfg.watch))}
     if "judge" in names:
         names |= set(TASKS)
@@ -205,12 +203,11 @@ def make_cell(cfg: CompareFlags, spec: str, seed: int, lr: float, updates: int) 
     return Cell(spec, flags, seed, lr, updates, eval_every=math.ceil(updates / POINTS))
 
 
-def table_cells(cfg: CompareFlags, updates: Updates, rates: dict[str, float]) -> dict[tuple[str, str, int], Cell]:
-    """The runs of a table, by what is equal, row and seed."""
-    cells = {}
-    # Seed by seed, so that an interrupted command leaves a whole table of fewer seeds.
-    for seed, equal, spec in itertools.product(range(cfg.seeds), cfg.equal, rates):
-        cells[equal, spec, seed] = make_cell(cfg, spec, seed, rates[spec], updates[equal][spec])
+def table_cells(cfg: CompareFlags, updates: dict[str, int], rates: dict[str, float]) -> list[Cell]:
+    """The runs of a table, seed by seed, so that an interrupted command leaves a whole table of fewer seeds."""
+    cells = []
+    for seed, spec in itertools.product(range(cfg.seeds), updates):
+        cells.append(make_cell(cfg, spec, seed, rates[spec], updates[spec]))
     return cells
 
 
@@ -227,8 +224,7 @@ def choose_rates(cfg: CompareFlags, updates: dict[str, int], finished: dict[str,
 
         return climb(score, cfg.grid)
 
-    rates = run_parallel(choose_rate, updates, cfg.jobs)
-    return rates, trials
+    return run_parallel(choose_rate, updates, cfg.jobs), trials
 
 
 def climb(score: Callable[[float], tuple], rates: Sequence[float]) -> float:
@@ -245,22 +241,22 @@ def climb(score: Callable[[float], tuple], rates: Sequence[float]) -> float:
     return rates[best]
 
 
-def print_plan(cfg: CompareFlags, updates: Updates, finished: dict[str, Entry]) -> None:
+def print_plan(
+    cfg: CompareFlags, updates: dict[str, int], trial_updates: dict[str, int], finished: dict[str, Entry]
+) -> None:
     """Print updates and evaluations of every row, and of all runs that are not finished."""
     flags = common_flags(cfg)
-    for equal in cfg.equal:
-        for spec, count in updates[equal].items():
-            evaluations = evaluations_of(spec, flags, count)
-            print(f"equal {equal:12s} {spec:44s} {count:6d} updates {evaluations:10,d} evaluations")
+    for spec, count in updates.items():
+        print(f"{spec:44s} {count:6d} updates {evaluations_of(spec, flags, count):10,d} evaluations")
     # Results decide which rates are tried. At the least these are the middle of the grid and its two neighbours.
     middle = len(cfg.grid) // 2
-    cells = set(table_cells(cfg, updates, dict.fromkeys(updates["updates"], cfg.grid[middle])).values())
+    cells = table_cells(cfg, updates, dict.fromkeys(updates, cfg.grid[middle]))
     if len(cfg.grid) > 1:
-        for spec, lr in itertools.product(updates["updates"], cfg.grid[middle - 1 : middle + 2]):
-            cells.add(make_cell(cfg, spec, GRID_SEED, lr, updates["evaluations"][spec]))
-    missing = [cell for cell in cells if cell.key not in finished]
-    total = sum(evaluations_of(cell.spec, flags, cell.updates) for cell in missing)
-    print(f"{len(missing)} runs of {len(cells)} are to do, {total:,} evaluations, if the grid's middle is best")
+        for spec, lr in itertools.product(updates, cfg.grid[middle - 1 : middle + 2]):
+            cells.append(make_cell(cfg, spec, GRID_SEED, lr, trial_updates[spec]))
+    unfinished = [cell for cell in cells if cell.key not in finished]
+    total = sum(evaluations_of(cell.spec, flags, cell.updates) for cell in unfinished)
+    print(f"{len(unfinished)} runs of {len(cells)} are to do, {total:,} evaluations, if the grid's middle is best")
 
 
 if __name__ == "__main__":

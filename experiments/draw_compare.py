@@ -4,6 +4,7 @@ A table of a result is a dict: the name of a row, such as "leapalign --alpha 0",
 differences are paired: between two runs of the same seed.
 """
 
+import itertools
 import re
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,9 @@ Rows = dict[str, list[Run]]
 
 def draw_compare(result: dict, path: Path) -> None:
     """Write the tables and pictures of a result beside its JSON file."""
-    path.with_suffix(".md").write_text(report_tables(result))
-    tables, select = result["tables"], result["select"]
-    rows = next(iter(tables.values()))
+    ((equal, rows),) = result["tables"].items()
+    path.with_suffix(".md").write_text(report_tables(result, rows, equal))
+    select = result["select"]
     has_tasks = {*LAYOUT, "color"} <= set(measures(result, rows))
     if result["kind"] == "ranges" and has_tasks and rows_with_range(rows):
         charts = [partial(ranges_chart, rows=rows)]
@@ -33,8 +34,8 @@ def draw_compare(result: dict, path: Path) -> None:
         charts = [partial(curves_chart, rows=rows, name=name) for name in (select, "reward")]
     save_row(charts, path.with_suffix(".png"), height=max(2.8, 0.17 * len(rows) + 1), right=1.8)
     if len(rows) > 1:
-        charts = [partial(differences_chart, rows=tables[equal], name=select, equal=equal) for equal in tables]
-        save_row(charts, path.with_name(f"{path.stem}-changes.png"), height=0.25 * len(rows) + 1, left=1.9)
+        chart = partial(differences_chart, rows=rows, name=select, equal=equal)
+        save_row([chart], path.with_name(f"{path.stem}-changes.png"), height=0.25 * len(rows) + 1, left=1.9)
 
 
 # ------------------------------------------------------------------------------------- arithmetic
@@ -71,25 +72,23 @@ def measures(result: dict, rows: Rows) -> list[str]:
 # ---------------------------------------------------------------------------------------- tables
 
 
-def report_tables(result: dict) -> str:
+def report_tables(result: dict, rows: Rows, equal: str) -> str:
     """All tables of a result as Markdown, and where they are from."""
-    tables = result["tables"]
-    runs = [run for rows in tables.values() for runs_of_row in rows.values() for run in runs_of_row]
+    runs = list(itertools.chain(*rows.values()))
     revisions = ", ".join(sorted({run["revision"] for run in runs}))
     machines = ", ".join(sorted({run["hardware"] for run in runs}))
-    seeds = len({run["seed"] for run in runs})
+    first = next(iter(rows))
+    best = max(rows, key=lambda spec: final(rows[spec], result["select"]).mean())
     texts = [
         f"{source_line(result)} Its runs are of revision {revisions}, on {machines}. Mean and 95% interval "
-        f"over {seeds} seeds. A learning rate with * is at the edge of what was tried.\n"
+        f"over {len(rows[first])} seeds. A learning rate with * is at the edge of what was tried.\n",
+        f"At equal {equal}:\n",
+        means_table(result, rows),
     ]
-    for equal, rows in tables.items():
-        first = next(iter(rows))
-        best = max(rows, key=lambda spec: final(rows[spec], result["select"]).mean())
-        texts += [f"At equal {equal}:\n", means_table(result, rows)]
-        if len(rows) > 1:
-            texts += ["Differences, seed by seed:\n", differences_table(result, rows, first)]
-        if len(rows) > 2 and best != first:  # of two rows the same differences again
-            texts.append(differences_table(result, rows, best))
+    if len(rows) > 1:
+        texts += ["Differences, seed by seed:\n", differences_table(result, rows, first)]
+    if len(rows) > 2 and best != first:  # of two rows the same differences again
+        texts.append(differences_table(result, rows, best))
     return "\n".join(texts)
 
 

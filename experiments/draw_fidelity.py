@@ -48,18 +48,20 @@ def report_fidelity(result: dict[str, Any]) -> str:
     """All tables as Markdown, and where they are from."""
     bases = result["bases"]
     batches = len(bases[0]["straightness"])
-    parts = [
+    texts = [
         f"{source_line(result)} Against the true gradient, {result['draws']} draws in each of "
         f"{batches} batches of {result['batch']} samples; mean and 95% interval over batches.\n"
     ]
     for base in bases:
         distance = format_interval(*confidence_interval(base["straightness"]))
-        parts.append(f"{base_title(base)}; mean squared distance of velocities from x_1 - x_0, relative: {distance}\n")
-        parts.append(gradients_table(base))
+        texts.append(f"{base_title(base)}; mean squared distance of velocities from x_1 - x_0, relative: {distance}\n")
+        texts.append(gradients_table(base))
     if bases_with_pairs(bases):
-        parts.append("Two leaps from each pair of steps: rank correlation, over pairs, of their gradient's cosine with\n")
-        parts.append(predictors_table(bases_with_pairs(bases)))
-    return "\n".join(parts)
+        texts.append(
+            "Two leaps from each pair of steps: rank correlation, over pairs, of their gradient's cosine with\n"
+        )
+        texts.append(predictors_table(bases_with_pairs(bases)))
+    return "\n".join(texts)
 
 
 def gradients_table(base: Base) -> str:
@@ -86,8 +88,8 @@ def predictors_table(bases: list[Base]) -> str:
         correlations: dict[str, list[float]] = {}  # predictor -> a rank correlation per batch
         for d_j, d_0, cosines in zip(pairs["d_j"], pairs["d_0"], pairs["cosine"]):
             for name, values in predictors(d_j, d_0).items():
-                with warnings.catch_warnings():  # NaN, a dash, where all weights are at their bound
-                    warnings.simplefilter("ignore", stats.ConstantInputWarning)
+                # NaN, a dash in the table, if all weights are at their bound.
+                with warnings.catch_warnings(action="ignore", category=stats.ConstantInputWarning):
                     correlation = stats.spearmanr(values, cosines).statistic
                 correlations.setdefault(name, []).append(correlation)
         intervals = [format_interval(*confidence_interval(values)) for values in correlations.values()]

@@ -24,6 +24,7 @@ import os
 import shlex
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -260,14 +261,12 @@ def pairs_of_steps(network: nn.Module, batch: Samples, true: Tensor) -> list[Num
     """Two leaps from every pair of steps, unweighted: k, j, the distances, and cosine and norm as in compare_draws."""
     pairs = []
     for k, j in itertools.combinations(batch.sigmas[:-1].tolist(), 2):
-
-        def two_leaps(samples: Samples) -> dict:
-            return leapalign(samples, low=j, high=k, distance=k - j, weight="none")  # only this pair has k - j
-
+        two_leaps = partial(leapalign, low=j, high=k, distance=k - j, weight="none")  # only this pair has k - j
         gradient, log = gradient_of_method(network, two_leaps, samples_of_draw(batch, 0))
-        d_j, d_0 = log["d_j"].mean().item(), log["d_0"].mean().item()
-        norm = (gradient["all"].norm() / true.norm()).item()
-        pairs.append(dict(k=k, j=j, d_j=d_j, d_0=d_0, cosine=cosine_of(gradient["all"], true), norm=norm))
+        cosine, norm = cosine_of(gradient["all"], true), (gradient["all"].norm() / true.norm()).item()
+        pairs.append(
+            dict(k=k, j=j, d_j=log["d_j"].mean().item(), d_0=log["d_0"].mean().item(), cosine=cosine, norm=norm)
+        )
     return pairs
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import train
 from config import Config
-from experiments.cells import cost, spent
+from experiments.cells import cost, evaluations_of
 from formats.folders import load_pipeline
 from infra.anchor import anchored
 from infra.checks import check_flags
@@ -153,8 +153,8 @@ def test_an_update_costs_what_is_counted(cfg):
     with join("cpu") as world:
         setup, meter = prepare(cfg, world), Meter(world.device)
         train.batch_gradient(cfg, setup, world, 0, meter)
-    assert cost(meter.counts["forwards"], meter.counts["backwards"]) == spent("leapalign", flags, 1)
-    assert spent("leapalign", flags, 1) == 8 * (4 + 2 * 3 + 2 + 3)  # the base at both leaps, the second one again
+    assert cost(meter.counts["forwards"], meter.counts["backwards"]) == evaluations_of("leapalign", flags, 1)
+    assert evaluations_of("leapalign", flags, 1) == 8 * (4 + 2 * 3 + 2 + 3)  # the base at both leaps, the second one again
 
 
 @pytest.mark.parametrize("flags", [dict(lora=4, lr=3e-3), dict(bf16=True, lean=True)])
