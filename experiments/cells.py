@@ -30,8 +30,6 @@ import torch
 
 from config import Config, Experiment, Method, parse
 from experiments.record import RESULTS, ROOT, provenance
-from formats.locations import locate
-from formats.lora_files import lora_file
 from infra.distributed import Process, device_of
 from infra.jsonl import Entry, append_line, read_log
 from infra.methods import recorded_flags
@@ -41,8 +39,11 @@ from start import prepare
 
 CELLS = RESULTS / "cells.jsonl"  # the runs that the repository ships
 NEW_CELLS = Path("runs/cells.jsonl")  # yours; append its lines to CELLS to ship them
+# Code that can change a run's numbers. Runs outlive most of its changes, so it is not in a run's key.
 CODE = ("sample.py", "leaps.py", "baselines.py", "shapes/vivid.py")
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable to the bit, and two runs fit on two cores
+# A run is repeatable to the bit, and two runs fit on two cores.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+TABLE_FLAGS = ("seed", "lr", "updates", "eval_every")  # of train.py, which a table sets for each run
 NONFINITE = 3  # train.py's exit code after a number that is not finite
 # The preset's --reward-input would count for all rows. Without it each row has its own method's default.
 AS_PUBLISHED = ["--reward-input", "None"]
@@ -61,22 +62,18 @@ class Cell:
     eval_every: int
 
     @property
-    def numbers(self) -> dict[str, float]:
-        """The flags of train.py that a table sets for each run."""
-        return dict(seed=self.seed, lr=self.lr, updates=self.updates, eval_every=self.eval_every, save_every=50)
-
-    @property
     def arguments(self) -> list[str]:
         """The words after `train.py`, all but --out."""
         words = row_arguments(self.spec, self.flags)
-        for name, value in self.numbers.items():
-            words += [f"--{name.replace('_', '-')}", str(value)]
+        for name in TABLE_FLAGS:
+            words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         return words
 
     @property
     def key(self) -> str:
         """A hash of all that decides the run."""
-        cfg = replace(config_of(self.spec, self.flags), **self.numbers)
+        numbers = {name: getattr(self, name) for name in TABLE_FLAGS}
+        cfg = replace(config_of(self.spec, self.flags), **numbers)  # tyro is slow: it reads each row once
         contents = [digest(path) for path in input_paths(cfg)]
         decisive = json.dumps([decisive_flags(cfg), contents], sort_keys=True)
         return hashlib.sha256(decisive.encode()).hexdigest()[:10]
@@ -125,8 +122,6 @@ def input_paths(cfg: Config) -> list[str]:
     """Files, folders and hub ids whose contents decide a run. CODE is not among them."""
     paths = [cfg.model, cfg.base, cfg.prompts, cfg.eval_prompts, cfg.method]
     paths += [parse_reward(spec)[1] for spec in (*cfg.reward, *cfg.watch)]
-    if lora_file(cfg.model) and not cfg.base:
-        paths += locate(cfg.model)[:2]  # a LoRA's note names the model under it
     files = [re.sub(r"\.py:.*", ".py", str(path)) for path in paths if path]  # FILE.py of FILE.py:FUNCTION
     return [file for file in files if file not in CODE]
 
@@ -147,7 +142,7 @@ def digest(path: str) -> str:
 
 def code_hash() -> str:
     """A hash of the repository's code that can change a run's numbers although its key stays."""
-    digests = "".join(digest(str(ROOT / name)) for name in CODE)
+    digests = "".join([digest(str(ROOT / name)) for name in CODE])
     return hashlib.sha256(digests.encode()).hexdigest()[:10]
 
 
@@ -206,8 +201,9 @@ def evaluations_of(spec: str, flags: str, updates: int) -> int:
 
 def updates_within(spec: str, flags: str, budget: int) -> int:
     """The number of updates that take no more evaluations than the budget; at least one."""
-    totals = itertools.takewhile(lambda total: total <= budget, costs(spec, flags))
-    return max(1, len(list(totals)))
+    for updates, total in enumerate(costs(spec, flags)):
+        if total > budget:
+            return max(1, updates)
 
 
 # ------------------------------------------------------------------------------------------- running
@@ -222,10 +218,10 @@ def read_cells() -> dict[str, Entry]:
 def run_parallel(function: Callable[[Any], Any], items: Iterable[Any], jobs: int) -> dict[Any, Any]:
     """item -> function(item), `jobs` at a time, in threads: each waits for a process of its own.
 
-    After an error no new item begins; those that run are finished, and the error is raised.
+    An error is raised when the items before it are finished; items that have not begun by then are left out.
     """
     results = {}
-    items = list(dict.fromkeys(items))
+    items = list(dict.fromkeys(items))  # two rows may share a run, and two processes must not share a folder
     with ThreadPoolExecutor(jobs) as pool:
         for item, result in zip(items, pool.map(function, items)):
             results[item] = result
@@ -240,20 +236,21 @@ def run_cell(cell: Cell, work: Path, finished: dict[str, Entry]) -> Entry:
     """
     if cell.key in finished:
         return finished[cell.key]
-    folder = work / cell.name
-    log = work / f"{cell.name}.log"
-    work.mkdir(parents=True, exist_ok=True)
     print(f"runs {cell.name}", flush=True)
+    work.mkdir(parents=True, exist_ok=True)
+    folder, log = work / cell.name, work / f"{cell.name}.log"
     threads = [f"{name}={value}" for name, value in ONE_THREAD.items()]
-    source = provenance([*threads, "python", "train.py", *cell.arguments])  # with the revision at the start
-    command = [sys.executable, str(ROOT / "train.py"), *cell.arguments, "--out", str(folder), "--resume"]
-    code = launch(command, log)
-    if code not in (0, NONFINITE):
+    # Before the run, because the revision may change while it takes its minutes.
+    source = provenance([*threads, "python", "train.py", *cell.arguments])
+    train = str(ROOT / "train.py")
+    # --resume: a run that was interrupted goes on from its newest checkpoint.
+    code = launch([sys.executable, train, *cell.arguments, "--out", str(folder), "--resume"], log)
+    if code not in (0, NONFINITE):  # a run that diverged is a result: its learning rate is too high
         tail = "\n".join(log.read_text().splitlines()[-5:])
-        raise ChildProcessError(f"{shlex.join(command)} ended with {code}; the end of {log}:\n{tail}")
+        raise ChildProcessError(f"{source['command']} ended with {code}; the end of {log}:\n{tail}")
     entry = dict(key=cell.key, code=code_hash(), **asdict(cell), diverged=code == NONFINITE)
     entry |= summarize_run(folder) | source
-    NEW_CELLS.parent.mkdir(parents=True, exist_ok=True)
+    NEW_CELLS.parent.mkdir(exist_ok=True)
     append_line(NEW_CELLS, entry)
     for name in ("checkpoints", "best"):  # final/ stays, 10 MB of the tiny model
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -275,6 +272,7 @@ def summarize_run(folder: Path) -> dict[str, Any]:
     updates = read_log(folder / "metrics.jsonl")  # without the updates that were not finite
     curve = []
     for evaluation in read_log(folder / "eval.jsonl"):
+        # The rest is lists of scores by prompt.
         point = {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
         del point["seconds"]
         point["evaluations"] = total_cost(update for update in updates if update["step"] < evaluation["step"])

@@ -20,7 +20,6 @@ A finished run is a line of cells.jsonl and is not repeated (cells.py), so a tab
 --plan prints how many runs a table still needs, and what they cost.
 """
 
-import itertools
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -56,24 +55,41 @@ GRID = (1.75e-5, 3.5e-5, 7e-5, 1.4e-4, 2.8e-4, 5.6e-4, 1.12e-3, 2.24e-3)
 LOW_RATE = 7e-5  # of ablations and ranges: at LeapAlign's best rate its seeds differ too much to compare rows
 POINTS = 4  # evaluations of a run, after the base's
 METHODS = (
-    "leapalign", "leapalign --reward-input xhat_0", "refl", "draft_lv", "drtune", "full", "flowbp_sparse",
-    "flowbp_bridge", "flowbp_lagrange", "flow_grpo", "dance_grpo",
-    "mix_grpo --every 6",  # a twelfth of its updates at equal evaluations, as 25 of the paper's 300
-)  # fmt: skip
-ABLATIONS = (  # the paper's Fig. 4; the first has alpha 0.3, two leaps from random steps, and x_0 rewarded
-    "leapalign",
-    "leapalign --alpha 0", "leapalign --alpha 0.1", "leapalign --alpha 1",
-    "leapalign --leaps 1", "leapalign --leaps 3",
+    "leapalign",  # the paper's, with x_0 rewarded
     "leapalign --reward-input xhat_0",
-    "leapalign --weight d_j", "leapalign --weight d_0", "leapalign --weight none",
-    "leapalign --low 0.5", "leapalign --high 0.5",
+    "refl",
+    "draft_lv",
+    "drtune",
+    "full",
+    "flowbp_sparse",
+    "flowbp_bridge",
+    "flowbp_lagrange",
+    "flow_grpo",
+    "dance_grpo",
+    "mix_grpo --every 6",  # a twelfth of its updates at equal evaluations, as 25 of the paper's 300
+)
+ABLATIONS = (  # the paper's Fig. 4
+    "leapalign",  # alpha 0.3, two leaps from random steps, x_0 rewarded
+    "leapalign --alpha 0",
+    "leapalign --alpha 0.1",
+    "leapalign --alpha 1",
+    "leapalign --leaps 1",
+    "leapalign --leaps 3",
+    "leapalign --reward-input xhat_0",
+    "leapalign --weight d_j",
+    "leapalign --weight d_0",
+    "leapalign --weight none",
+    "leapalign --low 0.5",
+    "leapalign --high 0.5",
     "leapalign --distance 0.5",
-)  # fmt: skip
-RANGES = (  # leaps from a quarter of the 12 steps each; ranges meet halfway between two noise levels
+)
+RANGES = (  # a quarter of the preset's 12 steps each; ranges meet halfway between two noise levels
     "leapalign",
-    "leapalign --low 0.919 --high 1.000", "leapalign --low 0.779 --high 0.919",
-    "leapalign --low 0.550 --high 0.779", "leapalign --low 0.000 --high 0.550",
-)  # fmt: skip
+    "leapalign --low 0.919 --high 1.000",
+    "leapalign --low 0.779 --high 0.919",
+    "leapalign --low 0.550 --high 0.779",
+    "leapalign --low 0.000 --high 0.550",
+)
 
 
 @flags
@@ -114,25 +130,25 @@ class CompareFlags:
 
 def compare_methods(cfg: CompareFlags) -> None:
     """Make the runs that are not finished yet; write the results, tables and pictures."""
-    is_methods = cfg.table == "methods"
-    equal = cfg.equal or ("evaluations" if is_methods else "updates")
-    grid = cfg.grid or (GRID if is_methods else (LOW_RATE,))
-    cfg = replace(cfg, equal=equal, grid=tuple(sorted(grid)))
+    if cfg.table == "methods":
+        cfg = replace(cfg, equal=cfg.equal or "evaluations", grid=sorted(cfg.grid or GRID))
+    else:
+        cfg = replace(cfg, equal=cfg.equal or "updates", grid=sorted(cfg.grid or [LOW_RATE]))
     check_compare_flags(cfg)
-    rows = table_rows(cfg)
-    check_rows(cfg, rows)
+    rows = cfg.methods or dict(methods=METHODS, ablations=ABLATIONS, ranges=RANGES)[cfg.table]
+    rows = list(dict.fromkeys([*rows, *cfg.also]))
+    rewards = check_rows(cfg, rows)
     updates = updates_of_rows(cfg, rows, cfg.equal)
-    trial_updates = updates_of_rows(cfg, rows, "evaluations")
     finished = read_cells()
     if cfg.plan:
-        print_plan(cfg, updates, trial_updates, finished)
+        print_plan(cfg, updates, finished)
         return
-    rates, trials = choose_rates(cfg, trial_updates, finished)
-    cells = table_cells(cfg, updates, rates)
-    entries = run_parallel(partial(run_cell, work=cfg.work, finished=finished), cells, cfg.jobs)
+    # Every row has a learning rate of its own, or the comparison would be one of learning rates.
+    rates, trials = choose_rates(cfg, rows, finished)
+    run = partial(run_cell, work=cfg.work, finished=finished)
+    entries = run_parallel(run, table_cells(cfg, updates, rates), cfg.jobs)
     table = {spec: [entry for cell, entry in entries.items() if cell.spec == spec] for spec in rows}
     path = cfg.results or Path("runs") / f"{cfg.table}.json"
-    rewards = config_of(rows[0], common_flags(cfg)).reward
     write_result(path, kind=cfg.table, rewards=rewards, select=cfg.select, grid=trials, tables={cfg.equal: table})
     draw_result(path)
     warn_of_other_code(entries.values())
@@ -145,6 +161,7 @@ def check_compare_flags(cfg: CompareFlags) -> None:
     """Raise ValueError naming the flag if no table can be made."""
     if min(cfg.seeds, cfg.updates, cfg.jobs, *cfg.grid) <= 0:
         raise ValueError("--seeds, --updates, --jobs and --grid must be above 0")
+    # These would be overridden without a word: a run has each of them set, after the flags of its row.
     fixed = {field.name for field in fields(Run)} | {"steps", "seed", "lr", "eval_every", "watch"}
     for words in (cfg.flags, *cfg.methods, *cfg.also):
         for flag in flag_names(words):
@@ -157,24 +174,21 @@ def common_flags(cfg: CompareFlags) -> str:
     return f"{cfg.flags} --watch {shlex.join(cfg.watch)}"
 
 
-def table_rows(cfg: CompareFlags) -> list[str]:
-    """The rows of a table, the reference first."""
-    rows = cfg.methods or dict(methods=METHODS, ablations=ABLATIONS, ranges=RANGES)[cfg.table]
-    return list(dict.fromkeys([*rows, *cfg.also]))
-
-
-def check_rows(cfg: CompareFlags, rows: list[str]) -> None:
-    """Raise ValueError if a row cannot be run or compared. All rows are tried before any runs."""
-    rewards = config_of(rows[0], common_flags(cfg)).reward
+def check_rows(cfg: CompareFlags, rows: list[str]) -> tuple[str, ...]:
+    """The rewards that all rows raise. Raises ValueError if a row cannot be run or compared. None is run before."""
+    flags = common_flags(cfg)
+    rewards = config_of(rows[0], flags).reward
     for spec in rows:
-        load_method(spec, common_flags(cfg))
-        if config_of(spec, common_flags(cfg)).reward != rewards:
+        load_method(spec, flags)
+        if config_of(spec, flags).reward != rewards:
             raise ValueError(f"--reward in {spec!r}: all rows must raise the same rewards, which --flags can set")
+    # A misspelled --select would be found after the first run, minutes or hours later.
     names = {"reward", *map(reward_name, (*rewards, *cfg.watch))}
     if "judge" in names:
-        names |= set(TASKS)
+        names.update(TASKS)
     if cfg.select not in names:
         raise ValueError(f"--select {cfg.select} is not evaluated; there are {', '.join(sorted(names))}")
+    return rewards
 
 
 def updates_of_rows(cfg: CompareFlags, rows: list[str], equal: str) -> dict[str, int]:
@@ -206,14 +220,16 @@ def make_cell(cfg: CompareFlags, spec: str, seed: int, lr: float, updates: int) 
 def table_cells(cfg: CompareFlags, updates: dict[str, int], rates: dict[str, float]) -> list[Cell]:
     """The runs of a table, seed by seed, so that an interrupted command leaves a whole table of fewer seeds."""
     cells = []
-    for seed, spec in itertools.product(range(cfg.seeds), updates):
-        cells.append(make_cell(cfg, spec, seed, rates[spec], updates[spec]))
+    for seed in range(cfg.seeds):
+        cells += [make_cell(cfg, spec, seed, rates[spec], updates[spec]) for spec in updates]
     return cells
 
 
-def choose_rates(cfg: CompareFlags, updates: dict[str, int], finished: dict[str, Entry]) -> tuple[dict, dict]:
+def choose_rates(cfg: CompareFlags, rows: list[str], finished: dict[str, Entry]) -> tuple[dict, dict]:
     """The learning rate of each row; and for each row the rates that were tried, with their scores."""
-    trials = {spec: [] for spec in updates}
+    # At equal evaluations in tables of equal updates, too: so both tables have the same rates and share their trials.
+    updates = updates_of_rows(cfg, rows, "evaluations")
+    trials = {spec: [] for spec in rows}
 
     def choose_rate(spec: str) -> float:
         def score(lr: float) -> tuple[bool, float]:
@@ -224,7 +240,7 @@ def choose_rates(cfg: CompareFlags, updates: dict[str, int], finished: dict[str,
 
         return climb(score, cfg.grid)
 
-    return run_parallel(choose_rate, updates, cfg.jobs), trials
+    return run_parallel(choose_rate, rows, cfg.jobs), trials
 
 
 def climb(score: Callable[[float], tuple], rates: Sequence[float]) -> float:
@@ -232,7 +248,7 @@ def climb(score: Callable[[float], tuple], rates: Sequence[float]) -> float:
 
     `score` is called once per rate, and never for a single rate. Of two equal scores the lower rate's is better.
     """
-    score = cache(score)
+    score = cache(score)  # a score is a training run
     best = len(rates) // 2
     while best + 1 < len(rates) and score(rates[best + 1]) > score(rates[best]):
         best += 1
@@ -241,22 +257,19 @@ def climb(score: Callable[[float], tuple], rates: Sequence[float]) -> float:
     return rates[best]
 
 
-def print_plan(
-    cfg: CompareFlags, updates: dict[str, int], trial_updates: dict[str, int], finished: dict[str, Entry]
-) -> None:
-    """Print updates and evaluations of every row, and of all runs that are not finished."""
+def print_plan(cfg: CompareFlags, updates: dict[str, int], finished: dict[str, Entry]) -> None:
+    """Print updates and evaluations of every row, and of the table's runs that are not finished."""
     flags = common_flags(cfg)
     for spec, count in updates.items():
         print(f"{spec:44s} {count:6d} updates {evaluations_of(spec, flags, count):10,d} evaluations")
-    # Results decide which rates are tried. At the least these are the middle of the grid and its two neighbours.
-    middle = len(cfg.grid) // 2
-    cells = table_cells(cfg, updates, dict.fromkeys(updates, cfg.grid[middle]))
-    if len(cfg.grid) > 1:
-        for spec, lr in itertools.product(updates, cfg.grid[middle - 1 : middle + 2]):
-            cells.append(make_cell(cfg, spec, GRID_SEED, lr, trial_updates[spec]))
+    # The rates are not known before the trials. The middle of the grid, where a climb begins, is the best guess.
+    middle = cfg.grid[len(cfg.grid) // 2]
+    cells = table_cells(cfg, updates, dict.fromkeys(updates, middle))
     unfinished = [cell for cell in cells if cell.key not in finished]
     total = sum(evaluations_of(cell.spec, flags, cell.updates) for cell in unfinished)
-    print(f"{len(unfinished)} runs of {len(cells)} are to do, {total:,} evaluations, if the grid's middle is best")
+    print(f"{len(unfinished)} runs of {len(cells)} are to do, {total:,} evaluations, if {middle:g} is each row's best")
+    if len(cfg.grid) > 1:
+        print("and three trials or more of each row, to choose its learning rate")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from experiments.draw_fidelity import draw_fidelity
 from experiments.record import run_command
 from infra.flags import flags
 
+# Other kinds are results of finished studies, whose code is at revision d28ef77.
 KINDS = dict(methods=draw_compare, ablations=draw_compare, ranges=draw_compare, fidelity=draw_fidelity)
 
 
@@ -38,6 +39,7 @@ def draw_result(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of compare or fidelity: {error!r}") from error
     draw(result, path)
+    # People who wait for a command want its numbers on the screen.
     print(path.with_suffix(".md").read_text())
 
 

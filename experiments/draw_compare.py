@@ -27,15 +27,18 @@ def draw_compare(result: dict, path: Path) -> None:
     ((equal, rows),) = result["tables"].items()
     path.with_suffix(".md").write_text(report_tables(result, rows, equal))
     select = result["select"]
+    # Rows that the user names may have no range, and rewards of the user's no tasks.
     has_tasks = {*LAYOUT, "color"} <= set(measures(result, rows))
     if result["kind"] == "ranges" and has_tasks and rows_with_range(rows):
         charts = [partial(ranges_chart, rows=rows)]
     else:
         charts = [partial(curves_chart, rows=rows, name=name) for name in (select, "reward")]
-    save_row(charts, path.with_suffix(".png"), height=max(2.8, 0.17 * len(rows) + 1), right=1.8)
+    height = max(2.8, 0.17 * len(rows) + 1)  # inches: a row's name is a line of text
+    save_row(charts, path.with_suffix(".png"), height, right=1.8)
     if len(rows) > 1:
         chart = partial(differences_chart, rows=rows, name=select, equal=equal)
-        save_row([chart], path.with_name(f"{path.stem}-changes.png"), height=0.25 * len(rows) + 1, left=1.9)
+        height = 0.25 * len(rows) + 1
+        save_row([chart], path.with_name(f"{path.stem}-changes.png"), height, left=1.9)
 
 
 # ------------------------------------------------------------------------------------- arithmetic
@@ -48,15 +51,15 @@ def final(runs: list[Run], name: str) -> np.ndarray:
 
 def gains(runs: list[Run], tasks: tuple[str, ...]) -> np.ndarray:
     """How far the mean over some tasks rises from the base to the last evaluation of each run, (seeds,)."""
-    base = runs[0]["curve"][0]  # every run starts from it
+    base = runs[0]["curve"][0]  # the same evaluation in all runs: none has made an update
     return np.mean([final(runs, task) - base[task] for task in tasks], axis=0)
 
 
-def paired_interval(runs: list[Run], reference: list[Run], name: str) -> tuple[float, float]:
-    """Mean difference to a reference, and half of its interval. Raises ValueError if the seeds differ."""
+def differences(runs: list[Run], reference: list[Run], name: str) -> np.ndarray:
+    """A number of each run minus that of the reference's run, (seeds,). Raises ValueError if the seeds differ."""
     if [run["seed"] for run in runs] != [run["seed"] for run in reference]:
         raise ValueError(f"{runs[0]['spec']} and {reference[0]['spec']} have other seeds, and cannot be paired")
-    return confidence_interval(final(runs, name) - final(reference, name))
+    return final(runs, name) - final(reference, name)
 
 
 def measures(result: dict, rows: Rows) -> list[str]:
@@ -66,7 +69,7 @@ def measures(result: dict, rows: Rows) -> list[str]:
         hidden += result["rewards"]  # a single reward is logged as "reward", too
     first_run = next(iter(rows.values()))[0]
     names = [name for name in first_run["curve"][-1] if name not in hidden]
-    return sorted(names, key=lambda name: name != "judge")
+    return sorted(names, key=lambda name: name != "judge")  # the sort is stable
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -75,6 +78,7 @@ def measures(result: dict, rows: Rows) -> list[str]:
 def report_tables(result: dict, rows: Rows, equal: str) -> str:
     """All tables of a result as Markdown, and where they are from."""
     runs = list(itertools.chain(*rows.values()))
+    # Runs are kept, so a table has runs of several revisions and machines.
     revisions = ", ".join(sorted({run["revision"] for run in runs}))
     machines = ", ".join(sorted({run["hardware"] for run in runs}))
     first = next(iter(rows))
@@ -95,20 +99,27 @@ def report_tables(result: dict, rows: Rows, equal: str) -> str:
 def means_table(result: dict, rows: Rows) -> str:
     """Means with intervals, a line per row after the base's; then what the runs took, and the learning rate."""
     names = measures(result, rows)
-    base = next(iter(rows.values()))[0]["curve"][0]
-    lines = [["base", *[f"{base[name]:.3f}" for name in names], *[""] * 5]]
+    costs = ["updates", "1000 evaluations", "seconds", "GB", "lr"]
+    first_run = next(iter(rows.values()))[0]
+    base = [f"{first_run['curve'][0][name]:.3f}" for name in names]
+    lines = [["base", *base, *[""] * len(costs)]]
     for spec, runs in rows.items():
         line = [row_label(spec, runs)]
-        line += [format_interval(*confidence_interval(final(runs, name))) for name in names]
+        line += [format_interval(final(runs, name)) for name in names]
+        line.append(f"{runs[0]['updates']}")
         evaluations = np.mean([run["evaluations"] for run in runs])
+        line.append(f"{evaluations / 1000:,.0f}")
         seconds = np.mean([run["seconds"] for run in runs])
+        line.append(f"{seconds:.0f}")
         memory = max(run["memory"] for run in runs)
-        line += [f"{runs[0]['updates']}", f"{evaluations / 1000:,.0f}", f"{seconds:.0f}", f"{memory:.2f}"]
+        line.append(f"{memory:.2f}")
+        # A rate at the edge of what was tried is marked: a better one may lie beyond.
         lr = runs[0]["lr"]
         rates = [trial["lr"] for trial in result["grid"].get(spec, [])]
-        at_edge = rates and lr in (min(rates), max(rates))
-        lines.append([*line, f"{lr:.2g}*" if at_edge else f"{lr:.2g}"])
-    return markdown_table(["", *names, "updates", "1000 evaluations", "seconds", "GB", "lr"], lines)
+        mark = "*" if rates and lr in (min(rates), max(rates)) else ""
+        line.append(f"{lr:.2g}{mark}")
+        lines.append(line)
+    return markdown_table(["", *names, *costs], lines)
 
 
 def differences_table(result: dict, rows: Rows, reference: str) -> str:
@@ -117,8 +128,9 @@ def differences_table(result: dict, rows: Rows, reference: str) -> str:
     lines = []
     for spec, runs in rows.items():
         if spec != reference:
-            intervals = [paired_interval(runs, rows[reference], name) for name in names]
-            lines.append([row_label(spec, runs), *[format_interval(*interval, sign="+") for interval in intervals]])
+            line = [row_label(spec, runs)]
+            line += [format_interval(differences(runs, rows[reference], name), sign="+") for name in names]
+            lines.append(line)
     return markdown_table([f"minus {reference}", *names], lines)
 
 
@@ -136,24 +148,29 @@ def curves_chart(axes: Axes, rows: Rows, name: str) -> None:
     lines = {}
     for spec, runs in rows.items():
         length = min(len(run["curve"]) for run in runs)  # a run that diverged ends the line
-        x, y = (np.mean([column(run, key)[:length] for run in runs], axis=0) for key in ("evaluations", name))
-        lines[spec.removeprefix("leapalign ")] = (x / 1000, y)
+        evaluations = np.mean([column(run, "evaluations")[:length] for run in runs], axis=0)
+        values = np.mean([column(run, name)[:length] for run in runs], axis=0)
+        label = spec.removeprefix("leapalign ")
+        lines[label] = (evaluations / 1000, values)
     line_chart(axes, lines, title=name, across="1000 evaluations of the network")
 
 
 def column(run: Run, name: str) -> list[float]:
+    """A number at each evaluation of a run."""
     return [entry[name] for entry in run["curve"]]
 
 
 def differences_chart(axes: Axes, rows: Rows, name: str, equal: str) -> None:
     """How far each row is from the first one: a point and an interval per row, one below the other."""
     (reference, first_runs), *specs = rows.items()
-    intervals = [paired_interval(runs, first_runs, name) for _, runs in specs]
+    intervals = [confidence_interval(differences(runs, first_runs, name)) for _, runs in specs]
     means, halves = np.array(intervals).T
-    axes.errorbar(means, range(len(specs)), xerr=np.nan_to_num(halves), fmt="o", markersize=4, color=PALETTE[1])
+    halves = np.nan_to_num(halves)  # a single seed has no interval
+    heights = range(len(specs))
+    axes.errorbar(means, heights, xerr=halves, fmt="o", markersize=4, color=PALETTE[1])
     axes.axvline(0, color=INK, linewidth=0.8)
     dress(axes, f"at equal {equal}", f"{name}, minus {reference}")
-    axes.set_yticks(range(len(specs)), [spec.removeprefix("leapalign ") for spec, _ in specs])
+    axes.set_yticks(heights, [spec.removeprefix("leapalign ") for spec, _ in specs])
     axes.set_ylim(len(specs) - 0.5, -0.5)  # the first row on top
     axes.grid(axis="y", color=GRID, linewidth=0.4)
 

@@ -16,7 +16,6 @@ from scipy import stats
 
 from experiments.record import format_interval, markdown_table, source_line
 from infra.pictures import PALETTE, dress, line_chart, name_ends, save_row
-from infra.summary import confidence_interval
 
 Base = dict[str, Any]
 TAU = 0.1  # of Eq. 12, the paper's
@@ -27,7 +26,7 @@ def draw_fidelity(result: dict[str, Any], path: Path) -> None:
     path.with_suffix(".md").write_text(report_fidelity(result))
     bases = result["bases"]
     charts = [partial(scatter_plot, bases=bases, name=name) for name in ("d_j", "d_0", "weight of Eq. 12")]
-    save_row(charts, path.with_suffix(".png"))
+    save_row(charts, path.with_suffix(".png"))  # one picture for all bases, a color each
     if bases_with_pairs(bases):
         charts = [partial(pairs_chart, base=base) for base in bases_with_pairs(bases)]
         save_row(charts, path.with_name(f"{path.stem}-pairs.png"))
@@ -53,7 +52,7 @@ def report_fidelity(result: dict[str, Any]) -> str:
         f"{batches} batches of {result['batch']} samples; mean and 95% interval over batches.\n"
     ]
     for base in bases:
-        distance = format_interval(*confidence_interval(base["straightness"]))
+        distance = format_interval(base["straightness"])
         texts.append(f"{base_title(base)}; mean squared distance of velocities from x_1 - x_0, relative: {distance}\n")
         texts.append(gradients_table(base))
     if bases_with_pairs(bases):
@@ -74,7 +73,7 @@ def gradients_table(base: Base) -> str:
     for spec, numbers in base["methods"].items():
         line = [spec]
         for layer, name in columns:
-            line.append(format_interval(*confidence_interval(numbers[layer][name])))
+            line.append(format_interval(numbers[layer][name]))
         lines.append([*line, f"{base['evaluations'][spec]:.1f}"])
     head = ["", "cosine", "norm", "cosine of the mean", "spread", *layers, "evaluations"]
     return markdown_table(head, lines)
@@ -92,13 +91,14 @@ def predictors_table(bases: list[Base]) -> str:
                 with warnings.catch_warnings(action="ignore", category=stats.ConstantInputWarning):
                     correlation = stats.spearmanr(values, cosines).statistic
                 correlations.setdefault(name, []).append(correlation)
-        intervals = [format_interval(*confidence_interval(values)) for values in correlations.values()]
+        intervals = map(format_interval, correlations.values())
         lines.append([base_title(base), *intervals])
     return markdown_table(["", *correlations], lines)
 
 
 def predictors(d_j: np.ndarray, d_0: np.ndarray) -> dict[str, np.ndarray]:
     """What may predict how good two leaps are: the weight of Eq. 12, and the distances, of which less is better."""
+    # Ranks do not change with a positive factor, so distances are negated, not inverted.
     weight = 1 / (np.maximum(d_j, TAU) + np.maximum(d_0, TAU))
     return {"weight of Eq. 12": weight, "-d_j": -d_j, "-d_0": -d_0, "-(d_j + d_0)": -d_j - d_0}
 
@@ -117,7 +117,7 @@ def pair_arrays(base: Base) -> dict[str, np.ndarray]:
 def scatter_plot(axes: Axes, bases: list[Base], name: str) -> None:
     """A point per pair of steps, a mean over batches: the cosine by a distance or by the weight; a color per base."""
     labels = []
-    for color, base in zip(itertools.cycle(PALETTE[1:]), bases):
+    for color, base in zip(itertools.cycle(PALETTE[1:]), bases):  # the first color is that of text
         means = {}
         for key, values in pair_arrays(base).items():
             means[key] = values.mean(0)
@@ -133,11 +133,11 @@ def pairs_chart(axes: Axes, base: Base) -> None:
     """Cosine over j, a line for each k that has several pairs."""
     pairs = pair_arrays(base)
     k, j = pairs["k"][0], pairs["j"][0]  # the same in all batches
-    cosines = pairs["cosine"].mean(0)
+    cosines = pairs["cosine"].mean(0)  # over batches
     lines = {}
     for level in dict.fromkeys(k):
         starts_here = k == level
-        if starts_here.sum() > 1:
+        if starts_here.sum() > 1:  # a single point is no line
             lines[f"k {level:.2f}:"] = (j[starts_here], cosines[starts_here])
     line_chart(axes, lines, f"cosine of two leaps, {base_title(base)}", "j")
     axes.invert_xaxis()  # from noise to image, as a rollout goes

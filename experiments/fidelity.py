@@ -51,15 +51,32 @@ from start import check_gradient
 
 TRAIN = TrainConfig()
 SIZE = sides(TRAIN.size[0])
-GROUP = 8  # neighbouring samples of one prompt: policy gradients compare them, and all methods see the same samples
+# Neighbouring samples have one prompt, because policy gradients compare them and all methods see the same samples.
+GROUP = 8
+# The layers of a table, by the first part of a parameter's name. All other parameters are embedders.
 LAYERS = {"double_blocks": "double", "single_blocks": "single", "final_layer": "final"}
 METHODS = (
-    "leapalign", "leapalign --weight none", "leapalign --alpha 0", "leapalign --alpha 1", "leapalign --leaps 1",
-    "leapalign --leaps 3", "leapalign --leaps 3 --alpha 1", "leapalign --reward-input xhat_0",
-    "refl", "draft_lv", "drtune", "full --last 1", "full --last 2",
-    "flowbp_sparse", "flowbp_sparse --bias 0", "flowbp_bridge", "flowbp_lagrange",
-    "flow_grpo", "dance_grpo", "mix_grpo",
-)  # fmt: skip
+    "leapalign",
+    "leapalign --weight none",
+    "leapalign --alpha 0",
+    "leapalign --alpha 1",
+    "leapalign --leaps 1",
+    "leapalign --leaps 3",
+    "leapalign --leaps 3 --alpha 1",
+    "leapalign --reward-input xhat_0",
+    "refl",
+    "draft_lv",
+    "drtune",
+    "full --last 1",
+    "full --last 2",
+    "flowbp_sparse",
+    "flowbp_sparse --bias 0",
+    "flowbp_bridge",
+    "flowbp_lagrange",
+    "flow_grpo",
+    "dance_grpo",
+    "mix_grpo",
+)
 Gradient = dict[str, Tensor]  # "all" or a layer -> a flat vector
 Numbers = dict[str, float]
 
@@ -99,18 +116,20 @@ def measure_fidelity(cfg: FidelityFlags) -> None:
     if len(prompts) < cfg.batch // GROUP:
         raise ValueError(f"--prompts {cfg.prompts} has {len(prompts)}, and --batch {cfg.batch} takes one for {GROUP}")
     conditions = list(itertools.product(cfg.model, cfg.rollout_steps))
+    # A wrong flag in the last row ends the command now, not after the minutes of the rows before.
     for model, steps in conditions:
-        load_methods(cfg, model, steps)  # all are tried before any is measured
+        load_methods(cfg, model, steps)
     bases = []
     device = device_of(cfg.device)
     for model, steps in conditions:
         print(f"{model}, {steps} steps", flush=True)
         methods, evaluations, size = load_methods(cfg, model, steps)
-        pipe = load_pipeline(Path(model), device, torch.float32)
+        pipe = load_pipeline(Path(model), device, torch.float32)  # differences of gradients are small: no bf16
         reward = open_reward(cfg.reward, cfg.device, pipe.clip_tokenizer)
         check_gradient(reward, prompts[:1], SIZE, device)
         batches = [build_batch(cfg, pipe, size, reward, prompts, n) for n in range(cfg.noises)]
         numbers = measure_methods(cfg, methods, pipe.flux, batches)
+        # The file has the model's path from here, as it was given, not from the root of this machine.
         bases.append(dict(model=os.path.relpath(model), rollout_steps=steps, evaluations=evaluations, **numbers))
         write_result(cfg.results, kind="fidelity", draws=cfg.draws, batch=cfg.batch, bases=bases)
     draw_result(cfg.results)
@@ -122,7 +141,8 @@ def load_methods(cfg: FidelityFlags, model: str, steps: int) -> tuple[dict[str, 
     methods, evaluations = {}, {}
     for spec in cfg.methods:
         methods[spec], size = load_method(spec, flags)
-        evaluations[spec] = evaluations_of(spec, flags, 100) / 100 / cfg.batch  # of some methods updates differ
+        # A mean over updates, because some methods differentiate as many steps as a random number says.
+        evaluations[spec] = evaluations_of(spec, flags, updates=100) / 100 / cfg.batch
     return methods, evaluations, replace(size, sigmas=size.sigmas.to(cfg.device))
 
 
@@ -134,6 +154,7 @@ def check_fidelity_flags(cfg: FidelityFlags) -> None:
         raise ValueError(f"--draws {cfg.draws} must be 2 or more, for a variance, and --noises {cfg.noises} 1 or more")
     if cfg.batch < GROUP or cfg.batch % GROUP:
         raise ValueError(f"--batch {cfg.batch}: it is a multiple of {GROUP}, the samples of a prompt")
+    # Flags of --model, --rollout-steps and --batch are the same in all rows, and rows' own flags would win.
     method_flags = {field.name for field in fields(Method)}
     for spec in cfg.methods:
         for flag in flag_names(spec):
@@ -155,17 +176,8 @@ def build_batch(cfg: FidelityFlags, pipe: Pipeline, size: Size, reward: Reward, 
     shape = (cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels)
     x_1 = torch.randn(shape, generator=generator).to(pipe.device)
     samples, _ = build_samples(pipe, texts, size, [reward], noise=lambda i: x_1, generator=generator)
-    return remember_results(samples)
-
-
-def remember_results(batch: Samples) -> Samples:
-    """The same samples, velocity and reward computed once at each point: all draws make the same rollout."""
-    slope = compute_once(batch.reward)
-
-    def reward(x_0: Tensor, weight: Tensor | None = None) -> Tensor:
-        return slope(x_0) if weight is None else weight[:, None, None] * slope(x_0)
-
-    return batch._replace(velocity=compute_once(batch.velocity), reward=reward)
+    # All draws of all methods make the same rollout, which costs more than most gradients.
+    return samples._replace(velocity=compute_once(samples.velocity))
 
 
 def samples_of_draw(batch: Samples, *key: int) -> Samples:
@@ -173,7 +185,9 @@ def samples_of_draw(batch: Samples, *key: int) -> Samples:
     x_1 = batch.noise(0)
 
     def noise(i: int) -> Tensor:
-        return x_1 if i == 0 else torch.randn(x_1.shape, generator=generator_of(*key, i)).to(x_1)
+        if i == 0:
+            return x_1
+        return torch.randn(x_1.shape, generator=generator_of(*key, i)).to(x_1)
 
     return batch._replace(noise=noise, generator=generator_of(*key))
 
@@ -201,17 +215,21 @@ def measure_methods(
     result: dict[str, Any] = dict(straightness=[], methods={spec: {} for spec in methods}, pairs=[])
     for n, batch in enumerate(batches):
         true, _ = gradient_of_method(network, full, samples_of_draw(batch, cfg.seed, n))
-        if not true["all"].norm() > 0:
+        if not true["all"].norm() > 0:  # there is no direction to compare with
             raise ValueError(f"the true gradient of batch {n} is zero: all is above lambda; give a larger --batch")
         result["straightness"].append(path_bend(batch))
         for spec, method in methods.items():
             draws = []
-            for draw in range(1, cfg.draws + 1):  # from 1 on: numpy makes the same seed of (seed, n, 0) and (seed, n)
-                draws.append(gradient_of_method(network, method, samples_of_draw(batch, cfg.seed, n, draw))[0])
+            # Draws begin at 1: numpy makes the same random numbers of (seed, n, 0) and of (seed, n).
+            for draw in range(1, cfg.draws + 1):
+                samples = samples_of_draw(batch, cfg.seed, n, draw)
+                gradient, _ = gradient_of_method(network, method, samples)
+                draws.append(gradient)
             for layer in true:
                 gradients = torch.stack([gradient[layer] for gradient in draws])
+                numbers = result["methods"][spec].setdefault(layer, {})
                 for name, value in compare_draws(gradients, true[layer]).items():
-                    result["methods"][spec].setdefault(layer, {}).setdefault(name, []).append(value)
+                    numbers.setdefault(name, []).append(value)
         result["pairs"].append(pairs_of_steps(network, batch, true["all"]))
         print(f"batch {n + 1} of {len(batches)}", flush=True)
     return result
@@ -221,7 +239,8 @@ def path_bend(batch: Samples) -> float:
     """Mean squared distance of the rollout's velocities from x_1 - x_0, which all of them are on straight paths."""
     ro = rollout(batch.velocity, batch.noise(0), batch.sigmas)
     straight = ro.x[0] - ro.x[-1]
-    return ((ro.v - straight).square().mean() / straight.square().mean()).item()
+    distance = (ro.v - straight).square().mean()
+    return (distance / straight.square().mean()).item()  # relative: bases may have latents of other scales
 
 
 def gradient_of_method(network: nn.Module, method: Callable, samples: Samples) -> tuple[Gradient, dict]:
@@ -230,6 +249,7 @@ def gradient_of_method(network: nn.Module, method: Callable, samples: Samples) -
     log = method(samples)
     layers: dict[str, list[Tensor]] = {}
     for name, parameter in network.named_parameters():
+        # A method that differentiates no step leaves no gradient: a vector of zeros keeps the layers aligned.
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         layer = LAYERS.get(name.partition(".")[0], "embedders")
         layers.setdefault(layer, []).append(gradient.flatten())
@@ -239,7 +259,7 @@ def gradient_of_method(network: nn.Module, method: Callable, samples: Samples) -
 
 def compare_draws(draws: Tensor, true: Tensor) -> Numbers:
     """Cosine, norm, mean_cosine and spread (see above) of draws (p, n) of a gradient, p > 1; true (n,)."""
-    draws, true = draws.double(), true.double()
+    draws, true = draws.double(), true.double()  # sums over a million entries
     mean = draws.mean(0)
     variance = (draws - mean).square().sum() / (len(draws) - 1)  # of a draw, summed over its entries
     # The squared length of the mean over infinitely many draws; its estimate can be negative.
@@ -261,12 +281,13 @@ def pairs_of_steps(network: nn.Module, batch: Samples, true: Tensor) -> list[Num
     """Two leaps from every pair of steps, unweighted: k, j, the distances, and cosine and norm as in compare_draws."""
     pairs = []
     for k, j in itertools.combinations(batch.sigmas[:-1].tolist(), 2):
-        two_leaps = partial(leapalign, low=j, high=k, distance=k - j, weight="none")  # only this pair has k - j
+        # Between low and high there may be steps, but only this pair has the distance k - j.
+        two_leaps = partial(leapalign, low=j, high=k, distance=k - j, weight="none")
         gradient, log = gradient_of_method(network, two_leaps, samples_of_draw(batch, 0))
-        cosine, norm = cosine_of(gradient["all"], true), (gradient["all"].norm() / true.norm()).item()
-        pairs.append(
-            dict(k=k, j=j, d_j=log["d_j"].mean().item(), d_0=log["d_0"].mean().item(), cosine=cosine, norm=norm)
-        )
+        pair = dict(k=k, j=j, d_j=log["d_j"].mean().item(), d_0=log["d_0"].mean().item())
+        pair["cosine"] = cosine_of(gradient["all"], true)
+        pair["norm"] = (gradient["all"].norm() / true.norm()).item()
+        pairs.append(pair)
     return pairs
 
 

@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from infra.files import replacing
+from infra.summary import confidence_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -37,8 +38,8 @@ def run_command(command: Callable[[Any], None], flags: type, description: str | 
 def write_result(path: Path, **content: Any) -> None:
     """Write a result of this command, whole or not at all."""
     command = ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-    result = provenance(command) | content
-    with replacing(path) as temporary:
+    result = provenance(command) | content  # the command first, for who opens the file
+    with replacing(path) as temporary:  # a kill leaves the old file
         temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -52,6 +53,7 @@ def hardware() -> str:
     """The processor, the number of its cores that may be used, the GPU if there is one, and torch's version."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux has the processor's name here only
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    # A container or taskset may allow fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     words = [names[0] if names else platform.processor(), f"{cores} cores"]
     if torch.cuda.is_available():
@@ -83,10 +85,11 @@ def markdown_table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def format_interval(mean: float, half: float, sign: str = "") -> str:
-    """A mean and half of its interval, as 0.542 ±0.012. A NaN half is left out, and a NaN mean is a dash."""
+def format_interval(values: Sequence[float] | np.ndarray, sign: str = "") -> str:
+    """Mean and half of the 95% interval of independent values, as 0.542 ±0.012. A single value has no interval."""
+    mean, half = confidence_interval(values)
     if np.isnan(mean):
         return "-"
-    digits = 3 if abs(mean) < 100 else 0
+    digits = 3 if abs(mean) < 100 else 0  # spreads of policy gradients are in the hundreds
     text = f"{mean:{sign}.{digits}f}"
     return text if np.isnan(half) else f"{text} ±{half:.{digits}f}"

@@ -18,8 +18,7 @@ from experiments import cells, compare, draw_compare
 from experiments.cells import Cell, cost, evaluations_of, load_method, updates_within
 from experiments.compare import ABLATIONS, GRID_SEED, METHODS, RANGES, CompareFlags, climb
 from experiments.draw import draw_result
-from experiments.draw_compare import final, gains, paired_interval, report_tables
-from formats.lora import FILE, NOTE
+from experiments.draw_compare import differences, final, gains, report_tables
 from infra.distributed import join
 from infra.jsonl import append_line
 from infra.meter import Meter
@@ -35,8 +34,8 @@ def finished_run(seed: int, spec: str = "leapalign", diverged: bool = False, **n
     """A finished run from NUMBERS to `numbers`."""
     curve = [dict(step=0, evaluations=0, **NUMBERS), dict(step=9, evaluations=900, **NUMBERS | numbers)]
     took = dict(evaluations=900, seconds=12.0, memory=1.5, updates=9)
-    made = dict(revision="r", hardware="h")
-    return dict(spec=spec, seed=seed, lr=1e-4, diverged=diverged, curve=curve, **took, **made)
+    source = dict(revision="r", hardware="h")
+    return dict(spec=spec, seed=seed, lr=1e-4, diverged=diverged, curve=curve, **took, **source)
 
 
 # --------------------------------------------------------------------------------------- arithmetic
@@ -49,14 +48,14 @@ def test_intervals_and_paired_differences_are_scipys():
     mean, half = confidence_interval(final(runs_a, "judge"))
     interval = stats.ttest_1samp(a, 0).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx(tuple(interval))
-    mean, half = paired_interval(runs_a, runs_b, "judge")
+    mean, half = confidence_interval(differences(runs_a, runs_b, "judge"))
     interval = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx(tuple(interval))
 
 
 def test_runs_of_other_seeds_are_no_pairs():
     with pytest.raises(ValueError, match="other seeds"):
-        paired_interval([finished_run(0), finished_run(1)], [finished_run(1), finished_run(0)], "judge")
+        differences([finished_run(0), finished_run(1)], [finished_run(1), finished_run(0)], "judge")
 
 
 def test_a_gain_is_the_mean_over_tasks_less_the_bases():
@@ -87,8 +86,8 @@ def metered_evaluations():
         def count(spec: str, update: int = 0) -> int:
             meter = Meter(process.device)
             method, _ = load_method(spec, SMALL)
-            group = 8 if "grpo" in spec else 1
-            train.batch_gradient(cfg, replace(setup, method=method, group=group), process, update, meter)
+            setup.method, setup.group = method, 8 if "grpo" in spec else 1
+            train.batch_gradient(cfg, setup, process, update, meter)
             return cost(meter.counts["forwards"], meter.counts["backwards"])
 
         yield count
@@ -233,18 +232,6 @@ def test_a_key_changes_with_each_flag_and_with_what_the_run_reads(tmp_path):
     assert new_keys[:-2] == keys[:-2] and new_keys[-2] != keys[-2] and new_keys[-1] != keys[-1]
 
 
-def test_the_key_of_a_lora_changes_with_the_model_under_it(broken, tmp_path):
-    lora = tmp_path / "lora"
-    lora.mkdir()
-    (lora / FILE).write_bytes(b"any")
-    (lora / NOTE).write_text(json.dumps({"base": str(broken)}))
-    cell = replace(CELL, flags=f"--model {lora}")
-    key = cell.key
-    (broken / "vae" / "config.json").write_text("{}")
-    cells.digest.cache_clear()
-    assert cell.key != key
-
-
 @pytest.mark.parametrize(
     "changes, same",
     [(dict(ema=0.5), False), (dict(size=("64", "32x96")), False), (dict(reward=("tiny:0.5",)), False),
@@ -382,7 +369,8 @@ def test_a_plan_runs_nothing(tmp_path, started, capsys):
     cfg = CompareFlags(methods=("leapalign", "refl"), seeds=2, updates=6, flags=SMALL, work=tmp_path / "work")
     compare.compare_methods(replace(cfg, plan=True))
     assert not started and not cfg.work.exists()
-    assert "10 runs of 10 are to do" in capsys.readouterr().out  # 6 of the grid, and two seeds of two rows
+    printed = capsys.readouterr().out
+    assert "4 runs of 4 are to do" in printed and "three trials or more of each row" in printed
     cfg = replace(cfg, methods=("leapalign",), grid=(1e-4,), results=tmp_path / "m.json")
     compare.compare_methods(replace(cfg, seeds=1))
     compare.compare_methods(replace(cfg, plan=True))
@@ -397,7 +385,7 @@ def test_the_rate_is_chosen_by_the_selected_number_among_runs_that_did_not_diver
         return finished_run(GRID_SEED, diverged=cell.lr > 3e-4, **ends[cell.lr])  # 4e-4 has the highest tiny
 
     monkeypatch.setattr(compare, "run_cell", fake_run)
-    rates, _ = compare.choose_rates(CompareFlags(grid=tuple(ends), select=select, flags=SMALL), {"leapalign": 6}, {})
+    rates, _ = compare.choose_rates(CompareFlags(grid=tuple(ends), select=select, flags=SMALL), ["leapalign"], {})
     assert rates == {"leapalign": lr}
 
 
@@ -442,10 +430,10 @@ def test_differences_are_to_the_first_row_and_to_the_one_that_ends_highest():
 @pytest.mark.parametrize("kind, chart", [("methods", "curves_chart"), ("ranges", "ranges_chart")])
 def test_only_a_table_of_ranges_is_drawn_by_range(kind, chart, tmp_path, monkeypatch):
     pictures = []
-    monkeypatch.setattr(draw_compare, "save_row", lambda charts, path, **_: pictures.append(charts))
+    monkeypatch.setattr(draw_compare, "save_row", lambda charts, *_, **__: pictures.append(charts))
     rows = {spec: [finished_run(0, spec)] for spec in ("leapalign", "leapalign --low 0.2 --high 0.7")}
     draw_compare.draw_compare(SOURCE | dict(kind=kind, tables=dict(updates=rows)), tmp_path / "m.json")
-    assert {drawn.func.__name__ for drawn in pictures[0]} == {chart}
+    assert {function.func.__name__ for function in pictures[0]} == {chart}
 
 
 def test_what_is_no_result_is_refused_by_name(tmp_path):

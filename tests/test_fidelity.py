@@ -23,7 +23,6 @@ from experiments.fidelity import (
     gradient_of_method,
     measure_methods,
     pairs_of_steps,
-    remember_results,
     samples_of_draw,
 )
 from formats.folders import load_pipeline
@@ -89,19 +88,22 @@ class Linear(nn.Module):
 def linear_batch(network: Linear, levels: Tensor = SIGMAS) -> Samples:
     """The loss is |x_0|^2 / 2, so its slope is x_0."""
     x_1 = gaussian(5, B, N, C)
-    samples = Samples(
+
+    def reward(x_0: Tensor, weight: Tensor | None = None) -> Tensor:
+        return x_0 / B if weight is None else weight[:, None, None] * x_0 / B
+
+    return Samples(
         noise=lambda i: x_1,
         sigmas=levels,
         generator=torch.Generator(),
-        velocity=torch.no_grad()(network),
+        velocity=compute_once(torch.no_grad()(network)),
         base=None,
         vjp=vjp_of(network),
-        reward=lambda x_0: x_0 / B,
+        reward=reward,
         score=lambda x_0: -x_0.square().flatten(1).sum(1) / 2,
         total=B,
         update=0,
     )
-    return remember_results(samples)
 
 
 def states(network: Linear, x1: Tensor) -> list[Tensor]:
@@ -205,12 +207,6 @@ def test_draws_share_x_1_and_no_other_randomness():
     assert numbers[0] == numbers[2] != numbers[1]
 
 
-def test_a_weight_multiplies_each_samples_slope():
-    batch, weight = linear_batch(Linear()), torch.arange(1.0, 1 + B, dtype=torch.float64)
-    x_0 = batch.noise(0)
-    torch.testing.assert_close(batch.reward(x_0, weight), weight[:, None, None] * x_0 / B)
-
-
 def test_every_draw_in_every_batch_has_a_randomness_of_its_own():
     network, seeds = Linear(), []
 
@@ -282,8 +278,8 @@ def test_a_small_measurement_writes_its_table_and_pictures(tmp_path):
 def test_what_the_picture_calls_the_weight_of_eq_12_is_what_leapalign_weighs_with():
     ro = Rollout(gaussian(0, T + 1, B, N, C), gaussian(1, T, B, N, C), SIGMAS)
     for scale in (1.0, 0.05):  # distances near 1, and around tau, where some are clamped
-        small = Rollout(ro.x * scale, ro.v * scale, ro.sigmas)
-        weight, (d_j, d_0) = similarity_weight(small, (1, 3), TAU)
+        scaled = Rollout(ro.x * scale, ro.v * scale, ro.sigmas)
+        weight, (d_j, d_0) = similarity_weight(scaled, (1, 3), TAU)
         torch.testing.assert_close(torch.tensor(predictors(d_j.numpy(), d_0.numpy())["weight of Eq. 12"]), weight)
 
 
