@@ -113,6 +113,7 @@ def decisive_flags(cfg: Config) -> dict[str, Any]:
     loses one, that the run does not set.
     """
     paths = {"model", "base", "prompts", "eval_prompts"}  # their contents count, not where they are
+    # Machine and Run flags change memory, files and time, but --updates changes the decay of the learning rate.
     names = {field.name for field in (*fields(Experiment), *fields(Method))} | {"updates"}
     recorded = recorded_flags(cfg)
     return {name: recorded[name] for name in sorted(names - paths) if recorded[name]}
@@ -121,6 +122,7 @@ def decisive_flags(cfg: Config) -> dict[str, Any]:
 def input_paths(cfg: Config) -> list[str]:
     """Files, folders and hub ids whose contents decide a run. CODE is not among them."""
     paths = [cfg.model, cfg.base, cfg.prompts, cfg.eval_prompts, cfg.method]
+    # A watched reward trains nothing, but what it measures is part of a run's line.
     paths += [parse_reward(spec)[1] for spec in (*cfg.reward, *cfg.watch)]
     files = [re.sub(r"\.py:.*", ".py", str(path)) for path in paths if path]  # FILE.py of FILE.py:FUNCTION
     return [file for file in files if file not in CODE]
@@ -162,6 +164,7 @@ def warn_of_other_code(entries: Iterable[Entry]) -> None:
 @cache
 def load_method(spec: str, flags: str) -> tuple[Callable[..., Any], Size]:
     """A row's method with its keywords, and the size of its images. Raises ValueError if train.py would refuse it."""
+    # `prepare` refuses a folder that holds a run, and this one holds none.
     cfg = replace(config_of(spec, flags), out=Path("runs/never-made"))
     process = Process(rank=0, world_size=1, device=device_of(cfg.device), mesh=None)
     try:
@@ -188,6 +191,7 @@ def costs(spec: str, flags: str) -> Iterator[int]:
     batch = config_of(spec, flags).batch
     total = 0
     for update in itertools.count():
+        # Another random step in each update, the same in all calls: budgets are repeatable.
         samples, calls = zero_samples(size.sigmas, batch, torch.Generator().manual_seed(update), update)
         method(samples)
         total += batch * cost(calls["velocity"] + calls["base"] + calls["vjp"], calls["vjp"])

@@ -50,6 +50,7 @@ from infra.jsonl import Entry
 from rewards import reward_name
 from shapes.world import TASKS
 
+# A rate that was chosen on a table's seed would flatter that table.
 GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds are 0, 1, 2, ...
 GRID = (1.75e-5, 3.5e-5, 7e-5, 1.4e-4, 2.8e-4, 5.6e-4, 1.12e-3, 2.24e-3)
 LOW_RATE = 7e-5  # of ablations and ranges: at LeapAlign's best rate its seeds differ too much to compare rows
@@ -60,7 +61,7 @@ METHODS = (
     "refl",
     "draft_lv",
     "drtune",
-    "full",
+    "full",  # the true gradient
     "flowbp_sparse",
     "flowbp_bridge",
     "flowbp_lagrange",
@@ -70,15 +71,17 @@ METHODS = (
 )
 ABLATIONS = (  # the paper's Fig. 4
     "leapalign",  # alpha 0.3, two leaps from random steps, x_0 rewarded
-    "leapalign --alpha 0",
+    "leapalign --alpha 0",  # no nested gradient
     "leapalign --alpha 0.1",
-    "leapalign --alpha 1",
+    "leapalign --alpha 1",  # the whole one
     "leapalign --leaps 1",
     "leapalign --leaps 3",
     "leapalign --reward-input xhat_0",
+    # Which distances the weight of Eq. 12 uses.
     "leapalign --weight d_j",
     "leapalign --weight d_0",
     "leapalign --weight none",
+    # Which noise levels leaps start from: early steps only, late steps only, and a fixed distance.
     "leapalign --low 0.5",
     "leapalign --high 0.5",
     "leapalign --distance 0.5",
@@ -135,11 +138,12 @@ def compare_methods(cfg: CompareFlags) -> None:
     else:
         cfg = replace(cfg, equal=cfg.equal or "updates", grid=sorted(cfg.grid or [LOW_RATE]))
     check_compare_flags(cfg)
+    # A row that is named twice is run once.
     rows = cfg.methods or dict(methods=METHODS, ablations=ABLATIONS, ranges=RANGES)[cfg.table]
     rows = list(dict.fromkeys([*rows, *cfg.also]))
     rewards = check_rows(cfg, rows)
     updates = updates_of_rows(cfg, rows, cfg.equal)
-    finished = read_cells()
+    finished = read_cells()  # once: from here on this command alone adds runs
     if cfg.plan:
         print_plan(cfg, updates, finished)
         return
@@ -151,6 +155,7 @@ def compare_methods(cfg: CompareFlags) -> None:
     path = cfg.results or Path("runs") / f"{cfg.table}.json"
     write_result(path, kind=cfg.table, rewards=rewards, select=cfg.select, grid=trials, tables={cfg.equal: table})
     draw_result(path)
+    # Last, below the tables, where it is read.
     warn_of_other_code(entries.values())
 
 
@@ -195,6 +200,7 @@ def updates_of_rows(cfg: CompareFlags, rows: list[str], equal: str) -> dict[str,
     """The updates of each row where all rows take as many evaluations, or updates, as the first row."""
     updates = dict.fromkeys(rows, cfg.updates)
     if equal == "evaluations":
+        # Of the reference: its own updates are exact, and the other rows stay below it by less than one update.
         budget = evaluations_of(rows[0], common_flags(cfg), cfg.updates)
         for spec in rows[1:]:
             updates[spec] = updates_within(spec, common_flags(cfg), budget)
@@ -211,6 +217,7 @@ def make_cell(cfg: CompareFlags, spec: str, seed: int, lr: float, updates: int) 
     decay for all rows, a model after 40 updates would be judged with nearly half of the base in its weights.
     """
     flags = common_flags(cfg)
+    # Rows as long as the reference have no --ema of their own, so tables at equal updates share their runs.
     if updates != cfg.updates:
         ema = config_of(spec, flags).ema ** (cfg.updates / updates)
         flags += f" --ema {ema:.4f}"
@@ -236,7 +243,8 @@ def choose_rates(cfg: CompareFlags, rows: list[str], finished: dict[str, Entry])
             entry = run_cell(make_cell(cfg, spec, GRID_SEED, lr, updates[spec]), cfg.work, finished)
             value = entry["curve"][-1][cfg.select]
             trials[spec].append(dict(lr=lr, updates=updates[spec], score=value))
-            return not entry["diverged"], value  # a run that diverged is worse than any that did not
+            # A run that diverged is worse than any that did not, whatever its last evaluation says.
+            return not entry["diverged"], value
 
         return climb(score, cfg.grid)
 
@@ -252,6 +260,7 @@ def climb(score: Callable[[float], tuple], rates: Sequence[float]) -> float:
     best = len(rates) // 2
     while best + 1 < len(rates) and score(rates[best + 1]) > score(rates[best]):
         best += 1
+    # >= also leaves the middle for a lower rate of the same score: low rates are safer.
     while best > 0 and score(rates[best - 1]) >= score(rates[best]):
         best -= 1
     return rates[best]

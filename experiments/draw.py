@@ -36,6 +36,7 @@ def draw_result(path: Path) -> None:
     try:
         result = json.loads(path.read_text())
         draw = KINDS[result["kind"]]
+    # Any JSON file may be named here.
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of compare or fidelity: {error!r}") from error
     draw(result, path)

@@ -44,20 +44,29 @@ def draw_compare(result: dict, path: Path) -> None:
 # ------------------------------------------------------------------------------------- arithmetic
 
 
+def column(entries: list[dict], name: str) -> list:
+    """One of the numbers of some runs, or of some evaluations of a run."""
+    return [entry[name] for entry in entries]
+
+
 def final(runs: list[Run], name: str) -> np.ndarray:
     """A number of the last evaluation of each run, (seeds,)."""
-    return np.array([run["curve"][-1][name] for run in runs])
+    last_evaluations = [run["curve"][-1] for run in runs]
+    return np.array(column(last_evaluations, name))
 
 
 def gains(runs: list[Run], tasks: tuple[str, ...]) -> np.ndarray:
     """How far the mean over some tasks rises from the base to the last evaluation of each run, (seeds,)."""
     base = runs[0]["curve"][0]  # the same evaluation in all runs: none has made an update
-    return np.mean([final(runs, task) - base[task] for task in tasks], axis=0)
+    total = 0
+    for task in tasks:
+        total += final(runs, task) - base[task]
+    return total / len(tasks)
 
 
 def differences(runs: list[Run], reference: list[Run], name: str) -> np.ndarray:
     """A number of each run minus that of the reference's run, (seeds,). Raises ValueError if the seeds differ."""
-    if [run["seed"] for run in runs] != [run["seed"] for run in reference]:
+    if column(runs, "seed") != column(reference, "seed"):
         raise ValueError(f"{runs[0]['spec']} and {reference[0]['spec']} have other seeds, and cannot be paired")
     return final(runs, name) - final(reference, name)
 
@@ -79,9 +88,10 @@ def report_tables(result: dict, rows: Rows, equal: str) -> str:
     """All tables of a result as Markdown, and where they are from."""
     runs = list(itertools.chain(*rows.values()))
     # Runs are kept, so a table has runs of several revisions and machines.
-    revisions = ", ".join(sorted({run["revision"] for run in runs}))
-    machines = ", ".join(sorted({run["hardware"] for run in runs}))
+    revisions = ", ".join(sorted(set(column(runs, "revision"))))
+    machines = ", ".join(sorted(set(column(runs, "hardware"))))
     first = next(iter(rows))
+    # The reference need not be the best row, and people ask which differences at the top are certain.
     best = max(rows, key=lambda spec: final(rows[spec], result["select"]).mean())
     texts = [
         f"{source_line(result)} Its runs are of revision {revisions}, on {machines}. Mean and 95% interval "
@@ -99,23 +109,22 @@ def report_tables(result: dict, rows: Rows, equal: str) -> str:
 def means_table(result: dict, rows: Rows) -> str:
     """Means with intervals, a line per row after the base's; then what the runs took, and the learning rate."""
     names = measures(result, rows)
+    # Seconds and GB are those of the machines in the first line: they compare rows, not machines.
     costs = ["updates", "1000 evaluations", "seconds", "GB", "lr"]
     first_run = next(iter(rows.values()))[0]
     base = [f"{first_run['curve'][0][name]:.3f}" for name in names]
     lines = [["base", *base, *[""] * len(costs)]]
     for spec, runs in rows.items():
         line = [row_label(spec, runs)]
-        line += [format_interval(final(runs, name)) for name in names]
+        for name in names:
+            line.append(format_interval(final(runs, name)))
         line.append(f"{runs[0]['updates']}")
-        evaluations = np.mean([run["evaluations"] for run in runs])
-        line.append(f"{evaluations / 1000:,.0f}")
-        seconds = np.mean([run["seconds"] for run in runs])
-        line.append(f"{seconds:.0f}")
-        memory = max(run["memory"] for run in runs)
-        line.append(f"{memory:.2f}")
+        line.append(f"{np.mean(column(runs, 'evaluations')) / 1000:,.0f}")
+        line.append(f"{np.mean(column(runs, 'seconds')):.0f}")
+        line.append(f"{max(column(runs, 'memory')):.2f}")
         # A rate at the edge of what was tried is marked: a better one may lie beyond.
         lr = runs[0]["lr"]
-        rates = [trial["lr"] for trial in result["grid"].get(spec, [])]
+        rates = column(result["grid"].get(spec, []), "lr")
         mark = "*" if rates and lr in (min(rates), max(rates)) else ""
         line.append(f"{lr:.2g}{mark}")
         lines.append(line)
@@ -127,16 +136,18 @@ def differences_table(result: dict, rows: Rows, reference: str) -> str:
     names = measures(result, rows)
     lines = []
     for spec, runs in rows.items():
-        if spec != reference:
-            line = [row_label(spec, runs)]
-            line += [format_interval(differences(runs, rows[reference], name), sign="+") for name in names]
-            lines.append(line)
+        if spec == reference:
+            continue
+        line = [row_label(spec, runs)]
+        for name in names:
+            line.append(format_interval(differences(runs, rows[reference], name), sign="+"))
+        lines.append(line)
     return markdown_table([f"minus {reference}", *names], lines)
 
 
 def row_label(spec: str, runs: list[Run]) -> str:
     """A row's name, and how many of its runs diverged: ended at a number that is not finite."""
-    diverged = sum(run["diverged"] for run in runs)
+    diverged = sum(column(runs, "diverged"))
     return f"{spec} ({diverged} of {len(runs)} diverged)" if diverged else spec
 
 
@@ -147,31 +158,32 @@ def curves_chart(axes: Axes, rows: Rows, name: str) -> None:
     """A number by thousands of evaluations of the network, a line per row, means over seeds."""
     lines = {}
     for spec, runs in rows.items():
-        length = min(len(run["curve"]) for run in runs)  # a run that diverged ends the line
-        evaluations = np.mean([column(run, "evaluations")[:length] for run in runs], axis=0)
-        values = np.mean([column(run, name)[:length] for run in runs], axis=0)
-        label = spec.removeprefix("leapalign ")
-        lines[label] = (evaluations / 1000, values)
+        curves = column(runs, "curve")
+        length = min(map(len, curves))  # a run that diverged ends the line
+        evaluations = np.mean([column(curve[:length], "evaluations") for curve in curves], axis=0)
+        values = np.mean([column(curve[:length], name) for curve in curves], axis=0)
+        # In tables of one method the labels are its flags alone.
+        lines[spec.removeprefix("leapalign ")] = (evaluations / 1000, values)
     line_chart(axes, lines, title=name, across="1000 evaluations of the network")
-
-
-def column(run: Run, name: str) -> list[float]:
-    """A number at each evaluation of a run."""
-    return [entry[name] for entry in run["curve"]]
 
 
 def differences_chart(axes: Axes, rows: Rows, name: str, equal: str) -> None:
     """How far each row is from the first one: a point and an interval per row, one below the other."""
-    (reference, first_runs), *specs = rows.items()
-    intervals = [confidence_interval(differences(runs, first_runs, name)) for _, runs in specs]
+    reference, reference_runs = next(iter(rows.items()))
+    labels, intervals = [], []
+    for spec, runs in rows.items():
+        if runs is not reference_runs:
+            labels.append(spec.removeprefix("leapalign "))
+            intervals.append(confidence_interval(differences(runs, reference_runs, name)))
     means, halves = np.array(intervals).T
     halves = np.nan_to_num(halves)  # a single seed has no interval
-    heights = range(len(specs))
+    heights = range(len(labels))
     axes.errorbar(means, heights, xerr=halves, fmt="o", markersize=4, color=PALETTE[1])
+    # An interval that leaves out this line is a certain difference.
     axes.axvline(0, color=INK, linewidth=0.8)
     dress(axes, f"at equal {equal}", f"{name}, minus {reference}")
-    axes.set_yticks(heights, [spec.removeprefix("leapalign ") for spec, _ in specs])
-    axes.set_ylim(len(specs) - 0.5, -0.5)  # the first row on top
+    axes.set_yticks(heights, labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first row on top
     axes.grid(axis="y", color=GRID, linewidth=0.4)
 
 
@@ -183,8 +195,9 @@ def ranges_chart(axes: Axes, rows: Rows) -> None:
         intervals = [confidence_interval(gains(rows[spec], tasks)) for spec in ranges.values()]
         means, halves = np.array(intervals).T
         lines[name] = (list(ranges), means, np.nan_to_num(halves))
-        for spec in rows.keys() - ranges.values():
-            axes.axhline(gains(rows[spec], tasks).mean(), color=color, linewidth=0.8, linestyle="--")
+        for spec in rows.keys() - ranges.values():  # leaps from all levels
+            mean = gains(rows[spec], tasks).mean()
+            axes.axhline(mean, color=color, linewidth=0.8, linestyle="--")
     line_chart(axes, lines, "gain over the base (dashed: leaps from all levels)", "middle of the range of sigma")
     axes.invert_xaxis()  # from noise to image, as a rollout goes
 
@@ -192,7 +205,7 @@ def ranges_chart(axes: Axes, rows: Rows) -> None:
 def rows_with_range(rows: Rows) -> dict[float, str]:
     """The rows with --low and --high: the middle of the range -> name of the row, the noisiest first."""
     ranges = {}
-    for spec in rows:
+    for spec in rows:  # a name is all that a result keeps of a row's flags
         bounds = re.search(r"--low (\S+) --high (\S+)", spec)
         if bounds:
             low, high = map(float, bounds.groups())

@@ -25,6 +25,7 @@ def draw_fidelity(result: dict[str, Any], path: Path) -> None:
     """Write the tables and pictures of a result beside its JSON file."""
     path.with_suffix(".md").write_text(report_fidelity(result))
     bases = result["bases"]
+    # A predictor is good if its points lie on a rising or falling line.
     charts = [partial(scatter_plot, bases=bases, name=name) for name in ("d_j", "d_0", "weight of Eq. 12")]
     save_row(charts, path.with_suffix(".png"))  # one picture for all bases, a color each
     if bases_with_pairs(bases):
@@ -67,6 +68,7 @@ def gradients_table(base: Base) -> str:
     """A row per method: numbers of all weights, then the cosine of each layer, then evaluations per sample."""
     first_method = next(iter(base["methods"].values()))
     layers = [layer for layer in first_method if layer != "all"]
+    # Layers have the cosine alone, or the table would be wider than a screen.
     columns = [("all", name) for name in ("cosine", "norm", "mean_cosine", "spread")]
     columns += [(layer, "cosine") for layer in layers]
     lines = []

@@ -112,6 +112,7 @@ class FidelityFlags:
 def measure_fidelity(cfg: FidelityFlags) -> None:
     """Measure every model at every T. Each is written when it is finished."""
     check_fidelity_flags(cfg)
+    # A batch has each prompt once, for a group of samples.
     prompts = read_prompts(cfg.prompts)
     if len(prompts) < cfg.batch // GROUP:
         raise ValueError(f"--prompts {cfg.prompts} has {len(prompts)}, and --batch {cfg.batch} takes one for {GROUP}")
@@ -152,6 +153,7 @@ def check_fidelity_flags(cfg: FidelityFlags) -> None:
         raise ValueError("--model, --methods and --rollout-steps: give at least one of each, of steps at least 1")
     if cfg.draws < 2 or cfg.noises < 1:
         raise ValueError(f"--draws {cfg.draws} must be 2 or more, for a variance, and --noises {cfg.noises} 1 or more")
+    # A batch of half a prompt would hide samples from policy gradients.
     if cfg.batch < GROUP or cfg.batch % GROUP:
         raise ValueError(f"--batch {cfg.batch}: it is a multiple of {GROUP}, the samples of a prompt")
     # Flags of --model, --rollout-steps and --batch are the same in all rows, and rows' own flags would win.
@@ -160,7 +162,7 @@ def check_fidelity_flags(cfg: FidelityFlags) -> None:
         for flag in flag_names(spec):
             if flag.replace("-", "_") not in method_flags:
                 raise ValueError(f"--{flag} in {spec!r}: a row has flags of its method only")
-        group = config_of(spec, "").group or GROUP
+        group = config_of(spec, "").group or GROUP  # 8 is also the methods' own default
         if GROUP % group:
             raise ValueError(f"--group {group} in {spec!r}: a prompt has {GROUP} samples here, a multiple of a group")
 
@@ -170,11 +172,12 @@ def check_fidelity_flags(cfg: FidelityFlags) -> None:
 
 def build_batch(cfg: FidelityFlags, pipe: Pipeline, size: Size, reward: Reward, prompts: list[str], n: int) -> Samples:
     """The n-th batch. Prompts and noise are a function of (seed, n), the same for every model and T."""
+    # Prompts before noise: the order of random draws is part of the result.
     generator = generator_of(cfg.seed, n)
     indices = torch.randperm(len(prompts), generator=generator)[: cfg.batch // GROUP]
     texts = [prompts[i] for i in indices.repeat_interleave(GROUP).tolist()]
     shape = (cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels)
-    x_1 = torch.randn(shape, generator=generator).to(pipe.device)
+    x_1 = torch.randn(shape, generator=generator).to(pipe.device)  # drawn on the CPU, alike on all devices
     samples, _ = build_samples(pipe, texts, size, [reward], noise=lambda i: x_1, generator=generator)
     # All draws of all methods make the same rollout, which costs more than most gradients.
     return samples._replace(velocity=compute_once(samples.velocity))
@@ -197,6 +200,7 @@ def compute_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     results: dict[tuple[bytes, ...], Tensor] = {}
 
     def call(*inputs: Tensor) -> Tensor:
+        # Tensors are compared by identity, so their bytes are the key.
         key = tuple(x.detach().cpu().numpy().tobytes() for x in inputs)
         if key not in results:
             results[key] = function(*inputs)
@@ -214,6 +218,7 @@ def measure_methods(
     """All numbers of one model and T: of each method and layer a list with an entry per batch."""
     result: dict[str, Any] = dict(straightness=[], methods={spec: {} for spec in methods}, pairs=[])
     for n, batch in enumerate(batches):
+        # Any key would do: the true gradient is a function of x_1 alone.
         true, _ = gradient_of_method(network, full, samples_of_draw(batch, cfg.seed, n))
         if not true["all"].norm() > 0:  # there is no direction to compare with
             raise ValueError(f"the true gradient of batch {n} is zero: all is above lambda; give a larger --batch")
@@ -231,7 +236,7 @@ def measure_methods(
                 for name, value in compare_draws(gradients, true[layer]).items():
                     numbers.setdefault(name, []).append(value)
         result["pairs"].append(pairs_of_steps(network, batch, true["all"]))
-        print(f"batch {n + 1} of {len(batches)}", flush=True)
+        print(f"batch {n + 1} of {len(batches)}", flush=True)  # a batch takes minutes
     return result
 
 
@@ -245,14 +250,14 @@ def path_bend(batch: Samples) -> float:
 
 def gradient_of_method(network: nn.Module, method: Callable, samples: Samples) -> tuple[Gradient, dict]:
     """A method's gradient in the weights, and what it logs."""
-    network.zero_grad()
+    network.zero_grad()  # methods add to .grad
     log = method(samples)
     layers: dict[str, list[Tensor]] = {}
     for name, parameter in network.named_parameters():
         # A method that differentiates no step leaves no gradient: a vector of zeros keeps the layers aligned.
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         layer = LAYERS.get(name.partition(".")[0], "embedders")
-        layers.setdefault(layer, []).append(gradient.flatten())
+        layers.setdefault(layer, []).append(gradient.flatten())  # in the order of parameters, for all methods
     vectors = {layer: torch.cat(gradients) for layer, gradients in layers.items()}
     return {"all": torch.cat(list(vectors.values())), **vectors}, log
 

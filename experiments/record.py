@@ -37,6 +37,7 @@ def run_command(command: Callable[[Any], None], flags: type, description: str | 
 
 def write_result(path: Path, **content: Any) -> None:
     """Write a result of this command, whole or not at all."""
+    # As a reader would type it, not the path that sys.argv has.
     command = ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
     result = provenance(command) | content  # the command first, for who opens the file
     with replacing(path) as temporary:  # a kill leaves the old file
@@ -63,6 +64,7 @@ def hardware() -> str:
 
 def revision() -> str:
     """The commit of this repository, with a + if tracked files differ from it; unknown where there is no git."""
+    # --exclude: the hash, not the name of a tag before it.
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
@@ -80,6 +82,7 @@ def source_line(result: dict[str, Any]) -> str:
 
 def markdown_table(head: list[str], lines: list[list[str]]) -> str:
     """A table whose first column has names and whose other columns have numbers."""
+    # Numbers to the right, so that digits stand below each other.
     alignment = ["---", *["--:"] * (len(head) - 1)]
     rows = ["| " + " | ".join(row) + " |" for row in (head, alignment, *lines)]
     return "\n".join(rows) + "\n"
