@@ -154,7 +154,9 @@ def test_an_update_costs_what_is_counted(cfg):
         setup, meter = prepare(cfg, world), Meter(world.device)
         train.batch_gradient(cfg, setup, world, 0, meter)
     assert cost(meter.counts["forwards"], meter.counts["backwards"]) == evaluations_of("leapalign", flags, 1)
-    assert evaluations_of("leapalign", flags, 1) == 8 * (4 + 2 * 3 + 2 + 3)  # the base at both leaps, the second one again
+    assert evaluations_of("leapalign", flags, 1) == 8 * (
+        4 + 2 * 3 + 2 + 3
+    )  # the base at both leaps, the second one again
 
 
 @pytest.mark.parametrize("flags", [dict(lora=4, lr=3e-3), dict(bf16=True, lean=True)])
