@@ -1,11 +1,12 @@
-"""A cell of a table is a training run: trained once, in a process of its own, and summed up in a file.
+"""A cell of a table is a training run: trained once, in a process of its own, and kept as a line of cells.jsonl.
 
-The file is named by what decides the run: its flags (not the machine's, nor those that compare sets or refuses), the
-method's keywords, and the contents of the files that it reads, your method's among them.  So a finished cell is not run
-again, on this machine or another; one that was stopped goes on from its checkpoint; and other weights are other cells.
+A line is found again by its key, a hash of all that decides the run: the flags, the method's keywords, and the contents
+of the files that the run reads, a method's file of yours among them. So a finished run is not repeated, on this machine
+or another; an interrupted run goes on from its checkpoint; and other weights make another run.
 
-The code of this repository is not in the name, nor are files that yours imports, but the revision is in the file: where
-you change a method in place, remove its cells.
+The repository's code is not in the key, because most of its changes change no result. A line has a hash of the code
+that could (`CODE`), and a table warns if that code has changed since. Modules that a method of yours imports are in
+neither hash: after a change of one, remove the lines of your method.
 """
 
 import hashlib
@@ -17,234 +18,273 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 from config import Config, Experiment, Method, parse
-from experiments.record import RESULTS, ROOT, origin
-from formats.locations import locate
-from formats.lora_files import lora_file
+from experiments.record import RESULTS, ROOT, provenance
 from infra.distributed import Process, device_of
-from infra.files import replacing
-from infra.jsonl import read_log
+from infra.jsonl import Entry, append_line, read_log
 from infra.methods import recorded_flags
-from infra.user_code import is_user_code
 from rewards import parse_reward
-from samples import zero_samples
+from samples import Size, zero_samples
 from start import prepare
 
-CELLS = RESULTS / "cells"
-AS_PUBLISHED = "--reward-input None"  # a row has its method's own keywords and those that it names, not the preset's
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable to the bit, and two fit on two cores
-NONFINITE = 3  # train.py's exit code for a run that came to a number that is not finite
+CELLS = RESULTS / "cells.jsonl"  # the runs that the repository ships
+NEW_CELLS = Path("runs/cells.jsonl")  # yours; append its lines to CELLS to ship them
+# Code that can change a run's numbers. Runs outlive most of its changes, so it is not in a run's key.
+CODE = ("sample.py", "leaps.py", "baselines.py", "shapes/vivid.py")
+# A run is repeatable to the bit, and two runs fit on two cores.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+TABLE_FLAGS = ("seed", "lr", "updates", "eval_every")  # of train.py, which a table sets for each run
+NONFINITE = 3  # train.py's exit code after a number that is not finite
+# The preset's --reward-input would count for all rows. Without it each row has its own method's default.
+AS_PUBLISHED = ["--reward-input", "None"]
+TYRO_LOCK = threading.Lock()  # tyro is not thread-safe
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run: `spec` and `flags` are words of train.py's command line, as in "leapalign --alpha 0"."""
+    """A training run. `spec` and `flags` are words of train.py's command line."""
 
-    spec: str  # the method and its flags
-    flags: str  # flags of all cells
+    spec: str  # a row: a method and its own flags, as "leapalign --alpha 0"
+    flags: str  # flags of all rows
     seed: int
     lr: float
-    steps: int
+    updates: int
     eval_every: int
-    program: tuple[str, ...] = ("train.py",)  # what takes these flags, from the repository's root, and its own words
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        return dict(seed=self.seed, lr=self.lr, updates=self.steps, eval_every=self.eval_every, save_every=50)
 
     @property
     def arguments(self) -> list[str]:
-        own = [word for name, value in self.numbers.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        return ["shapes", *words(self.spec, self.flags), *own]
+        """The words after `train.py`, all but --out."""
+        words = row_arguments(self.spec, self.flags)
+        for name in TABLE_FLAGS:
+            words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
+        return words
+
+    @property
+    def key(self) -> str:
+        """A hash of all that decides the run."""
+        numbers = {name: getattr(self, name) for name in TABLE_FLAGS}
+        cfg = replace(config_of(self.spec, self.flags), **numbers)  # tyro is slow: it reads each row once
+        contents = [digest(path) for path in input_paths(cfg)]
+        decisive = json.dumps([decisive_flags(cfg), contents], sort_keys=True)
+        return hashlib.sha256(decisive.encode()).hexdigest()[:10]
 
     @property
     def name(self) -> str:
-        """Readable, and another one wherever something differs that decides the result."""
-        cfg = replace(config_of(self.spec, self.flags), **self.numbers)
-        # What files hold counts, not where they are.
-        names = {f.name for f in (*fields(Experiment), *fields(Method))} - {"model", "base", "prompts", "eval_prompts"}
-        flags = {name: value for name, value in recorded_flags(cfg).items() if name in names or name == "updates"}
-        hub_ids = [name for name in (cfg.model, cfg.base) if name and not Path(name).exists()]
-        found = [digest(str(path)) for path in inputs(cfg)] + hub_ids
-        decides = json.dumps([flags, found], sort_keys=True)
-        key = hashlib.sha256(decides.encode()).hexdigest()[:10]
-        name = re.sub(r"[^\w.]+", "-", f"{Path(self.spec).name}-lr{self.lr:.2g}-seed{self.seed}-{key}")
-        program, *own = self.program
-        return name if program == "train.py" else f"{Path(program).stem}{'-'.join(own)}-{name}"
-
-    @property
-    def file(self) -> Path:
-        """Where its result is, once it is there."""
-        return CELLS / f"{self.name}.json"
+        """The name of the run's folder: readable, and unique by the key."""
+        words = f"{Path(self.spec).name}-lr{self.lr:.2g}-seed{self.seed}-{self.key}"
+        return re.sub(r"[^\w.]+", "-", words)
 
 
-def words(spec: str, flags: str) -> list[str]:
-    """Of a command line: the flags of all cells, then the row's own, which win."""
-    method, *own = shlex.split(spec)
-    return [*shlex.split(AS_PUBLISHED), *shlex.split(flags), "--method", method, *own]
+def row_arguments(spec: str, flags: str) -> list[str]:
+    """The preset and flags of a row; its own flags come last, so they win."""
+    method, *method_flags = shlex.split(spec)
+    return ["shapes", *AS_PUBLISHED, *shlex.split(flags), "--method", method, *method_flags]
 
 
-@cache  # tyro is not for several threads: all rows are read before any runs
+@cache
 def config_of(spec: str, flags: str) -> Config:
-    """The flags of a method's runs; train.py's own message and SystemExit for one that there is not."""
-    return parse(["shapes", *words(spec, flags)])[0]
+    """The flags of a row's runs. Wrong flags end the command with train.py's own message."""
+    with TYRO_LOCK:
+        return parse(row_arguments(spec, flags))[0]
 
 
-def inputs(cfg: Config) -> list[Path]:
-    """The files and folders that decide a run beside its flags; what is no path, as a hub id, is not among them."""
-    specs = [*(parse_reward(spec)[1] for spec in (*cfg.reward, *cfg.watch)), cfg.method * is_user_code(cfg.method)]
-    files = [spec.rpartition(":")[0] if is_user_code(spec) else spec for spec in specs]
-    names = (cfg.model, cfg.base, cfg.prompts, cfg.eval_prompts, *files)
-    if lora_file(cfg.model) and not cfg.base:  # its note names what it lies over
-        names += locate(cfg.model)[:2]
-    return [Path(name) for name in names if name and Path(name).exists()]
+def flag_names(words: str) -> list[str]:
+    """The flags in words of a command line: "--lr=1e-4 --stop_early" has lr and stop-early."""
+    return re.findall(r"(?<!\S)--([\w-]+)", words.replace("_", "-"))
+
+
+# -------------------------------------------------------------------------------------- what decides a run
+
+
+def decisive_flags(cfg: Config) -> dict[str, Any]:
+    """The flags that decide a run's numbers.
+
+    A flag that is off (None, False, 0 or empty) is left out, so a key stays the same when train.py gets a new flag, or
+    loses one, that the run does not set.
+    """
+    paths = {"model", "base", "prompts", "eval_prompts"}  # their contents count, not where they are
+    # Machine and Run flags change memory, files and time, but --updates changes the decay of the learning rate.
+    names = {field.name for field in (*fields(Experiment), *fields(Method))} | {"updates"}
+    recorded = recorded_flags(cfg)
+    return {name: recorded[name] for name in sorted(names - paths) if recorded[name]}
+
+
+def input_paths(cfg: Config) -> list[str]:
+    """Files, folders and hub ids whose contents decide a run. CODE is not among them."""
+    paths = [cfg.model, cfg.base, cfg.prompts, cfg.eval_prompts, cfg.method]
+    # A watched reward trains nothing, but what it measures is part of a run's line.
+    paths += [parse_reward(spec)[1] for spec in (*cfg.reward, *cfg.watch)]
+    files = [re.sub(r"\.py:.*", ".py", str(path)) for path in paths if path]  # FILE.py of FILE.py:FUNCTION
+    return [file for file in files if file not in CODE]
 
 
 @cache
 def digest(path: str) -> str:
-    """A hash of a file, or of all files of a folder with their names."""
-    files = [Path(path)] if Path(path).is_file() else sorted(f for f in Path(path).rglob("*") if f.is_file())
+    """A hash of a file, or of all files in a folder and their names. What is no path, such as a hub id, is its own."""
+    root = Path(path)
+    files = [file for file in sorted([root, *root.rglob("*")]) if file.is_file()]
+    if not files:
+        return path
     total = hashlib.sha256()
     for file in files:
-        total.update(f"{file.relative_to(path)}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
+        total.update(f"{file.relative_to(root)}\n".encode())
+        total.update(file.read_bytes())
     return total.hexdigest()
+
+
+def code_hash() -> str:
+    """A hash of the repository's code that can change a run's numbers although its key stays."""
+    digests = "".join([digest(str(ROOT / name)) for name in CODE])
+    return hashlib.sha256(digests.encode()).hexdigest()[:10]
+
+
+def warn_of_other_code(entries: Iterable[Entry]) -> None:
+    """Print a warning if runs of a table were made by other code than today's."""
+    revisions = [entry["revision"] for entry in entries if entry["code"] != code_hash()]
+    if revisions:
+        print(
+            f"warning: {len(revisions)} runs were made with other code of {', '.join(CODE)}, at revisions "
+            f"{', '.join(sorted(set(revisions)))}. To make them again, remove their lines from cells.jsonl."
+        )
 
 
 # ------------------------------------------------------------------------------- evaluations of the network
 
 
 @cache
-def opened(spec: str, flags: str) -> tuple[Callable[..., Any], Tensor]:
-    """A method with its options, and the noise levels of its rollouts. Raises ValueError if train.py would not run."""
+def load_method(spec: str, flags: str) -> tuple[Callable[..., Any], Size]:
+    """A row's method with its keywords, and the size of its images. Raises ValueError if train.py would refuse it."""
+    # `prepare` refuses a folder that holds a run, and this one holds none.
     cfg = replace(config_of(spec, flags), out=Path("runs/never-made"))
-    alone = Process(rank=0, world_size=1, device=device_of(cfg.device), mesh=None)
+    process = Process(rank=0, world_size=1, device=device_of(cfg.device), mesh=None)
     try:
-        setup = prepare(cfg, alone)
+        setup = prepare(cfg, process)
         samples, _ = zero_samples(setup.sizes[0].sigmas, cfg.batch, torch.Generator())
-        setup.method(samples)
+        setup.method(samples)  # a whole batch: train.py tries fewer samples
     except ValueError as error:
         raise ValueError(f"{spec} {flags}: {error}") from error
-    return setup.method, setup.sizes[0].sigmas
+    return setup.method, setup.sizes[0]
 
 
 def cost(forwards: int, backwards: int) -> int:
-    """Evaluations of the network: 1 forward, 3 forward and backward; `forwards` has both kinds, as in metrics.jsonl."""
+    """Evaluations of the network: a forward is 1, a forward and backward 3. `forwards` counts both kinds."""
     return forwards + 2 * backwards
 
 
 def costs(spec: str, flags: str) -> Iterator[int]:
-    """What a run has spent after 1, 2, 3, ... updates, in evaluations: the method's own calls are counted, on zeros.
+    """The evaluations of a run after 1, 2, 3, ... updates, by the calls that its method makes on zeros.
 
-    Exact where every update costs the same.  ReFL and DRTune stop at a random step: theirs are other draws than a
-    run's, as many on average.
+    They are exact where all updates cost the same. ReFL and DRTune stop at a random step: a run draws other steps, so
+    its evaluations agree on average.
     """
-    (method, levels), cfg = opened(spec, flags), config_of(spec, flags)
-
-    def of_update(update: int) -> int:
-        samples, calls = zero_samples(levels, cfg.batch, torch.Generator().manual_seed(update), update)
+    method, size = load_method(spec, flags)
+    batch = config_of(spec, flags).batch
+    total = 0
+    for update in itertools.count():
+        # Another random step in each update, the same in all calls: budgets are repeatable.
+        samples, calls = zero_samples(size.sigmas, batch, torch.Generator().manual_seed(update), update)
         method(samples)
-        return cfg.batch * cost(calls["velocity"] + calls["base"] + calls["vjp"], calls["vjp"])
+        total += batch * cost(calls["velocity"] + calls["base"] + calls["vjp"], calls["vjp"])
+        yield total
 
-    return itertools.accumulate(map(of_update, itertools.count()))
 
-
-def spent(spec: str, flags: str, updates: int) -> int:
+def evaluations_of(spec: str, flags: str, updates: int) -> int:
     """Evaluations that so many updates take."""
     return next(itertools.islice(costs(spec, flags), updates - 1, None))
 
 
 def updates_within(spec: str, flags: str, budget: int) -> int:
-    """The most updates that take no more evaluations than the budget; at least one."""
-    return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= budget, costs(spec, flags))))
+    """The number of updates that take no more evaluations than the budget; at least one."""
+    for updates, total in enumerate(costs(spec, flags)):
+        if total > budget:
+            return max(1, updates)
 
 
 # ------------------------------------------------------------------------------------------- running
 
 
-def at_once(function: Callable[[Any], Any], items: Iterable[Any], jobs: int) -> dict[Any, Any]:
-    """A function of each item, `jobs` at a time: it waits for a process, so threads do.
+def read_cells() -> dict[str, Entry]:
+    """The finished runs by their keys: the repository's, then yours."""
+    entries = read_log(CELLS) + read_log(NEW_CELLS)
+    return {entry["key"]: entry for entry in entries}
 
-    Raises what one raises; those that run are finished first.
+
+def run_parallel(function: Callable[[Any], Any], items: Iterable[Any], jobs: int) -> dict[Any, Any]:
+    """item -> function(item), `jobs` at a time, in threads: each waits for a process of its own.
+
+    An error is raised when the items before it are finished; items that have not begun by then are left out.
     """
-    done = {}
+    results = {}
+    items = list(dict.fromkeys(items))  # two rows may share a run, and two processes must not share a folder
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(function, item): item for item in dict.fromkeys(items)}
-        try:
-            for future in as_completed(futures):
-                done[futures[future]] = future.result()
-                print(f"{len(done)} of {len(futures)}", flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return done
+        for item, result in zip(items, pool.map(function, items)):
+            results[item] = result
+            print(f"{len(results)} of {len(items)}", flush=True)
+    return results
 
 
-def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
-    """What a cell came to, from its file, or from running it first, in a folder of `work`.
+def run_cell(cell: Cell, work: Path, finished: dict[str, Entry]) -> Entry:
+    """The numbers of a cell: those of the finished run, or of a run that is made now, in a folder of `work`.
 
-    Raises ChildProcessError if it fails.
+    Two commands at a time need two folders of work. Raises ChildProcessError if train.py fails.
     """
-    folder, log = work / cell.name, work / f"{cell.name}.log"
-    if cell.file.exists():
-        return json.loads(cell.file.read_text())
-    work.mkdir(parents=True, exist_ok=True)
+    if cell.key in finished:
+        return finished[cell.key]
     print(f"runs {cell.name}", flush=True)
-    began = origin(
-        [*(f"{name}={value}" for name, value in ONE_THREAD.items()), "python", *cell.program, *cell.arguments]
-    )
-    program, *own = cell.program
-    command = [sys.executable, str(ROOT / program), *own, *cell.arguments, "--out", str(folder), "--resume"]
-    code = launch(command, log)
-    if code not in (0, NONFINITE):
+    work.mkdir(parents=True, exist_ok=True)
+    folder, log = work / cell.name, work / f"{cell.name}.log"
+    threads = [f"{name}={value}" for name, value in ONE_THREAD.items()]
+    # Before the run, because the revision may change while it takes its minutes.
+    source = provenance([*threads, "python", "train.py", *cell.arguments])
+    train = str(ROOT / "train.py")
+    # --resume: a run that was interrupted goes on from its newest checkpoint.
+    code = launch([sys.executable, train, *cell.arguments, "--out", str(folder), "--resume"], log)
+    if code not in (0, NONFINITE):  # a run that diverged is a result: its learning rate is too high
         tail = "\n".join(log.read_text().splitlines()[-5:])
-        raise ChildProcessError(f"{shlex.join(command)} ended with {code}; the end of {log}:\n{tail}")
-    result = dict(spec=cell.spec, seed=cell.seed, lr=cell.lr, steps=cell.steps, diverged=code == NONFINITE)
-    result |= summary(folder) | began
-    with replacing(cell.file) as part:
-        part.write_text(json.dumps(result, indent=1) + "\n")
+        raise ChildProcessError(f"{source['command']} ended with {code}; the end of {log}:\n{tail}")
+    entry = dict(key=cell.key, code=code_hash(), **asdict(cell), diverged=code == NONFINITE)
+    entry |= summarize_run(folder) | source
+    NEW_CELLS.parent.mkdir(exist_ok=True)
+    append_line(NEW_CELLS, entry)
     for name in ("checkpoints", "best"):  # final/ stays, 10 MB of the tiny model
         shutil.rmtree(folder / name, ignore_errors=True)
-    return result
+    return entry
 
 
 def launch(command: list[str], log: Path) -> int:
-    """Run a command with one thread, what it prints added to a file: its exit code.
-
-    Raises ChildProcessError if the file is still written to: two runs in one folder would spoil each other.
-    """
+    """Run a command with one thread, append what it prints to a file, and return its exit code."""
+    environment = os.environ | ONE_THREAD
     with log.open("a") as file:
-        try:  # what is started keeps the lock with the file, even where this process is killed
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ChildProcessError(f"another command's run still writes {log}: wait for it, or stop it") from None
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD).returncode
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """What a run's logs say: all evaluations, each with the evaluations of the network until then; seconds and memory.
+def summarize_run(folder: Path) -> dict[str, Any]:
+    """A run's logs in short: all evaluations, the network's evaluations until then, and what the updates took.
 
-    Seconds are those of updates alone; memory is the most that the process held, in GB.
+    Seconds are those of the updates alone. Memory is the highest of the process, in GB.
     """
-    updates, evals = read_log(folder / "metrics.jsonl"), read_log(folder / "eval.jsonl")
-    costs = [(u["step"], cost(u["forwards"], u["backwards"])) for u in updates]  # an update left out is not among them
-    curve = [{k: v for k, v in e.items() if isinstance(v, int | float) and k != "seconds"} for e in evals]
-    for entry in curve:
-        entry["evaluations"] = sum(spent for step, spent in costs if step < entry["step"])
-    seconds, memory = sum(u["seconds"] for u in updates), max((u["memory"] for u in updates), default=0.0)
-    return dict(curve=curve, evaluations=sum(spent for _, spent in costs), seconds=seconds, memory=memory)
+    updates = read_log(folder / "metrics.jsonl")  # without the updates that were not finite
+    curve = []
+    for evaluation in read_log(folder / "eval.jsonl"):
+        # The rest is lists of scores by prompt.
+        point = {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
+        del point["seconds"]
+        point["evaluations"] = total_cost(update for update in updates if update["step"] < evaluation["step"])
+        curve.append(point)
+    seconds = sum(update["seconds"] for update in updates)
+    memory = max((update["memory"] for update in updates), default=0.0)
+    return dict(curve=curve, evaluations=total_cost(updates), seconds=seconds, memory=memory)
+
+
+def total_cost(updates: Iterable[Entry]) -> int:
+    return sum(cost(update["forwards"], update["backwards"]) for update in updates)

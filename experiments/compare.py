@@ -1,85 +1,120 @@
 """Methods side by side: every one from the same base, on the same prompts and noises, over several seeds.
 
-    python -m experiments.compare --jobs 2                                           # all methods
+    python -m experiments.compare --jobs 2                                           # all methods, equal evaluations
+    python -m experiments.compare --jobs 2 --equal updates                           # and as many updates of each
     python -m experiments.compare --methods leapalign refl "full --last 2" --seeds 3
     python -m experiments.compare --also my_method.py:noisy_steps                    # yours, in the table
     python -m experiments.compare --table ablations                                  # the paper's Fig. 4
     python -m experiments.compare --table ranges --jobs 2                            # where do early steps matter?
 
-A method is a name or FILE.py:FUNCTION, and then any flags of train.py.  The first one is the reference: it makes
---steps updates, and is what the others are compared with, seed by seed.  The table of methods is made twice: at as many
-evaluations of the network as the reference takes (forward 1, forward and backward 3), and at as many updates (--equal).
+A row is a method, or FILE.py:FUNCTION, and then any flags of train.py. The first row is the reference: it makes
+--updates updates, and the other rows are compared with it, seed by seed. All rows take as many evaluations of the
+network as the reference (a forward is 1, a forward and backward 3), or as many updates (--equal). A row has its own
+method's defaults, the paper's, not the --reward-input of the preset.
 
-Where rows make other numbers of updates, their averages (--ema) reach as far back in proportion, but for a row that
-gives its own: with one decay for all, 40 updates would be judged with nearly half of the base in their weights, and 140
-with next to nothing.
+Each method has a learning rate of its own, chosen from the same grid on a seed that no table uses, by the judge at the
+end of a run at equal evaluations. The choice begins in the middle of the grid and goes uphill until the next rate does
+worse. Ablations and ranges have one low rate for all rows.
 
-A row has its method's own keywords, the paper's, and those that it names: not the preset's --reward-input.
-
-A learning rate is chosen for each method, from the same grid, on a seed that no table uses, by the judge at the end of
-a run at equal evaluations: from the middle of the grid on, uphill, until the next one does worse.  The tables of
-ablations and ranges have one low rate throughout: at the higher one that is chosen for LeapAlign, its seeds differ too
-much to tell rows apart.
-
-What a run came to is a file in experiments/results/cells, and is not measured again (cells.py): a table that is there
-already takes seconds, and a row more takes its own runs.  The results are in --out, and experiments/draw.py makes
-tables and pictures of them.  What a table costs is told by --plan, in evaluations.
+A finished run is a line of cells.jsonl and is not repeated (cells.py), so a table that is there already takes seconds.
+--plan prints how many runs a table still needs, and what they cost.
 """
 
-import itertools
+import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from config import Run
-from experiments.cells import Cell, at_once, config_of, opened, run_cell, spent, updates_within
-from experiments.command import main
-from experiments.draw import draw
-from experiments.record import file_of, record
+from experiments.cells import (
+    Cell,
+    config_of,
+    evaluations_of,
+    flag_names,
+    load_method,
+    read_cells,
+    run_cell,
+    run_parallel,
+    updates_within,
+    warn_of_other_code,
+)
+from experiments.draw import draw_result
+from experiments.record import run_command, write_result
+from infra.flags import flags
+from infra.jsonl import Entry
 from rewards import reward_name
 from shapes.world import TASKS
 
+# A rate that was chosen on a table's seed would flatter that table.
 GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds are 0, 1, 2, ...
-LOW = 7e-5  # the learning rate of ablations and ranges
-POINTS = 4  # evaluations of a run after its base, at most
+GRID = (1.75e-5, 3.5e-5, 7e-5, 1.4e-4, 2.8e-4, 5.6e-4, 1.12e-3, 2.24e-3)
+LOW_RATE = 7e-5  # of ablations and ranges: at LeapAlign's best rate its seeds differ too much to compare rows
+POINTS = 4  # evaluations of a run, after the base's
 METHODS = (
-    "leapalign", "leapalign --reward-input xhat_0", "refl", "draft_lv", "drtune", "full", "flowbp_sparse",
-    "flowbp_bridge", "flowbp_lagrange", "flow_grpo", "dance_grpo",
-    "mix_grpo --every 6",  # a twelfth of its updates at equal evaluations, as 25 of the paper's 300
-)  # fmt: skip
-ABLATIONS = (  # the paper's Fig. 4; the first has alpha 0.3, two leaps from random steps, and x_0 rewarded
-    "leapalign",
-    "leapalign --alpha 0", "leapalign --alpha 0.1", "leapalign --alpha 1",
-    "leapalign --leaps 1", "leapalign --leaps 3",
+    "leapalign",  # the paper's, with x_0 rewarded
     "leapalign --reward-input xhat_0",
-    "leapalign --weight d_j", "leapalign --weight d_0", "leapalign --weight none",
-    "leapalign --low 0.5", "leapalign --high 0.5",
+    "refl",
+    "draft_lv",
+    "drtune",
+    "full",  # the true gradient
+    "flowbp_sparse",
+    "flowbp_bridge",
+    "flowbp_lagrange",
+    "flow_grpo",
+    "dance_grpo",
+    "mix_grpo --every 6",  # a twelfth of its updates at equal evaluations, as 25 of the paper's 300
+)
+ABLATIONS = (  # the paper's Fig. 4
+    "leapalign",  # alpha 0.3, two leaps from random steps, x_0 rewarded
+    "leapalign --alpha 0",  # no nested gradient
+    "leapalign --alpha 0.1",
+    "leapalign --alpha 1",  # the whole one
+    "leapalign --leaps 1",
+    "leapalign --leaps 3",
+    "leapalign --reward-input xhat_0",
+    # Which distances the weight of Eq. 12 uses.
+    "leapalign --weight d_j",
+    "leapalign --weight d_0",
+    "leapalign --weight none",
+    # Which noise levels leaps start from: early steps only, late steps only, and a fixed distance.
+    "leapalign --low 0.5",
+    "leapalign --high 0.5",
     "leapalign --distance 0.5",
-)  # fmt: skip
+)
+RANGES = (  # a quarter of the preset's 12 steps each; ranges meet halfway between two noise levels
+    "leapalign",
+    "leapalign --low 0.919 --high 1.000",
+    "leapalign --low 0.779 --high 0.919",
+    "leapalign --low 0.550 --high 0.779",
+    "leapalign --low 0.000 --high 0.550",
+)
 
 
-@dataclass(frozen=True)
-class Config:
+@flags
+class CompareFlags:
     """Train methods side by side over several seeds, and write a table with intervals."""
 
     table: Literal["methods", "ablations", "ranges"] = "methods"
-    """methods, at equal evaluations and at equal updates; the paper's ablations; leaps from ranges of steps only."""
+    """The methods; the paper's ablations; leaps from ranges of steps only."""
     methods: tuple[str, ...] = ()
-    """Rows in place of the table's own, each a method and its flags, "leapalign --alpha 0"; first the reference."""
+    """Rows in place of the table's, each a method and its flags, "leapalign --alpha 0"; first the reference."""
     also: tuple[str, ...] = ()
     """Rows to add to the table."""
     seeds: int = 5
     """Runs of each row, with seeds 0, 1, 2, ..."""
-    steps: int = 100
+    updates: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 100
     """Updates of the reference."""
-    equal: tuple[Literal["evaluations", "updates"], ...] = ("evaluations", "updates")
-    """Of the table of methods: give every row the reference's number of network evaluations, or of updates."""
-    grid: tuple[float, ...] = (1.75e-5, 3.5e-5, 7e-5, 1.4e-4, 2.8e-4, 5.6e-4, 1.12e-3, 2.24e-3)
-    """Learning rates to choose from; a single one is not chosen but taken. Ablations and ranges take a single one,
-    7e-5 by default."""
+    equal: Literal["evaluations", "updates"] | None = None
+    """What all rows have as many of as the reference. The default is evaluations of the network, and updates for
+    ablations and ranges."""
+    grid: tuple[float, ...] = ()
+    """Learning rates to choose from, for each row; a single one is taken as it is. The default is eight rates from
+    1.75e-5 to 2.24e-3, and 7e-5 alone for ablations and ranges."""
     select: str = "judge"
     """The reward or task by which a learning rate is chosen, as eval.jsonl names it."""
     watch: tuple[str, ...] = ("judge", "shapes/vivid.py:vivid")
@@ -89,167 +124,162 @@ class Config:
     jobs: int = 1
     """Runs at a time, each a process with one thread."""
     work: Path = Path("runs/compare")
-    """Folder of the runs; a finished one keeps its logs, pictures and final model."""
-    out: Path | None = None
-    """File of the results, beside which tables and pictures are written. The default is experiments/results/TABLE.json
-    of a whole table, and runs/TABLE.json where you name rows or set anything else that results depend on."""
+    """Folder of the runs; a finished run keeps its logs, pictures and final model."""
+    results: Annotated[Path | None, tyro.conf.arg(aliases=("--out",))] = None
+    """JSON file of the results; tables and pictures are written beside it. The default is runs/TABLE.json."""
     plan: bool = False
-    """Say which runs there would be and how many evaluations they take, and stop."""
+    """Print which runs there would be and how many evaluations they take, and stop."""
 
 
-def rows_of(cfg: Config, flags: str) -> list[str]:
-    """The rows of a table, the reference first."""
-    if cfg.methods:
-        rows = cfg.methods
-    elif cfg.table == "ranges":
-        rows = ("leapalign", *windows(opened("leapalign", flags)[1].tolist()[:-1]))
+def compare_methods(cfg: CompareFlags) -> None:
+    """Make the runs that are not finished yet; write the results, tables and pictures."""
+    if cfg.table == "methods":
+        cfg = replace(cfg, equal=cfg.equal or "evaluations", grid=sorted(cfg.grid or GRID))
     else:
-        rows = METHODS if cfg.table == "methods" else ABLATIONS
-    return list(dict.fromkeys([*rows, *cfg.also]))
+        cfg = replace(cfg, equal=cfg.equal or "updates", grid=sorted(cfg.grid or [LOW_RATE]))
+    check_compare_flags(cfg)
+    # A row that is named twice is run once.
+    rows = cfg.methods or dict(methods=METHODS, ablations=ABLATIONS, ranges=RANGES)[cfg.table]
+    rows = list(dict.fromkeys([*rows, *cfg.also]))
+    rewards = check_rows(cfg, rows)
+    updates = updates_of_rows(cfg, rows, cfg.equal)
+    finished = read_cells()  # once: from here on this command alone adds runs
+    if cfg.plan:
+        print_plan(cfg, updates, finished)
+        return
+    # Every row has a learning rate of its own, or the comparison would be one of learning rates.
+    rates, trials = choose_rates(cfg, rows, finished)
+    run = partial(run_cell, work=cfg.work, finished=finished)
+    entries = run_parallel(run, table_cells(cfg, updates, rates), cfg.jobs)
+    table = {spec: [entry for cell, entry in entries.items() if cell.spec == spec] for spec in rows}
+    path = cfg.results or Path("runs") / f"{cfg.table}.json"
+    write_result(path, kind=cfg.table, rewards=rewards, select=cfg.select, grid=trials, tables={cfg.equal: table})
+    draw_result(path)
+    # Last, below the tables, where it is read.
+    warn_of_other_code(entries.values())
 
 
-def windows(levels: list[float], most: int = 4) -> list[str]:
-    """LeapAlign with leaps from a part of the steps only: up to four parts, of two steps at least, the noisiest first.
-
-    levels: noise levels that steps start from, T of them.  The parts meet halfway between two levels.
-    """
-    parts = max(1, min(most, len(levels) // 2))
-    firsts = [round(i * len(levels) / parts) for i in range(1, parts)]
-    edges = [1.0, *((levels[i - 1] + levels[i]) / 2 for i in firsts), 0.0]
-    return [f"leapalign --low {low:.3f} --high {high:.3f}" for high, low in itertools.pairwise(edges)]
+# ------------------------------------------------------------------------------------ rows and lengths
 
 
-def check(cfg: Config) -> None:
-    """Raise ValueError naming the flag if the table cannot be made."""
-    if min(cfg.seeds, cfg.steps, cfg.jobs) < 1 or cfg.seeds > GRID_SEED:
-        raise ValueError(f"--seeds {cfg.seeds}, --steps {cfg.steps} and --jobs {cfg.jobs} must be at least 1")
-    check_words([cfg.flags, *cfg.methods, *cfg.also])
-    if not cfg.equal:
-        raise ValueError("--equal: give evaluations, updates, or both")
-    if not cfg.grid or min(cfg.grid) <= 0:
-        raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: give one learning rate or more, above 0")
-    if cfg.table != "methods" and len(cfg.grid) > 1 and cfg.grid != Config.grid:
-        raise ValueError(f"--grid {' '.join(map(str, cfg.grid))}: the table of {cfg.table} takes one learning rate")
+def check_compare_flags(cfg: CompareFlags) -> None:
+    """Raise ValueError naming the flag if no table can be made."""
+    if min(cfg.seeds, cfg.updates, cfg.jobs, *cfg.grid) <= 0:
+        raise ValueError("--seeds, --updates, --jobs and --grid must be above 0")
+    # These would be overridden without a word: a run has each of them set, after the flags of its row.
+    fixed = {field.name for field in fields(Run)} | {"steps", "seed", "lr", "eval_every", "watch"}
+    for words in (cfg.flags, *cfg.methods, *cfg.also):
+        for flag in flag_names(words):
+            if flag.replace("-", "_") in fixed:
+                raise ValueError(f"--{flag} in {words!r}: every run has it set; this command may have a flag for it")
 
 
-def check_words(texts: Sequence[str]) -> None:
-    """Raise ValueError if words for train.py have a flag that every run is given."""
-    names = {f.name for f in fields(Run)} | {"seed", "lr", "eval_every", "watch"}
-    for text in texts:
-        words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in shlex.split(text) if word[:2] == "--"}
-        if own := sorted(names & words):
-            flag = own[0].replace("_", "-")
-            raise ValueError(f"--{flag} in {text!r}: it is set for every run; this command has flags for some of these")
+def common_flags(cfg: CompareFlags) -> str:
+    """The flags of train.py that all rows have."""
+    return f"{cfg.flags} --watch {shlex.join(cfg.watch)}"
 
 
-# -------------------------------------------------------------------------------------- which runs
-
-
-def check_select(cfg: Config, rewards: Sequence[str]) -> None:
-    """Raise ValueError if no evaluation has the number that learning rates are chosen by."""
+def check_rows(cfg: CompareFlags, rows: list[str]) -> tuple[str, ...]:
+    """The rewards that all rows raise. Raises ValueError if a row cannot be run or compared. None is run before."""
+    flags = common_flags(cfg)
+    rewards = config_of(rows[0], flags).reward
+    for spec in rows:
+        load_method(spec, flags)
+        if config_of(spec, flags).reward != rewards:
+            raise ValueError(f"--reward in {spec!r}: all rows must raise the same rewards, which --flags can set")
+    # A misspelled --select would be found after the first run, minutes or hours later.
     names = {"reward", *map(reward_name, (*rewards, *cfg.watch))}
     if "judge" in names:
-        names |= set(TASKS)
+        names.update(TASKS)
     if cfg.select not in names:
         raise ValueError(f"--select {cfg.select} is not evaluated; there are {', '.join(sorted(names))}")
+    return rewards
 
 
-def cell(spec: str, flags: str, seed: int, lr: float, steps: int, of: int) -> Cell:
-    """A run of a row of `steps` updates in a table whose reference makes `of`."""
-    ema = config_of(spec, flags).ema ** (of / steps)
-    own = "" if steps == of else f" --ema {ema:.4f}"
-    return Cell(spec, flags + own, seed, lr, steps, eval_every=-(-steps // POINTS))
+def updates_of_rows(cfg: CompareFlags, rows: list[str], equal: str) -> dict[str, int]:
+    """The updates of each row where all rows take as many evaluations, or updates, as the first row."""
+    updates = dict.fromkeys(rows, cfg.updates)
+    if equal == "evaluations":
+        # Of the reference: its own updates are exact, and the other rows stay below it by less than one update.
+        budget = evaluations_of(rows[0], common_flags(cfg), cfg.updates)
+        for spec in rows[1:]:
+            updates[spec] = updates_within(spec, common_flags(cfg), budget)
+    return updates
 
 
-def steps_at(equal: str, rows: list[str], flags: str, steps: int) -> dict[str, int]:
-    """Updates of each row where all take as many evaluations, or updates, as the first."""
-    budget = spent(rows[0], flags, steps)
-    within = {spec: updates_within(spec, flags, budget) for spec in rows[1:]} if equal == "evaluations" else {}
-    return {spec: within.get(spec, steps) for spec in rows}
+# ---------------------------------------------------------------------------------------------- runs
 
 
-def climb(score: Callable[[float], tuple[Any, ...]], rates: Sequence[float]) -> float:
-    """The rate where going uphill from the middle ends: the next one scores lower, or is not there; upwards first.
+def make_cell(cfg: CompareFlags, spec: str, seed: int, lr: float, updates: int) -> Cell:
+    """A run of a row.
 
-    score: of a rate, called once each.  Of two that score alike the lower one is better.
+    The average of its weights (--ema) reaches as far back as the reference's, in proportion to the updates. With one
+    decay for all rows, a model after 40 updates would be judged with nearly half of the base in its weights.
     """
-    rates, score = sorted(rates), cache(score)
+    flags = common_flags(cfg)
+    # Rows as long as the reference have no --ema of their own, so tables at equal updates share their runs.
+    if updates != cfg.updates:
+        ema = config_of(spec, flags).ema ** (cfg.updates / updates)
+        flags += f" --ema {ema:.4f}"
+    return Cell(spec, flags, seed, lr, updates, eval_every=math.ceil(updates / POINTS))
+
+
+def table_cells(cfg: CompareFlags, updates: dict[str, int], rates: dict[str, float]) -> list[Cell]:
+    """The runs of a table, seed by seed, so that an interrupted command leaves a whole table of fewer seeds."""
+    cells = []
+    for seed in range(cfg.seeds):
+        cells += [make_cell(cfg, spec, seed, rates[spec], updates[spec]) for spec in updates]
+    return cells
+
+
+def choose_rates(cfg: CompareFlags, rows: list[str], finished: dict[str, Entry]) -> tuple[dict, dict]:
+    """The learning rate of each row; and for each row the rates that were tried, with their scores."""
+    # At equal evaluations in tables of equal updates, too: so both tables have the same rates and share their trials.
+    updates = updates_of_rows(cfg, rows, "evaluations")
+    trials = {spec: [] for spec in rows}
+
+    def choose_rate(spec: str) -> float:
+        def score(lr: float) -> tuple[bool, float]:
+            entry = run_cell(make_cell(cfg, spec, GRID_SEED, lr, updates[spec]), cfg.work, finished)
+            value = entry["curve"][-1][cfg.select]
+            trials[spec].append(dict(lr=lr, updates=updates[spec], score=value))
+            # A run that diverged is worse than any that did not, whatever its last evaluation says.
+            return not entry["diverged"], value
+
+        return climb(score, cfg.grid)
+
+    return run_parallel(choose_rate, rows, cfg.jobs), trials
+
+
+def climb(score: Callable[[float], tuple], rates: Sequence[float]) -> float:
+    """The rate at which going uphill from the middle of the sorted rates ends, upwards first.
+
+    `score` is called once per rate, and never for a single rate. Of two equal scores the lower rate's is better.
+    """
+    score = cache(score)  # a score is a training run
     best = len(rates) // 2
     while best + 1 < len(rates) and score(rates[best + 1]) > score(rates[best]):
         best += 1
+    # >= also leaves the middle for a lower rate of the same score: low rates are safer.
     while best > 0 and score(rates[best - 1]) >= score(rates[best]):
         best -= 1
     return rates[best]
 
 
-def choose(cfg: Config, trial: Callable[[str, float], Cell], spec: str) -> tuple[float, list[dict[str, Any]]]:
-    """A row's learning rate, and all runs that were made to find it."""
-    tried = {}
-
-    def score(lr: float) -> tuple[bool, float]:
-        tried[lr] = run_cell(trial(spec, lr), cfg.work)
-        return not tried[lr]["diverged"], tried[lr]["curve"][-1][cfg.select]
-
-    return climb(score, cfg.grid), list(tried.values())
-
-
-def run(cfg: Config) -> None:
-    """Run what is not there yet, write the results, the tables and the pictures."""
-    check(cfg)
-    flags = f"{cfg.flags} --watch {shlex.join(cfg.watch)}"
-    rows = rows_of(cfg, flags)
-    for spec in rows:
-        opened(spec, flags)  # all are tried before any is run
-    rewards = config_of(rows[0], flags).reward
-    if other := [spec for spec in rows if config_of(spec, flags).reward != rewards]:
-        raise ValueError(
-            f"--reward in {other[0]!r}: rows are compared by what they all raise, which --flags can change"
-        )
-    check_select(cfg, rewards)
-    equals = cfg.equal if cfg.table == "methods" else ("updates",)
-    steps = {equal: steps_at(equal, rows, flags, cfg.steps) for equal in equals}
-    choosing = rows if cfg.table == "methods" and len(cfg.grid) > 1 else []
-    updates_of_trials = steps_at("evaluations", choosing, flags, cfg.steps) if choosing else {}
-    for equal, spec in itertools.product(equals, rows):
-        config_of(spec, cell(spec, flags, 0, 1.0, steps[equal][spec], cfg.steps).flags)  # read before there are threads
-
-    # Seed by seed, so that what is there when it is stopped is a whole table of fewer seeds.
-    def cells_of(rates: dict[str, float]) -> dict[tuple[str, str, int], Cell]:
-        keys = itertools.product(range(cfg.seeds), equals, rows)
-        return {(e, s, n): cell(s, flags, n, rates[s], steps[e][s], cfg.steps) for n, e, s in keys}
-
-    def trial(spec: str, lr: float) -> Cell:
-        return cell(spec, flags, GRID_SEED, lr, updates_of_trials[spec], cfg.steps)
-
-    taken = cfg.grid[0] if len(cfg.grid) == 1 else LOW  # where none is chosen
-    if cfg.plan:
-        middle = len(cfg.grid) // 2
-        trials = [trial(spec, lr) for spec in choosing for lr in sorted(cfg.grid)[middle - 1 : middle + 2]]
-        likely = dict.fromkeys(rows, sorted(cfg.grid)[middle] if choosing else taken)
-        return say_plan(flags, steps, list(dict.fromkeys([*trials, *cells_of(likely).values()])))
-    chosen = at_once(partial(choose, cfg, trial), choosing, cfg.jobs)
-    cells = cells_of({spec: chosen[spec][0] if choosing else taken for spec in rows})
-    done = at_once(partial(run_cell, work=cfg.work), cells.values(), cfg.jobs)
-
-    tables = {e: {s: [done[cells[e, s, n]] for n in range(cfg.seeds)] for s in rows} for e in equals}
-    grid = {
-        spec: [dict(lr=t["lr"], steps=t["steps"], score=t["curve"][-1][cfg.select]) for t in tried]
-        for spec, (_, tried) in chosen.items()
-    }
-    out = file_of(cfg, cfg.table)
-    record(out, kind=cfg.table, rewards=rewards, select=cfg.select, grid=grid, tables=tables)
-    draw(out)
-
-
-def say_plan(flags: str, steps: dict[str, dict[str, int]], cells: list[Cell]) -> None:
-    """Print updates and evaluations of every row, and of all runs that are not finished."""
-    for equal, of_row in steps.items():
-        for spec, updates in of_row.items():
-            print(f"equal {equal:12s} {spec:44s} {updates:6d} updates {spent(spec, flags, updates):10,d} evaluations")
-    todo = [c for c in cells if not c.file.exists()]
-    total = sum(spent(c.spec, flags, c.steps) for c in todo)
-    print(f"{len(todo)} runs of {len(cells)} are to do, {total:,} evaluations, if the grid's middle is best")
+def print_plan(cfg: CompareFlags, updates: dict[str, int], finished: dict[str, Entry]) -> None:
+    """Print updates and evaluations of every row, and of the table's runs that are not finished."""
+    flags = common_flags(cfg)
+    for spec, count in updates.items():
+        print(f"{spec:44s} {count:6d} updates {evaluations_of(spec, flags, count):10,d} evaluations")
+    # The rates are not known before the trials. The middle of the grid, where a climb begins, is the best guess.
+    middle = cfg.grid[len(cfg.grid) // 2]
+    cells = table_cells(cfg, updates, dict.fromkeys(updates, middle))
+    unfinished = [cell for cell in cells if cell.key not in finished]
+    total = sum(evaluations_of(cell.spec, flags, cell.updates) for cell in unfinished)
+    print(f"{len(unfinished)} runs of {len(cells)} are to do, {total:,} evaluations, if {middle:g} is each row's best")
+    if len(cfg.grid) > 1:
+        print("and three trials or more of each row, to choose its learning rate")
 
 
 if __name__ == "__main__":
-    main(run, Config, __doc__)
+    run_command(compare_methods, CompareFlags, __doc__)

@@ -1,44 +1,48 @@
-"""Tables and pictures of results:  python -m experiments.draw experiments/results/*.json  (seconds)
+"""Tables and pictures of results:  python -m experiments.draw experiments/results/methods.json ...  (seconds)
 
-Writes NAME.md and pictures beside each NAME.json.  Nothing is measured here, so what is shown can be changed without
-running anything again.
+Writes NAME.md and pictures beside each NAME.json. Nothing is measured here, so tables and pictures can be changed
+without a new run.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from experiments.command import main
 from experiments.draw_compare import draw_compare
 from experiments.draw_fidelity import draw_fidelity
+from experiments.record import run_command
+from infra.flags import flags
+
+# Other kinds are results of finished studies, whose code is at revision d28ef77.
+KINDS = dict(methods=draw_compare, ablations=draw_compare, ranges=draw_compare, fidelity=draw_fidelity)
 
 
-@dataclass(frozen=True)
-class Config:
+@flags
+class DrawFlags:
     """Write the tables and pictures of results."""
 
     results: tyro.conf.Positional[tuple[Path, ...]]
     """Files that compare or fidelity wrote."""
 
 
-def draw(path: Path) -> None:
-    """Write what belongs beside a result, and print its tables. Raises ValueError for a file that is none."""
+def draw_all(cfg: DrawFlags) -> None:
+    for path in cfg.results:
+        draw_result(path)
+
+
+def draw_result(path: Path) -> None:
+    """Write the tables and pictures of a result, and print its tables. Raises ValueError if the file is no result."""
     try:
         result = json.loads(path.read_text())
-        kind = result["kind"]
+        draw = KINDS[result["kind"]]
+    # Any JSON file may be named here.
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of compare or fidelity: {error!r}") from error
-    draw_kind = draw_fidelity if kind == "fidelity" else draw_compare
-    draw_kind(result, path)
+    draw(result, path)
+    # People who wait for a command want its numbers on the screen.
     print(path.with_suffix(".md").read_text())
 
 
-def run(cfg: Config) -> None:
-    for path in cfg.results:
-        draw(path)
-
-
 if __name__ == "__main__":
-    main(run, Config, __doc__)
+    run_command(draw_all, DrawFlags, __doc__)

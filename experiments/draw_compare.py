@@ -1,9 +1,11 @@
-"""Tables and pictures of what compare and experts wrote: NAME.md, NAME.png, NAME-changes.png beside NAME.json.
+"""Tables and pictures of what compare wrote: NAME.md, NAME.png and NAME-changes.png beside NAME.json.
 
-Of experts there is NAME-gains.png, too.  A difference is that of two runs of the same seed.
+A table of a result is a dict: the name of a row, such as "leapalign --alpha 0", to its runs, one per seed. All
+differences are paired: between two runs of the same seed.
 """
 
-from collections.abc import Callable
+import itertools
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,198 +13,201 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.tables import markdown, origin, shown
+from experiments.record import format_interval, markdown_table, source_line
 from infra.pictures import GRID, INK, PALETTE, dress, line_chart, save_row
 from infra.summary import confidence_interval
 
 LAYOUT = ("position", "count")  # the tasks that early steps decide, if the paper is right
-Cells = list[dict[str, Any]]  # the runs of a row, seed by seed
-Rows = dict[str, Cells]
-TWO = ", two networks"  # ends the name of experts' rows with weights that are not shared
-HIDDEN = {"step", "evaluations"}  # of an evaluation's numbers: not measures
+Run = dict[str, Any]  # a line of cells.jsonl
+Rows = dict[str, list[Run]]
+
+
+def draw_compare(result: dict, path: Path) -> None:
+    """Write the tables and pictures of a result beside its JSON file."""
+    ((equal, rows),) = result["tables"].items()
+    path.with_suffix(".md").write_text(report_tables(result, rows, equal))
+    select = result["select"]
+    # Rows that the user names may have no range, and rewards of the user's no tasks.
+    has_tasks = {*LAYOUT, "color"} <= set(measures(result, rows))
+    if result["kind"] == "ranges" and has_tasks and rows_with_range(rows):
+        charts = [partial(ranges_chart, rows=rows)]
+    else:
+        charts = [partial(curves_chart, rows=rows, name=name) for name in (select, "reward")]
+    height = max(2.8, 0.17 * len(rows) + 1)  # inches: a row's name is a line of text
+    save_row(charts, path.with_suffix(".png"), height, right=1.8)
+    if len(rows) > 1:
+        chart = partial(differences_chart, rows=rows, name=select, equal=equal)
+        height = 0.25 * len(rows) + 1
+        save_row([chart], path.with_name(f"{path.stem}-changes.png"), height, left=1.9)
 
 
 # ------------------------------------------------------------------------------------- arithmetic
 
 
-def last(name: str) -> Callable[[dict], float]:
-    """A measure of a run: a number of its last evaluation."""
-    return lambda cell: cell["curve"][-1][name]
+def column(entries: list[dict], name: str) -> list:
+    """One of the numbers of some runs, or of some evaluations of a run."""
+    return [entry[name] for entry in entries]
 
 
-def gain(*names: str) -> Callable[[dict], float]:
-    """A measure of a run: how much the mean of some numbers has risen from the base's."""
-    return lambda cell: float(np.mean([cell["curve"][-1][n] - cell["curve"][0][n] for n in names]))
+def final(runs: list[Run], name: str) -> np.ndarray:
+    """A number of the last evaluation of each run, (seeds,)."""
+    last_evaluations = [run["curve"][-1] for run in runs]
+    return np.array(column(last_evaluations, name))
 
 
-def mean_of(cells: Cells, measure: Callable[[dict], float]) -> tuple[float, float]:
-    """Mean and half of its 95% interval over seeds; NaN for the half where there is one seed."""
-    return confidence_interval([measure(cell) for cell in cells])
+def gains(runs: list[Run], tasks: tuple[str, ...]) -> np.ndarray:
+    """How far the mean over some tasks rises from the base to the last evaluation of each run, (seeds,)."""
+    base = runs[0]["curve"][0]  # the same evaluation in all runs: none has made an update
+    total = 0
+    for task in tasks:
+        total += final(runs, task) - base[task]
+    return total / len(tasks)
 
 
-def change_of(cells: Cells, reference: Cells, measure: Callable[[dict], float]) -> tuple[float, float]:
-    """Mean difference to the reference, and half of its interval; raises ValueError where the seeds are others."""
-    if [c["seed"] for c in cells] != [c["seed"] for c in reference]:
-        raise ValueError(f"{cells[0]['spec']} and {reference[0]['spec']} have other seeds, and cannot be paired")
-    return confidence_interval([measure(a) - measure(b) for a, b in zip(cells, reference)])
+def differences(runs: list[Run], reference: list[Run], name: str) -> np.ndarray:
+    """A number of each run minus that of the reference's run, (seeds,). Raises ValueError if the seeds differ."""
+    if column(runs, "seed") != column(reference, "seed"):
+        raise ValueError(f"{runs[0]['spec']} and {reference[0]['spec']} have other seeds, and cannot be paired")
+    return final(runs, name) - final(reference, name)
 
 
 def measures(result: dict, rows: Rows) -> list[str]:
-    """What every run was evaluated by, the judge first, then its tasks, the trained reward, and all else."""
-    names = [n for n in next(iter(rows.values()))[0]["curve"][-1] if n not in HIDDEN]
-    names = [n for n in names if [n] != result["rewards"]]  # of a single reward, "reward" is the same
-    return sorted(names, key=lambda n: n != "judge")
+    """What every run is evaluated by: the judge first, then its tasks, the trained reward, and all other numbers."""
+    hidden = ["step", "evaluations"]
+    if len(result["rewards"]) == 1:
+        hidden += result["rewards"]  # a single reward is logged as "reward", too
+    first_run = next(iter(rows.values()))[0]
+    names = [name for name in first_run["curve"][-1] if name not in hidden]
+    return sorted(names, key=lambda name: name != "judge")  # the sort is stable
 
 
 # ---------------------------------------------------------------------------------------- tables
 
 
-def table(result: dict, rows: Rows) -> str:
-    """Means with intervals: the base, then a row each; what they took, and the learning rate."""
+def report_tables(result: dict, rows: Rows, equal: str) -> str:
+    """All tables of a result as Markdown, and where they are from."""
+    runs = list(itertools.chain(*rows.values()))
+    # Runs are kept, so a table has runs of several revisions and machines.
+    revisions = ", ".join(sorted(set(column(runs, "revision"))))
+    machines = ", ".join(sorted(set(column(runs, "hardware"))))
+    first = next(iter(rows))
+    # The reference need not be the best row, and people ask which differences at the top are certain.
+    best = max(rows, key=lambda spec: final(rows[spec], result["select"]).mean())
+    texts = [
+        f"{source_line(result)} Its runs are of revision {revisions}, on {machines}. Mean and 95% interval "
+        f"over {len(rows[first])} seeds. A learning rate with * is at the edge of what was tried.\n",
+        f"At equal {equal}:\n",
+        means_table(result, rows),
+    ]
+    if len(rows) > 1:
+        texts += ["Differences, seed by seed:\n", differences_table(result, rows, first)]
+    if len(rows) > 2 and best != first:  # of two rows the same differences again
+        texts.append(differences_table(result, rows, best))
+    return "\n".join(texts)
+
+
+def means_table(result: dict, rows: Rows) -> str:
+    """Means with intervals, a line per row after the base's; then what the runs took, and the learning rate."""
     names = measures(result, rows)
-    first = next(iter(rows.values()))
-    base = [f"{first[0]['curve'][0][n]:.3f}" for n in names]
-    lines = [["base", *base, *[""] * 5]]
-    for spec, cells in rows.items():
-        means = [shown(*mean_of(cells, last(n))) for n in names]
-        took = [f"{cells[0]['steps']}", f"{np.mean([c['evaluations'] for c in cells]) / 1000:,.0f}"]
-        took += [f"{np.mean([c['seconds'] for c in cells]):.0f}", f"{max(c['memory'] for c in cells):.2f}"]
-        lines.append([named(spec, cells), *means, *took, rate(result, spec, cells)])
-    return markdown(["", *names, "updates", "1000 evaluations", "seconds", "GB", "lr"], lines)
+    # Seconds and GB are those of the machines in the first line: they compare rows, not machines.
+    costs = ["updates", "1000 evaluations", "seconds", "GB", "lr"]
+    first_run = next(iter(rows.values()))[0]
+    base = [f"{first_run['curve'][0][name]:.3f}" for name in names]
+    lines = [["base", *base, *[""] * len(costs)]]
+    for spec, runs in rows.items():
+        line = [row_label(spec, runs)]
+        for name in names:
+            line.append(format_interval(final(runs, name)))
+        line.append(f"{runs[0]['updates']}")
+        line.append(f"{np.mean(column(runs, 'evaluations')) / 1000:,.0f}")
+        line.append(f"{np.mean(column(runs, 'seconds')):.0f}")
+        line.append(f"{max(column(runs, 'memory')):.2f}")
+        # A rate at the edge of what was tried is marked: a better one may lie beyond.
+        lr = runs[0]["lr"]
+        rates = column(result["grid"].get(spec, []), "lr")
+        mark = "*" if rates and lr in (min(rates), max(rates)) else ""
+        line.append(f"{lr:.2g}{mark}")
+        lines.append(line)
+    return markdown_table(["", *names, *costs], lines)
 
 
-def changes(result: dict, rows: Rows) -> str:
-    """Differences to the first row, paired by seed, with intervals."""
-    names, (reference, first) = measures(result, rows), next(iter(rows.items()))
-    lines = [
-        [named(spec, cells), *(shown(*change_of(cells, first, last(n)), sign="+") for n in names)]
-        for spec, cells in rows.items()
-        if cells is not first
-    ]
-    return markdown([f"minus {reference}", *names], lines)
+def differences_table(result: dict, rows: Rows, reference: str) -> str:
+    """Paired differences of all rows to one of them, with intervals."""
+    names = measures(result, rows)
+    lines = []
+    for spec, runs in rows.items():
+        if spec == reference:
+            continue
+        line = [row_label(spec, runs)]
+        for name in names:
+            line.append(format_interval(differences(runs, rows[reference], name), sign="+"))
+        lines.append(line)
+    return markdown_table([f"minus {reference}", *names], lines)
 
 
-def named(spec: str, cells: Cells) -> str:
-    """A row's name, and how many of its runs came to a number that is not finite and ended there."""
-    ended = sum(c["diverged"] for c in cells)
-    return f"{spec} ({ended} of {len(cells)} diverged)" if ended else spec
-
-
-def ends_highest(result: dict, rows: Rows) -> str:
-    """The row that is best on average at the end, by what learning rates are chosen by."""
-    return max(rows, key=lambda spec: mean_of(rows[spec], last(result["select"]))[0])
-
-
-def rate(result: dict, spec: str, cells: Cells) -> str:
-    """The learning rate, with a mark where it is the least or the greatest that was tried."""
-    lr, tried = cells[0]["lr"], [t["lr"] for t in result["grid"].get(spec, [])]
-    return f"{lr:.2g}" + ("*" if tried and lr in (min(tried), max(tried)) else "")
-
-
-def report(result: dict) -> str:
-    """All tables of a result, with where it is from."""
-    seeds = len(next(iter(next(iter(result["tables"].values())).values())))
-    runs = [cell for rows in result["tables"].values() for cells in rows.values() for cell in cells]
-    made = {what: ", ".join(sorted({run[what] for run in runs})) for what in ("revision", "hardware")}
-    parts = [
-        f"{origin(result)} Its runs are of revision {made['revision']}, on {made['hardware']}. Mean and 95% interval "
-        f"over {seeds} seeds. A learning rate with * is at the edge of what was tried.\n"
-    ]
-    for equal, rows in result["tables"].items():
-        parts += [f"At equal {equal}:\n", table(result, rows)]
-        if len(rows) > 1:
-            parts += ["Differences, seed by seed:\n", changes(result, rows)]
-        if result["kind"] == "experts":  # to the last method, too
-            apart = {spec: cells for spec, cells in reversed(rows.items()) if spec.endswith(TWO)}
-            parts += [changes(result, apart)]
-        elif len(rows) > 2 and (best := ends_highest(result, rows)) != next(iter(rows)):  # to the best one, too
-            parts += [changes(result, {best: rows[best]} | rows)]
-    return "\n".join(parts)
+def row_label(spec: str, runs: list[Run]) -> str:
+    """A row's name, and how many of its runs diverged: ended at a number that is not finite."""
+    diverged = sum(column(runs, "diverged"))
+    return f"{spec} ({diverged} of {len(runs)} diverged)" if diverged else spec
 
 
 # --------------------------------------------------------------------------------------- pictures
 
 
-def curve_of(cells: Cells, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Thousands of evaluations and a number, means over seeds; a run that diverged ends the curve where it ended."""
-    length = min(len(c["curve"]) for c in cells)
-    x, y = (np.array([[e[k] for e in c["curve"][:length]] for c in cells]).mean(0) for k in ("evaluations", name))
-    return x / 1000, y
+def curves_chart(axes: Axes, rows: Rows, name: str) -> None:
+    """A number by thousands of evaluations of the network, a line per row, means over seeds."""
+    lines = {}
+    for spec, runs in rows.items():
+        curves = column(runs, "curve")
+        length = min(map(len, curves))  # a run that diverged ends the line
+        evaluations = np.mean([column(curve[:length], "evaluations") for curve in curves], axis=0)
+        values = np.mean([column(curve[:length], name) for curve in curves], axis=0)
+        # In tables of one method the labels are its flags alone.
+        lines[spec.removeprefix("leapalign ")] = (evaluations / 1000, values)
+    line_chart(axes, lines, title=name, across="1000 evaluations of the network")
 
 
-def curves_chart(rows: Rows, name: str) -> Callable[[Axes], None]:
-    lines = {spec.removeprefix("leapalign "): curve_of(cells, name) for spec, cells in rows.items()}
-    return partial(line_chart, lines=lines, title=name, across="1000 evaluations of the network")
-
-
-def forest(axes: Axes, points: dict[str, tuple[float, float]], title: str, across: str) -> None:
-    """A point and an interval for each row, below one another."""
-    for y, (mean, half) in enumerate(points.values()):
-        axes.errorbar(mean, y, xerr=None if np.isnan(half) else half, fmt="o", markersize=4, color=PALETTE[1])
+def differences_chart(axes: Axes, rows: Rows, name: str, equal: str) -> None:
+    """How far each row is from the first one: a point and an interval per row, one below the other."""
+    reference, reference_runs = next(iter(rows.items()))
+    labels, intervals = [], []
+    for spec, runs in rows.items():
+        if runs is not reference_runs:
+            labels.append(spec.removeprefix("leapalign "))
+            intervals.append(confidence_interval(differences(runs, reference_runs, name)))
+    means, halves = np.array(intervals).T
+    halves = np.nan_to_num(halves)  # a single seed has no interval
+    heights = range(len(labels))
+    axes.errorbar(means, heights, xerr=halves, fmt="o", markersize=4, color=PALETTE[1])
+    # An interval that leaves out this line is a certain difference.
     axes.axvline(0, color=INK, linewidth=0.8)
-    dress(axes, title, across)
-    axes.set_yticks(range(len(points)), points)
-    axes.set_ylim(len(points) - 0.5, -0.5)
+    dress(axes, f"at equal {equal}", f"{name}, minus {reference}")
+    axes.set_yticks(heights, labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first row on top
     axes.grid(axis="y", color=GRID, linewidth=0.4)
-
-
-def changes_chart(rows: Rows, name: str, equal: str) -> Callable[[Axes], None]:
-    """How far every row but the first is from that one."""
-    (reference, first), *others = rows.items()
-    points = {spec.removeprefix("leapalign "): change_of(cells, first, last(name)) for spec, cells in others}
-    return partial(forest, points=points, title=f"at equal {equal}", across=f"{name}, minus {reference}")
-
-
-def gains_chart(axes: Axes, rows: Rows, task: str, named: bool) -> None:
-    """How far every row has come from the base in a task; the rows' names are beside the first of several charts."""
-    points = {spec: mean_of(cells, gain(task)) for spec, cells in rows.items()}
-    forest(axes, points, task, "gain over the base")
-    if not named:
-        axes.set_yticklabels([])
-
-
-def ranges_of(rows: Rows) -> list[tuple[float, str]]:
-    """The rows with leaps from a range of noise levels, by its middle, the noisiest first."""
-    bounds = {spec: words_after(spec, ("--low", "--high")) for spec in rows}
-    return sorted(((sum(b) / 2, spec) for spec, b in bounds.items() if b), reverse=True)
 
 
 def ranges_chart(axes: Axes, rows: Rows) -> None:
     """Gain in layout and in color by the range of noise levels that leaps start from; all levels as dashed lines."""
-    parts = ranges_of(rows)
-    named_parts = {spec for _, spec in parts}
-    whole = next((cells for spec, cells in rows.items() if spec not in named_parts), None)
+    ranges = rows_with_range(rows)
     lines = {}
-    for color, (name, tasks) in zip(PALETTE, {"layout": LAYOUT, "color": ("color",)}.items()):
-        points = [mean_of(rows[spec], gain(*tasks)) for _, spec in parts]
-        mean, half = np.array(points).T
-        lines[name] = ([x for x, _ in parts], mean, np.nan_to_num(half))
-        if whole:
-            axes.axhline(mean_of(whole, gain(*tasks))[0], color=color, linewidth=0.8, linestyle="--")
+    for color, (name, tasks) in zip(PALETTE, dict(layout=LAYOUT, color=("color",)).items()):
+        intervals = [confidence_interval(gains(rows[spec], tasks)) for spec in ranges.values()]
+        means, halves = np.array(intervals).T
+        lines[name] = (list(ranges), means, np.nan_to_num(halves))
+        for spec in rows.keys() - ranges.values():  # leaps from all levels
+            mean = gains(rows[spec], tasks).mean()
+            axes.axhline(mean, color=color, linewidth=0.8, linestyle="--")
     line_chart(axes, lines, "gain over the base (dashed: leaps from all levels)", "middle of the range of sigma")
     axes.invert_xaxis()  # from noise to image, as a rollout goes
 
 
-def words_after(spec: str, flags: tuple[str, ...]) -> list[float] | None:
-    """The numbers that follow some flags in a row's name; None if one is not there."""
-    words = spec.split()
-    return [float(words[words.index(f) + 1]) for f in flags] if set(flags) <= set(words) else None
-
-
-def draw_compare(result: dict, path: Path) -> None:
-    """Write a table's markdown and its picture beside the JSON file."""
-    path.with_suffix(".md").write_text(report(result))
-    first = next(iter(result["tables"].values()))
-    by_task = all(k in measures(result, first) for k in (*LAYOUT, "color"))
-    if result["kind"] == "ranges" and by_task and ranges_of(first):
-        charts = [partial(ranges_chart, rows=first)]
-    else:
-        charts = [curves_chart(first, name) for name in (result["select"], "reward")]
-    save_row(charts, path.with_suffix(".png"), height=max(2.8, 0.17 * len(first) + 1), right=1.8)
-    if result["kind"] == "experts" and by_task:
-        tasks = (*LAYOUT, "color")
-        charts = [partial(gains_chart, rows=first, task=task, named=task == tasks[0]) for task in tasks]
-        save_row(charts, path.with_name(f"{path.stem}-gains.png"), height=0.25 * len(first) + 1.2, left=3.2)
-    if len(first) > 1:
-        compared = [changes_chart(rows, result["select"], equal) for equal, rows in result["tables"].items()]
-        save_row(compared, path.with_name(f"{path.stem}-changes.png"), height=0.25 * len(first) + 1, left=1.9)
+def rows_with_range(rows: Rows) -> dict[float, str]:
+    """The rows with --low and --high: the middle of the range -> name of the row, the noisiest first."""
+    ranges = {}
+    for spec in rows:  # a name is all that a result keeps of a row's flags
+        bounds = re.search(r"--low (\S+) --high (\S+)", spec)
+        if bounds:
+            low, high = map(float, bounds.groups())
+            ranges[(low + high) / 2] = spec
+    return dict(sorted(ranges.items(), reverse=True))

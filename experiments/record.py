@@ -1,73 +1,98 @@
-"""Results as files: what was measured, and by which command, on what, when, of which revision."""
+"""Results as files: what was measured, by which command, on which hardware, when, at which revision; and tables."""
 
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import tyro
 
 from infra.files import replacing
+from infra.summary import confidence_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-FREE = {"table", "jobs", "work", "out", "plan", "device"}  # flags that change nothing of a table but its name or place
 
 
-def record(path: Path, **content: Any) -> None:
-    """Write a result, whole or not at all, with where it is from: this command."""
+def run_command(command: Callable[[Any], None], flags: type, description: str | None) -> None:
+    """Read a command's flags and run the command. Exits with 2 for wrong flags, with 1 where a training run failed."""
+    try:
+        command(tyro.cli(flags, description=description))
+    except (ValueError, ChildProcessError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+def write_result(path: Path, **content: Any) -> None:
+    """Write a result of this command, whole or not at all."""
+    # As a reader would type it, not the path that sys.argv has.
     command = ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-    with replacing(path) as part:
-        part.write_text(json.dumps(origin(command) | content, indent=1) + "\n")
+    result = provenance(command) | content  # the command first, for who opens the file
+    with replacing(path) as temporary:  # a kill leaves the old file
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def file_of(cfg: Any, name: str) -> Path:
-    """Where a result goes: to --out, else to experiments/results, or to runs/ if a flag changes what is measured.
-
-    So what the repository shows is not lost to a try.  cfg is a command's dataclass of flags.
-    """
-    own = any(getattr(cfg, f.name) != f.default for f in fields(cfg) if f.name not in FREE)
-    return cfg.out or (Path("runs") if own else RESULTS) / f"{name}.json"
-
-
-def origin(command: Sequence[str]) -> dict[str, str]:
-    """Where a result is from: the command that made it, hardware, date and revision."""
+def provenance(command: Sequence[str]) -> dict[str, str]:
+    """What a reader needs to repeat a result: the command, hardware, date and revision."""
     today = datetime.now().strftime("%Y-%m-%d")
     return dict(command=shlex.join(command), hardware=hardware(), date=today, revision=revision())
 
 
-def named(model: str) -> str:
-    """A model as results name it: from the repository's root on, if it lies there."""
-    path = Path(model).absolute()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else model
-
-
 def hardware() -> str:
-    """The processor and how many of its cores may be used, the GPU if there is one, and torch's version."""
-    info = Path("/proc/cpuinfo")  # of Linux; elsewhere platform tells the name
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    """The processor, the number of its cores that may be used, the GPU if there is one, and torch's version."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux has the processor's name here only
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    # A container or taskset may allow fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [(names or [platform.processor() or platform.machine()])[0], f"{cores} cores"]
+    words = [names[0] if names else platform.processor(), f"{cores} cores"]
     if torch.cuda.is_available():
-        parts.append(torch.cuda.get_device_name())
-    return ", ".join([*parts, f"torch {torch.__version__}"])
+        words.append(torch.cuda.get_device_name())
+    return ", ".join([*words, f"torch {torch.__version__}"])
 
 
 def revision() -> str:
-    """The commit of this repository, with a + if files differ from it; unknown where there is no git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
+    """The commit of this repository, with a + if tracked files differ from it; unknown where there is no git."""
+    # --exclude: the hash, not the name of a tag before it.
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is an archive without .git
         return "unknown"
+
+
+# ------------------------------------------------------------------------------------------- Markdown
+
+
+def source_line(result: dict[str, Any]) -> str:
+    """Where a result is from, in a sentence: the first line of every table file."""
+    return f"`{result['command']}`, {result['date']}, revision {result['revision']}, {result['hardware']}."
+
+
+def markdown_table(head: list[str], lines: list[list[str]]) -> str:
+    """A table whose first column has names and whose other columns have numbers."""
+    # Numbers to the right, so that digits stand below each other.
+    alignment = ["---", *["--:"] * (len(head) - 1)]
+    rows = ["| " + " | ".join(row) + " |" for row in (head, alignment, *lines)]
+    return "\n".join(rows) + "\n"
+
+
+def format_interval(values: Sequence[float] | np.ndarray, sign: str = "") -> str:
+    """Mean and half of the 95% interval of independent values, as 0.542 ±0.012. A single value has no interval."""
+    mean, half = confidence_interval(values)
+    if np.isnan(mean):
+        return "-"
+    digits = 3 if abs(mean) < 100 else 0  # spreads of policy gradients are in the hundreds
+    text = f"{mean:{sign}.{digits}f}"
+    return text if np.isnan(half) else f"{text} ±{half:.{digits}f}"

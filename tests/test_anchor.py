@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import train
 from config import Config
-from experiments.cells import cost, spent
+from experiments.cells import cost, evaluations_of
 from formats.folders import load_pipeline
 from infra.anchor import anchored
 from infra.checks import check_flags
@@ -169,10 +169,9 @@ def test_an_update_costs_what_is_counted(cfg):
         setup, meter = train.set_up(cfg, process), Meter(process.device)
         train.batch_gradient(cfg, setup, process, 0, meter)
     evaluations = meter.without_gradient + meter.with_gradient
-    assert cost(evaluations, meter.with_gradient) == spent("leapalign", flags, 1)
-    assert spent("leapalign", flags, 1) == 8 * (
-        4 + 2 * 3 + 2 * 2 + 3
-    )  # network and base at both leaps, and the second leap again
+    assert cost(evaluations, meter.with_gradient) == evaluations_of("leapalign", flags, 1)
+    # Network and base at both leaps, and the second leap's gradient once more.
+    assert evaluations_of("leapalign", flags, 1) == 8 * (4 + 2 * 3 + 2 * 2 + 3)
 
 
 @pytest.mark.parametrize("flags", [dict(lora=4, lr=3e-3), dict(bf16=True, lean=True)])
