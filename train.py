@@ -355,13 +355,13 @@ def batch_gradient(cfg: Config, setup: Setup, process: Process, update: int, met
     last_row = first_row + rows_per_rank
     rollout_batch = cfg.rollout_batch or rows_per_rank
 
-    # Gradient accumulation: each part of the rows adds to `.grad`, where FSDP takes the mean over the ranks. So a
+    # Gradient accumulation: each rollout batch adds to `.grad`, where FSDP takes the mean over the ranks. So a
     # method divides by the rows of its rank, and the result is the mean over the batch.
-    parts = []
+    logged = []
     for row in range(first_row, last_row, rollout_batch):
         rows = slice(row, min(row + rollout_batch, last_row))
-        parts.append(gradient(cfg, setup, process, update, rows, x_1, generator, meter))
-    return {name: torch.cat([values[name] for values in parts]) for name in parts[0]}
+        logged.append(gradient(cfg, setup, process, update, rows, x_1, generator, meter))
+    return {name: torch.cat([values[name] for values in logged]) for name in logged[0]}
 
 
 def gradient(

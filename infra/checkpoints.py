@@ -126,20 +126,20 @@ def write(folder: Path, tensors: dict[str, Any], keep: int, group: dist.ProcessG
     Returns its folder. If it cannot be written, a full disk for instance, training goes on: None, and a warning.
     """
     rank = dist.get_rank()
-    part = beside(folder, PART)
-    failure, checksums = write_files(part, folder, tensors, group)
+    draft = beside(folder, PART)
+    failure, checksums = write_files(draft, folder, tensors, group)
     ranks = all_gather_objects((failure, checksums), group)
     failures = [failure for failure, _ in ranks if failure]
     failure = failures[0] if failures else None
     if rank == 0 and not failure:
-        failure = publish(part, folder, [checksums for _, checksums in ranks])
+        failure = publish(draft, folder, [checksums for _, checksums in ranks])
     # Rank 0 alone renames the folder, so it alone knows whether that worked.
     failure = all_gather_objects(failure, group)[0]
     if failure:
         gc.collect()  # torch's exceptions hold the whole copy, in a reference cycle
     if rank == 0:
         checkpoints = checkpoint_folders(folder.parent.parent)
-        for folder_to_remove in [part] if failure else checkpoints[:-keep]:
+        for folder_to_remove in [draft] if failure else checkpoints[:-keep]:
             shutil.rmtree(folder_to_remove, ignore_errors=True)
         if failure:
             newest = checkpoints[-1] if checkpoints else "none"
@@ -150,7 +150,7 @@ def write(folder: Path, tensors: dict[str, Any], keep: int, group: dist.ProcessG
 
 
 def write_files(
-    part: Path, folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup
+    draft: Path, folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup
 ) -> tuple[str | None, dict[str, int]]:
     """This rank's files of a checkpoint: why they could not be written, or None, and their checksums."""
     rank = dist.get_rank()
@@ -162,24 +162,24 @@ def write_files(
     try:
         dist.barrier(group)
         # Copying ahead would use the GPU from this thread, and on every rank the first GPU.
-        writer = dcp.FileSystemWriter(part, per_thread_copy_ahead=0)
-        dcp.save(tensors, checkpoint_id=part, storage_writer=writer, process_group=group)
-        files = list(part.glob(f"__{rank}_*"))
+        writer = dcp.FileSystemWriter(draft, per_thread_copy_ahead=0)
+        dcp.save(tensors, checkpoint_id=draft, storage_writer=writer, process_group=group)
+        files = list(draft.glob(f"__{rank}_*"))
         if rank == 0:
-            files.append(part / ".metadata")
+            files.append(draft / ".metadata")
         return None, checksums_of(files)
     except (Exception, CheckpointException) as error:  # torch raises on all ranks when one rank's disk is full
         return first_cause(error), {}
 
 
-def publish(part: Path, folder: Path, checksums_of_ranks: list[dict[str, int]]) -> str | None:
+def publish(draft: Path, folder: Path, checksums_of_ranks: list[dict[str, int]]) -> str | None:
     """Give the whole checkpoint its name. Returns why it could not be done, or None."""
     merged: dict[str, int] = {}
     for checksums in checksums_of_ranks:
         merged |= checksums
     try:
-        (part / CHECKSUMS).write_text(json.dumps(merged))
-        put_in_place(part, folder)  # replaces a checkpoint of this update, which a fallback to an older one leaves
+        (draft / CHECKSUMS).write_text(json.dumps(merged))
+        put_in_place(draft, folder)  # replaces a checkpoint of this update, which a fallback to an older one leaves
         return None
     except OSError as error:
         return first_cause(error)
@@ -232,13 +232,13 @@ def load_checkpoint(out: Path, state: State, at: int | None = None) -> int:
 def damage_of(folder: Path) -> str | None:
     """Why a checkpoint cannot be read, or None. Each rank checks its share of the files."""
     try:
-        written = json.loads((folder / CHECKSUMS).read_text())
-        rank_files = sorted(written)[dist.get_rank() :: dist.get_world_size()]
+        recorded = json.loads((folder / CHECKSUMS).read_text())
+        rank_files = sorted(recorded)[dist.get_rank() :: dist.get_world_size()]
         checksums = checksums_of(folder / name for name in rank_files)
     except Exception as error:
         return first_cause(error)
     for name, checksum in checksums.items():
-        if written[name] != checksum:
+        if recorded[name] != checksum:
             return f"{name} is not what was written"
     return None
 

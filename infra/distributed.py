@@ -118,7 +118,7 @@ def on_first_rank(run: Callable[[], Item], meanwhile: Callable[[], None] = lambd
     if dist.get_rank() == 0:
         try:
             result = run()
-        except Exception as raised:
+        except Exception as raised:  # the other ranks wait for an answer, which must come in any case
             error = raised
     else:
         meanwhile()
@@ -131,6 +131,7 @@ def on_first_rank(run: Callable[[], Item], meanwhile: Callable[[], None] = lambd
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """The numbers of the signals that asked the process to stop within the block; old handlers return at its end."""
+    # A handler only notes the signal. The loop looks at the list where it can save: between two updates.
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -194,7 +195,7 @@ def gathered_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tupl
 @contextmanager
 def swapped(params: Sequence[Tensor], averages: Sequence[Tensor]) -> Iterator[None]:
     """Within the block, the parameters hold the averages; their own values wait in the host's memory."""
-    saved = [param.detach().to("cpu", copy=True) for param in params]
+    saved = [param.detach().to("cpu", copy=True) for param in params]  # a GPU may have no room for them
     try:
         copy_values(averages, params)
         yield
@@ -216,7 +217,7 @@ def weights_hash(params: Iterable[Tensor]) -> int:
     """A number that differs if any weight of this rank's shards does."""
     sums = []
     for param in params:
-        shard = local_shard(param)
+        shard = local_shard(param)  # no all-gather: each rank looks at its own rows
         if not shard.numel():
             continue
         if shard.device.type != "mps":  # Apple's GPUs have no float64
@@ -228,12 +229,12 @@ def weights_hash(params: Iterable[Tensor]) -> int:
 def check_agreement(process: Process, shared: dict[str, Any], params: Iterable[Tensor]) -> None:
     """Raise Stop on all ranks if ranks differ in what must be alike: `shared`, or the weights of replicas."""
     shard_index = process.mesh.get_local_rank("shard")
-    everyone = all_gather_objects((shard_index, shared, weights_hash(params)))
-    first_with_shard: dict[int, int] = {}
-    for rank, (index, values, weights) in enumerate(everyone):
+    ranks = all_gather_objects((shard_index, shared, weights_hash(params)))
+    first_with_shard: dict[int, int] = {}  # replicas hold the same shard, and must hold the same weights
+    for rank, (index, values, weights) in enumerate(ranks):
         for name in shared:
-            if values[name] != everyone[0][1][name]:
+            if values[name] != ranks[0][1][name]:
                 raise Stop(1, f"rank {rank} has gone its own way: its {name} are not rank 0's; --resume goes on")
         replica = first_with_shard.setdefault(index, rank)
-        if weights != everyone[replica][2]:
+        if weights != ranks[replica][2]:
             raise Stop(1, f"rank {rank} has gone its own way: its weights are not rank {replica}'s; --resume goes on")

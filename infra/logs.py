@@ -91,12 +91,13 @@ class Log:
             with self.pictures_may_fail():
                 indices = preview_indices(prompts)
                 contact_sheet(images[indices] / 255, [prompts[i] for i in indices], sheet, columns=8)
+                # The pictures at the end of the run need both, also where the run was resumed in between.
                 if entry["step"] == 0:
                     torch.save(images[indices], samples / "first.pt")
                 torch.save(images[indices], samples / "last.pt")
             append_line(self.out / "eval.jsonl", entry)
         self.track(entry["step"], entry, [sheet] if sheet.exists() else [])
-        numbers = []
+        numbers = []  # all means, but not the lists by prompt
         for name, value in entry.items():
             if isinstance(value, float) and name != "seconds":
                 numbers.append(f"{name} {value:.3f}")
@@ -122,17 +123,18 @@ class Log:
         curves(self.out, self.out / "curves.png", list(tasks))
 
         samples = self.out / "samples"
-        before = torch.load(samples / "first.pt", weights_only=True) / 255
-        after = torch.load(samples / "last.pt", weights_only=True) / 255
+        first_images = torch.load(samples / "first.pt", weights_only=True) / 255
+        last_images = torch.load(samples / "last.pt", weights_only=True) / 255
         indices = preview_indices(prompts)
         first, last = history.evaluations[0], history.evaluations[-1]
         is_correct = None
         if "judge" in first["by_prompt"] and "judge" in last["by_prompt"]:
-            scores = zip(first["by_prompt"]["judge"], last["by_prompt"]["judge"], strict=True)
-            pairs = [(score_before > 0.5, score_after > 0.5) for score_before, score_after in scores]
-            is_correct = [pairs[i] for i in indices]
+            is_correct = []
+            for i in indices:
+                judged = (first["by_prompt"]["judge"][i], last["by_prompt"]["judge"][i])
+                is_correct.append([score > 0.5 for score in judged])
         captions = [prompts[i] for i in indices]
-        before_after(before, after, captions, self.out / "before_after.png", correct=is_correct)
+        before_after(first_images, last_images, captions, self.out / "before_after.png", correct=is_correct)
 
     @contextmanager
     def pictures_may_fail(self) -> Iterator[None]:
