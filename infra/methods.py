@@ -16,7 +16,6 @@ from baselines import Log
 from config import Config, Experiment, Method
 from infra.user_code import describe_error, file_hashes, is_user_code, load_function
 from leaps import Samples
-from rewards import LOGGED, OF_METHODS
 
 UNSET = {f.name: f.default for f in fields(Method) if f.name not in ("method", "option")}  # then a method's own counts
 
@@ -136,6 +135,4 @@ def try_method(method: Callable, levels: Tensor, group: int) -> bool:
         raise ValueError("--method asks for no reward: it never calls reward or score")
     if not isinstance(log, dict) or not all(isinstance(v, Tensor) and v.shape in ((), (b,)) for v in log.values()):
         raise ValueError("--method must return a dict of tensors to log, a value a sample (b,) or one for all ()")
-    if taken := sorted(log.keys() & (LOGGED - OF_METHODS)):
-        raise ValueError(f"--method logs {taken[0]!r}, which is a name of the run's own: call it something else")
     return "reward" in asked

@@ -107,10 +107,6 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
             "    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return dict(a=s.noise(0))",
             "must return a dict of tensors",
         ),
-        (
-            "    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return dict(step=s.sigmas[0])",
-            "--method logs 'step'",
-        ),
         ("    return s.nothing", "AttributeError.*line 2"),
         ("    raise ValueError('an odd T')", "--method: an odd T"),
     ],

@@ -5,8 +5,6 @@ here from the definitions, transformers' own processors, PIL and finite differen
 import hashlib
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -269,10 +267,10 @@ def test_hpsv2_equals_open_clips_definition_in_float64(folder, tokenizer, in_dou
 def test_every_tensor_of_an_open_clip_state_dict_has_a_place(folder):
     """Changing any one of them changes the features: none is dropped, none is used for another."""
     state = torch.load(folder / "hpsv2.pt")["state_dict"]
-    renamed = from_open_clip(state, "file")
+    renamed = from_open_clip(state)
     assert sum(v.numel() for v in renamed.values()) == sum(v.numel() for v in state.values())
     for name in state:
-        changed = from_open_clip(state | {name: state[name] + 1}, "file")
+        changed = from_open_clip(state | {name: state[name] + 1})
         different = {k for k in renamed if not torch.equal(renamed[k], changed[k])}
         assert len(different) == (3 if "in_proj" in name else 1), name
 
@@ -354,8 +352,16 @@ def test_hpsv3_sizes_equal_transformers_smart_resize():
         for width in (height, 2 * height, 720, 1024):
             if round(height / 28) and round(width / 28):  # the reference divides nothing by zero
                 pixels = dict(min_pixels=448 * 448, max_pixels=448 * 448)
-                assert hpsv3.fit(height, width, 28) == smart_resize(height, width, 28, **pixels), (height, width)
-    assert hpsv3.fit(720, 720, 28) == hpsv3.fit(512, 512, 28) == hpsv3.fit(1024, 1024, 28) == (448, 448)
+                assert hpsv3.resized_sides(height, width, 28) == smart_resize(height, width, 28, **pixels), (
+                    height,
+                    width,
+                )
+    assert (
+        hpsv3.resized_sides(720, 720, 28)
+        == hpsv3.resized_sides(512, 512, 28)
+        == hpsv3.resized_sides(1024, 1024, 28)
+        == (448, 448)
+    )
 
 
 def test_hpsv3_reads_the_published_names_and_those_of_today(folder, tmp_path):
@@ -380,13 +386,6 @@ def test_hpsv3_runs_in_bf16_with_its_head_in_fp32(folder):
 def test_the_hpsv3_prompt_is_the_published_one_to_the_byte():
     text = (Path(hpsv3.__file__).parent / "hpsv3-prompt.txt").read_bytes()
     assert hashlib.sha256(text).hexdigest() == "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
-
-
-def test_hpsv3_and_imagereward_are_imported_only_on_request():
-    code = (
-        "import sys, rewards; assert not any(f'scorers.{n}' in sys.modules for n in ('hpsv2', 'hpsv3', 'imagereward'))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
 # ------------------------------------------------------------------------------------------- ImageReward
@@ -498,17 +497,17 @@ DAMAGE: list[tuple[str, str, Callable[[Path], object], str]] = [
     *((name, "truncated", cut, "truncated.*download it again") for name in NAMES),
     *((name, "a web page", lambda f: f.write_text("<html>"), "truncated, or no file of tensors") for name in NAMES),
     *((name, "empty", lambda f: f.write_bytes(b""), "truncated, or no file of tensors") for name in NAMES),
-    ("hpsv2", "no such model", without("visual.proj"), "lacks visual.proj"),
+    ("hpsv2", "no such model", without("visual.proj"), "lacks 'visual.proj'"),
     ("hpsv2", "a tensor less", without("visual.transformer.resblocks.1.ln_1.bias"), "layers.1.layer_norm1.bias"),
-    ("hpsv2", "another shape", reshaped("ln_final.weight"), "of another shape.*final_layer_norm"),
-    ("hpsv3", "no head", without("rm_head.3"), "rm_head does not fit"),
+    ("hpsv2", "another shape", reshaped("ln_final.weight"), "in another shape.*final_layer_norm"),
+    ("hpsv3", "no head", without("rm_head.3"), "lacks 'rm_head.3.weight'"),
     ("hpsv3", "a tensor less", without("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight"),
-    ("hpsv3", "no config", lambda f: (f.parent / "config.json").unlink(), "needs config.json"),
-    ("hpsv3", "no tokenizer", lambda f: (f.parent / "tokenizer.json").unlink(), "tokenizer"),
-    ("imagereward", "no head", without("mlp.layers.7"), "mlp.layers does not fit"),
-    ("imagereward", "no ViT", without("blip.visual_encoder"), "lacks blip.visual_encoder.patch_embed"),
+    ("hpsv3", "no config", lambda f: (f.parent / "config.json").unlink(), "lacks config.json"),
+    ("hpsv3", "no tokenizer", lambda f: (f.parent / "tokenizer.json").unlink(), "lacks tokenizer.json or vocab.json"),
+    ("imagereward", "no head", without("mlp.layers.7"), "lacks 'mlp.layers.7.weight'"),
+    ("imagereward", "no ViT", without("blip.visual_encoder"), "lacks 'blip.visual_encoder.patch_embed"),
     ("imagereward", "a tensor less", without("blip.text_encoder.encoder.layer.1.output"), "layer.1.output"),
-    ("imagereward", "no vocabulary", lambda f: (f.parent / "vocab.txt").unlink(), "vocab.txt|tokenizer"),
+    ("imagereward", "no vocabulary", lambda f: (f.parent / "vocab.txt").unlink(), "lacks vocab.txt or tokenizer.json"),
 ]
 
 
@@ -523,18 +522,17 @@ def test_a_damaged_file_is_an_error_that_names_it_before_the_device_is_touched(
     assert str(copy) in str(error.value)
 
 
-EARLY = ("missing", "truncated", "a web page", "empty", "no config", "no vocabulary")
-
-
-@pytest.mark.parametrize("name, kind, damage", [d[:3] for d in DAMAGE if d[1] in EARLY])
-def test_what_is_not_whole_is_told_before_anything_is_read(name, kind, damage, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, kind, damage, words",
+    [row for row in DAMAGE if row[1] in ("missing", "no config", "no tokenizer", "no vocabulary")],
+)
+def test_a_missing_file_is_an_error_before_weights_are_read(name, kind, damage, words, folder, tmp_path, monkeypatch):
     copy = shutil.copytree(folder, tmp_path / "copy")
     damage(copy / FILES[name])
-    for module in ("hpsv2", "hpsv3", "imagereward"):
-        monkeypatch.delattr(f"scorers.{module}.read_tensors")
-    with pytest.raises(ValueError) as error:
+    monkeypatch.delattr(f"scorers.{name}.read_tensors")
+    with pytest.raises(ValueError, match=f"(?s){words}") as error:
         check_rewards([f"{name}={copy / FILES[name]}"])
-    assert str(copy / FILES[name]) in str(error.value)
+    assert str(copy) in str(error.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
