@@ -1,4 +1,4 @@
-"""clip.py and rewards.py against transformers' own CLIP, its PIL preprocessing and finite differences.
+"""scorers/clip.py and rewards.py against transformers' own CLIP, its PIL preprocessing and finite differences.
 
 The folder is what a user would bring: save_pretrained of a tiny random CLIPModel and of its tokenizer, 32x32 pixels.
 """
@@ -61,14 +61,14 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def network(monkeypatch) -> list[str]:
     """The hosts that were asked for; none answers."""
-    asked: list[str] = []
+    hosts: list[str] = []
 
     def refuse(host, *_, **__):
-        asked.append(host)
+        hosts.append(host)
         raise OSError("no network in tests")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return asked
+    return hosts
 
 
 @pytest.fixture
@@ -108,9 +108,9 @@ def test_score_is_the_cosine_whose_scaled_value_is_CLIPModels_own_logit(folder):
     for shift in range(4):  # every image with every prompt
         prompts = PROMPTS[shift:] + PROMPTS[:shift]
         score = reward.score(images, prompts)
-        own = logits[range(4), [(i + shift) % 4 for i in range(4)]]
-        torch.testing.assert_close(score, own / model.logit_scale.exp(), atol=2e-6, rtol=0)
-        torch.testing.assert_close(reward.scale * score, own, atol=4e-5, rtol=0)
+        expected = logits[range(4), [(i + shift) % 4 for i in range(4)]]
+        torch.testing.assert_close(score, expected / model.logit_scale.exp(), atol=2e-6, rtol=0)
+        torch.testing.assert_close(reward.scale * score, expected, atol=4e-5, rtol=0)
     assert reward.scale == pytest.approx(np.exp(3.0)) and logits.std() > 0.5
 
 
@@ -121,22 +121,24 @@ def test_pixel_gradient_equals_finite_differences_in_float64(folder, size, in_do
     (grad,) = torch.autograd.grad(reward.score(images, PROMPTS[:2]).sum(), images)
     pixel = torch.zeros_like(grad)
     pixel[1, 2, size[0] // 2, size[1] // 2] = 1
-    for d in [grad, pixel, *(uniform(seed, *grad.shape) - 0.5 for seed in range(3))]:
-        step = 1e-5 * d / d.norm()
+    for direction in [grad, pixel, *(uniform(seed, *grad.shape) - 0.5 for seed in range(3))]:
+        step = 1e-5 * direction / direction.norm()
         with torch.no_grad():
-            ahead, behind = (reward.score(images + s, PROMPTS[:2]) for s in (step, -step))
-        assert (ahead - behind).sum().item() == pytest.approx(2 * (grad * step).sum().item(), rel=1e-5, abs=1e-14)
+            difference = reward.score(images + step, PROMPTS[:2]) - reward.score(images - step, PROMPTS[:2])
+        slope = 2 * (grad * step).sum().item()
+        assert difference.sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-14)
     assert grad.flatten(1).norm(dim=1).min() > 1e-3
 
 
 def test_the_score_of_an_image_does_not_depend_on_its_batch(folder):
     reward = clip(folder)
     images = uniform(3, 4, 3, 40, 50)
-    together = reward.score(images, PROMPTS)
-    alone = torch.cat([reward.score(i[None], [p]) for i, p in zip(images, PROMPTS, strict=True)])
-    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
-    torch.testing.assert_close(reward.score(images.flip(0), PROMPTS[::-1]).flip(0), together, atol=1e-6, rtol=0)
-    assert together.shape == (4,) and together.abs().max() <= 1 and together.std() > 1e-2
+    scores = reward.score(images, PROMPTS)
+    single_scores = [reward.score(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)]
+    flipped_scores = reward.score(images.flip(0), PROMPTS[::-1])
+    torch.testing.assert_close(scores, torch.cat(single_scores), atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores, flipped_scores.flip(0), atol=1e-6, rtol=0)
+    assert scores.shape == (4,) and scores.abs().max() <= 1 and scores.std() > 1e-2
 
 
 def test_images_get_a_gradient_and_parameters_never(folder):
@@ -153,9 +155,9 @@ def test_bf16_weights_and_images_are_scored_in_fp32(folder, tmp_path):
     model = CLIPModel.from_pretrained(folder).bfloat16()
     model.save_pretrained(half)
     images = uniform(5, 2, 3, SIDE, SIDE).bfloat16().requires_grad_()
-    reward, inside = opened(half)
+    reward, fp32_model = opened(half)
     score = reward.score(images, PROMPTS[:2])
-    assert score.dtype == torch.float32 and {p.dtype for p in inside.parameters()} == {torch.float32}
+    assert score.dtype == torch.float32 and {p.dtype for p in fp32_model.parameters()} == {torch.float32}
     exact, _ = opened(folder, change=lambda m: m.load_state_dict(model.float().state_dict()))
     torch.testing.assert_close(score, exact.score(images.float(), PROMPTS[:2]), atol=0, rtol=0)
     score.sum().backward()
@@ -168,8 +170,8 @@ def test_bf16_weights_and_images_are_scored_in_fp32(folder, tmp_path):
 def photo(kind: str, height: int, width: int) -> np.ndarray:
     """Images of 8 bit: white noise, a smooth one, or a black and white chessboard, where bicubic overshoots."""
     if kind == "smooth":
-        small = (255 * uniform(6, 5, 5, 3)).byte().numpy()
-        return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR))
+        levels = (255 * uniform(6, 5, 5, 3)).byte().numpy()
+        return np.array(Image.fromarray(levels).resize((width, height), Image.Resampling.BILINEAR))
     if kind == "board":
         board = np.add.outer(np.arange(height) // 5, np.arange(width) // 5) % 2
         return np.repeat(255 * board[..., None], 3, axis=2).astype(np.uint8)
@@ -190,9 +192,10 @@ def test_preprocessing_equals_PIL_within_1_2_of_256_grey_levels(kind, size, side
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, resample=Image.Resampling.BICUBIC
     )
     expected = torch.as_tensor(np.asarray(processor(Image.fromarray(levels))["pixel_values"][0]))
-    ours = preprocess(torch.from_numpy(levels).permute(2, 0, 1)[None] / 255, side)[0]
-    assert ours.shape == expected.shape == (3, side, side) and ours.dtype == torch.float32
-    difference = (ours - expected) * torch.tensor(CLIP_STD)[:, None, None] * 255
+    image = torch.from_numpy(levels).permute(2, 0, 1) / 255
+    pixels = preprocess(image[None], side)[0]
+    assert pixels.shape == expected.shape == (3, side, side) and pixels.dtype == torch.float32
+    difference = (pixels - expected) * torch.tensor(CLIP_STD)[:, None, None] * 255  # in grey levels
     assert difference.abs().max() < (1e-3 if min(size) == side else 1.2)
 
 
@@ -365,12 +368,12 @@ def test_a_damaged_folder_is_an_error_that_names_it_the_fault_and_what_to_do(nam
 
 
 def test_a_tokenizer_with_tokens_that_the_model_lacks_is_an_error(folder, tmp_path):
-    small = shutil.copytree(folder, tmp_path / "small")
+    copy = shutil.copytree(folder, tmp_path / "copy")
     config = CLIPConfig.from_pretrained(folder)
     config.text_config.vocab_size = 300
-    CLIPModel(config).save_pretrained(small)
+    CLIPModel(config).save_pretrained(copy)
     with pytest.raises(ValueError, match="the tokenizer has 581 tokens where the model knows 300"):
-        clip(small)
+        clip(copy)
 
 
 def test_a_pickle_is_never_opened(folder, tmp_path):
