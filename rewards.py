@@ -102,7 +102,10 @@ def parse_reward(spec: str) -> tuple[str, str, float]:
             raise ValueError(f"no weights of the reward {name!r} at {path}: put them there, or say {name}=PATH")
     if not path or name not in (*WEIGHTS, "clip"):
         names = ", ".join([*WEIGHTS, "clip=PATH", *RULES])
-        raise ValueError(f"no reward {spec!r}: it is one of {names}, NAME=PATH or FILE.py:FUNCTION")
+        raise ValueError(
+            f"no reward {spec!r}: it is one of {names}, NAME=PATH or FILE.py:FUNCTION, and a weight may follow, as in "
+            "pickscore:0.5"
+        )
     # Files are checked by name only: whether a tensor is missing shows when they are read.
     scorer_file = {"hpsv2": hpsv2, "hpsv3": hpsv3, "imagereward": imagereward}.get(name, clip)
     scorer_file.check_files(path)

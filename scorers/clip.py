@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from scorers.common import STRICT, Device, Score, Scorer, check_complete, check_folder, freeze, preprocess
+from scorers.common import STRICT, Device, Score, Scorer, check_complete, freeze, preprocess, require_file
 
 
 def clip(name: str | Path, device: Device = "cpu", recompute: bool = False) -> Scorer:
@@ -64,9 +64,9 @@ def check_files(name: str | Path) -> None:
     """Raise ValueError if a folder lacks a file, or there is none and the name cannot be a hub id, either."""
     folder = Path(name)
     if folder.is_dir():
-        check_folder(folder, "config.json")
-        check_folder(folder, "*.safetensors")  # the weights may be in several
-        check_folder(folder, "tokenizer.json", "vocab.json")
+        require_file(folder, "config.json")
+        require_file(folder, "*.safetensors")  # the weights may be in several
+        require_file(folder, "tokenizer.json", "vocab.json")
     # owner/name might also be a path: a file that exists is one.
     elif folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise ValueError(f"no reward folder at {str(name)!r} (and that is no hub id of the form owner/name)")

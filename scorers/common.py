@@ -92,7 +92,7 @@ def find_weights(path: str | Path, name: str) -> Path:
     return file
 
 
-def check_folder(folder: Path, *names: str) -> None:
+def require_file(folder: Path, *names: str) -> None:
     """Raise ValueError if a reward's folder has none of the files that `names` (patterns, too) stand for."""
     if not any(list(folder.glob(name)) for name in names):
         raise ValueError(f"{folder} lacks {' or '.join(names)}: see the README's table of rewards")

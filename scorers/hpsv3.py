@@ -23,13 +23,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, 
 from scorers.common import (
     Device,
     Scorer,
-    check_folder,
     find_weights,
     freeze,
     linear_layer,
     load_network,
     normalize,
     read_tensors,
+    require_file,
     resize,
 )
 
@@ -90,8 +90,8 @@ def check_files(path: str | Path) -> Path:
     """The file of weights. Raises ValueError if a file of the folder is missing."""
     file = find_weights(path, "HPSv3.safetensors")
     # Without a config, transformers 5 makes up a config of its defaults.
-    check_folder(file.parent, "config.json")
-    check_folder(file.parent, "tokenizer.json", "vocab.json")
+    require_file(file.parent, "config.json")
+    require_file(file.parent, "tokenizer.json", "vocab.json")
     return file
 
 

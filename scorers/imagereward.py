@@ -17,7 +17,6 @@ from scorers.common import (
     Device,
     Scorer,
     Tensors,
-    check_folder,
     count_layers,
     find_weights,
     freeze,
@@ -25,6 +24,7 @@ from scorers.common import (
     load_network,
     preprocess,
     read_tensors,
+    require_file,
 )
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output, published
@@ -93,7 +93,7 @@ def imagereward(path: str | Path, device: Device = "cpu", recompute: bool = Fals
 def check_files(path: str | Path) -> Path:
     """The file of weights. Raises ValueError if it is missing, or the vocabulary in its folder."""
     file = find_weights(path, "ImageReward.pt")
-    check_folder(file.parent, "vocab.txt", "tokenizer.json")
+    require_file(file.parent, "vocab.txt", "tokenizer.json")
     return file
 
 
