@@ -1,1 +1,1 @@
-"""Rewards, a file each; what all of them are made of is common.py."""
+"""Rewards, a file each, and what they share in common.py."""

@@ -1,143 +1,162 @@
 """What every scorer is made of: preprocessing with a gradient, and published weights, read strictly.
 
-A scorer is a frozen function of images and prompts.  Preprocessing is done on tensors in fp32, because a PIL image has
-no gradient; it equals PIL's.
+Preprocessing works on tensors because a PIL image has no gradient, and in fp32 because between 1/2 and 1 bf16 has steps
+of 1/256, a whole grey level.  The result equals PIL's, which published scores rest on, but for PIL's own rounding.
+
+Legend: b images, h and w their height and width.
 """
 
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+STRICT = dict(  # for from_pretrained
+    dtype=torch.float32,  # by default the file's, often half precision
+    # By default a tensor that is missing is random, with no more than a warning: `check_complete` reads the report.
+    output_loading_info=True,
+    ignore_mismatched_sizes=True,  # puts tensors of another shape into the report, too
+)
+
 Score = Callable[[Tensor, Sequence[str]], Tensor]  # images (b, 3, h, w) in [0, 1], prompts -> (b,)
 Device = str | torch.device
+Tensors = dict[str, Tensor]  # a state dict
 
 
 class Scorer(NamedTuple):
     """`score` is what a loss sees, differentiable in the images if the scorer has a gradient."""
 
     score: Score
-    scale: float = 1.0  # times the score is what people report
-    model: nn.Module | None = None  # the frozen network, if that is what it is
-    task_of: Callable[[str], str] | None = None  # a prompt's task, where scores are also told by task
+    scale: float = 1.0  # people report scale * score
+    model: nn.Module | None = None  # the frozen network; rules have none
+    task_of: Callable[[str], str] | None = None  # a prompt's task, where means are reported for each task
 
 
 # --------------------------------------------------------------------------------------- preprocessing
 
 
 def preprocess(images: Tensor, size: int, rounded: bool = False) -> Tensor:
-    """CLIP's preprocessing, differentiable: shortest side to `size` (bicubic, as PIL), centre crop, normalise.
+    """CLIP's preprocessing: shortest side to `size`, centre crop, normalise.  (b, 3, h, w) -> (b, 3, size, size)
 
-    A crop that would begin between two pixels begins at the first, as transformers' does; rounded, as torchvision's.
+    A crop that would begin at half a pixel begins at the pixel before, as in transformers; `rounded`, at the nearest
+    even one, as in torchvision.
     """
     images = images.float()
-    rows, columns = images.shape[-2:]
-    short = min(rows, columns)
-    images = resize(images, rows * size // short, columns * size // short)
-    top, left = (round((side - size) / 2) if rounded else (side - size) // 2 for side in images.shape[-2:])
-    return normalize(images[..., top : top + size, left : left + size])
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    # The long side is rounded down: transformers and torchvision agree on that.
+    images = resize(images, height * size // short, width * size // short)
+    offsets = [(side - size) / 2 for side in images.shape[-2:]]
+    row, column = map(round if rounded else int, offsets)
+    return normalize(images[..., row : row + size, column : column + size])
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic as PIL's: columns, then rows, each followed by a clip to [0, 1], as bicubic overshoots at edges."""
-    if images.shape[-2:] != (height, width):
-        for shape in ((images.shape[-2], width), (height, width)):
-            images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    return images
+    """Resize as PIL does: the columns, then the rows, each followed by a clip to [0, 1]."""
+    if images.shape[-2:] == (height, width):
+        return images  # and no clip: an augmented image may leave [0, 1]
+    # Bicubic weights are negative in places, so values overshoot at edges; an 8-bit image of PIL cannot hold those.
+    images = bicubic(images, images.shape[-2], width).clamp(0, 1)
+    return bicubic(images, height, width).clamp(0, 1)
+
+
+def bicubic(images: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic interpolation as PIL's; without antialias a reduced image would skip pixels."""
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True)
 
 
 def normalize(images: Tensor) -> Tensor:
-    """[0, 1] to CLIP's mean 0 and standard deviation 1, a channel."""
-    mean, std = (images.new_tensor(s)[:, None, None] for s in (CLIP_MEAN, CLIP_STD))
+    """Pixels in [0, 1] to CLIP's mean 0 and standard deviation 1 in each channel."""
+    mean = images.new_tensor(CLIP_MEAN).view(3, 1, 1)
+    std = images.new_tensor(CLIP_STD).view(3, 1, 1)
     return (images - mean) / std
 
 
 # -------------------------------------------------------------------------------------- published weights
 
 
-STRICT = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # `complete` names them
-
-
-def file_in(path: str | Path, name: str) -> Path:
-    """The file of weights that a path means: `name` in a folder, or the file itself, whatever it is called."""
-    return Path(path) / name if Path(path).is_dir() else Path(path)
-
-
-def check_tensors(file: Path) -> None:
-    """Raise ValueError if a published file is missing, empty, truncated or something else, as far as its ends tell."""
+def find_weights(path: str | Path, name: str) -> Path:
+    """The file of weights that a path means: `name` in a folder, or the file itself, whatever its name."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / name
     if not file.is_file():
         raise ValueError(f"no reward file at {str(file)!r}: download it, or give its path as NAME=PATH")
+    return file
+
+
+def require_file(folder: Path, *names: str) -> None:
+    """Raise ValueError if a reward's folder has none of the files that `names` (patterns, too) stand for."""
+    if not any(list(folder.glob(name)) for name in names):
+        raise ValueError(f"{folder} lacks {' or '.join(names)}: see the README's table of rewards")
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """The content of a published file of tensors, on the CPU. Raises ValueError naming the file if it is damaged."""
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, "pt"):  # reads its head, which knows the length of the whole
-                return
-        with file.open("rb") as opened:
-            start = opened.read(4)
-        if start.startswith(b"PK"):  # torch's archives, whose list of contents is at the end; older ones have none
-            zipfile.ZipFile(file).close()
-        elif not start.startswith(b"\x80"):
-            raise ValueError("empty" if not start else f"it starts with {start!r}")
-    except Exception as error:
-        raise ValueError(damaged(file, error)) from error
-
-
-def damaged(file: str | Path, error: Exception) -> str:
-    """What to say of a file that cannot be read."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"cannot read {file}: truncated, or no file of tensors ({reason}); download it again"
-
-
-def read_tensors(file: str | Path) -> dict[str, Any]:
-    """A published file of tensors, .safetensors or .pt (weights only, nothing in it is run), on the CPU.
-
-    Raises ValueError naming the file if it is missing, truncated or something else.
-    """
-    if not Path(file).is_file():
-        raise ValueError(f"no reward file at {str(file)!r}: download it, or give its path as NAME=PATH")
-    try:
-        if Path(file).suffix == ".safetensors":
             return load_file(file)
+        # weights_only: a .pt file is a pickle, which could run a stranger's code.
         return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise ValueError(damaged(file, error)) from error
+    except Exception as error:  # SafetensorError, UnpicklingError, RuntimeError, ...: few of them name the file
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        message = f"cannot read {file}: truncated, or no file of tensors ({reason}); download it again"
+        raise ValueError(message) from error
 
 
-def build(kind: type, config: Any, state: dict[str, Tensor], source: str | Path, **options: Any) -> Any:
-    """A transformers model, in fp32 by default, from its config and a state dict. ValueError if they do not fit."""
-    try:
-        return complete(*kind.from_pretrained(None, config=config, state_dict=state, **STRICT | options))
-    except ValueError as error:
-        raise ValueError(f"{source} is no whole {kind.__name__}: {error}") from error
+def count_layers(state: Tensors, prefix: str) -> int:
+    """The number of layers of a network: how many numbers follow `prefix` in the names of its tensors."""
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)}
+    return len(numbers)
 
 
-def complete(model: nn.Module, report: dict[str, Any]) -> nn.Module:
-    """The model, if transformers reports that every tensor of it was found in the right shape, else a ValueError."""
-    if unfit := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-        raise ValueError(f"missing tensors, or of another shape than config.json says: {len(unfit)}, e.g. {unfit[0]}")
+def linear_layer(state: Tensors, name: str) -> nn.Linear:
+    """A layer of a published head, in fp32: heads are small, and their last digits are the score's."""
+    weight = state[f"{name}.weight"].float()  # (outputs, inputs)
+    layer = nn.Linear(*weight.T.shape)
+    layer.load_state_dict(dict(weight=weight, bias=state[f"{name}.bias"].float()))
+    return layer
+
+
+def load_network(network: type, config: Any, state: Tensors, file: Path, **options: Any) -> Any:
+    """A transformers network with published tensors. Raises ValueError naming the file if they do not fill it."""
+    model, report = network.from_pretrained(
+        None,  # no folder: the config and the tensors are at hand
+        config=config,
+        state_dict=state,
+        **STRICT | options,
+    )
+    check_complete(report, file)
     return model
 
 
-def freeze(model: nn.Module, recompute: bool = False) -> nn.Module:
-    """For inference, without gradients of its own. `recompute`: layers keep their inputs only until the backward.
+def check_complete(report: dict[str, Any], source: str | Path) -> None:
+    """Raise ValueError unless transformers reports that each tensor of a model was in the file, in its shape."""
+    unfit = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if unfit:
+        raise ValueError(f"{source} lacks tensors, or has them in another shape: {len(unfit)}, e.g. {unfit[0]}")
 
-    transformers recomputes in training mode only, so the layers are put into it, but not what is inside them:
-    dropout stays off.
-    """
-    model = model.eval().requires_grad_(False)
-    if recompute:
-        current = hasattr(model, "activation_checkpointing_enable")  # its name in transformers 5
-        enable = model.activation_checkpointing_enable if current else model.gradient_checkpointing_enable
-        enable(dict(use_reentrant=False))
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = True
+
+def freeze(model: nn.Module, recompute: bool = False) -> nn.Module:
+    """For inference, without gradients of its own. `recompute`: layers keep only their inputs until the backward."""
+    model.eval().requires_grad_(False)
+    if not recompute:
+        return model
+    # Reentrant checkpoints raise in torch.autograd.grad, which train.py calls for each reward.
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+    else:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    for module in model.modules():
+        # transformers recomputes layers only in training mode.  Unlike layer.train(), this sets the flag of the layer
+        # alone: dropout inside of it stays off.
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
     return model

@@ -1,8 +1,8 @@
 """HPSv3: Qwen2-VL-7B with a head that reads a special token (MizzenAI/HPSv3).
 
 A folder holds it: `HPSv3.safetensors`, and of Qwen/Qwen2-VL-7B-Instruct `config.json` and the tokenizer's files, not
-its weights.  The prompt is the published one, to the byte, in hpsv3-prompt.txt; a model is out of its depth with any
-other.  Three habits of the published code, which its scores rest on:
+its weights.  The prompt is the published one, to the byte, in hpsv3-prompt.txt: the model saw no other in training.
+Three habits of the published code, which its scores rest on:
 
     positions are counted 0, 1, 2 ... through the sequence, image included, not by Qwen2-VL's rows and columns
     all of the network is bf16, its rotary frequencies too, but the head is fp32
@@ -11,28 +11,38 @@ other.  Three habits of the published code, which its scores rest on:
 Legend: b images, n tokens, d the width of the network.
 """
 
-import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from einops import repeat
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
-from scorers.common import Device, Scorer, build, file_in, freeze, normalize, read_tensors, resize
+from scorers.common import (
+    Device,
+    Scorer,
+    find_weights,
+    freeze,
+    linear_layer,
+    load_network,
+    normalize,
+    read_tensors,
+    require_file,
+    resize,
+)
 
-FILE = "HPSv3.safetensors"
 PIXELS = 448 * 448  # of a resized image
-MERGE, FRAMES = 2, 2  # patches a token spans each way; frames of the film
+MERGE = 2  # patches that a token spans each way
+FRAMES = 2  # of the film: Qwen2-VL's kernels are three-dimensional, and an image is repeated to fill them
 PROMPT = (Path(__file__).parent / "hpsv3-prompt.txt").read_text(encoding="utf-8")
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
 )
-TOKEN = "<|Reward|>"
+REWARD_TOKEN = "<|Reward|>"
+IMAGE_TOKEN = "<|image_pad|>"
 
 
 def hpsv3(
@@ -40,94 +50,126 @@ def hpsv3(
 ) -> Scorer:
     """HPSv3 from its folder, or the file of weights in it.
 
-    Score and report are the mean of its two outputs, 12 to 16 for FLUX.
+    The head gives the mean and the spread of a score; score and report are the mean, 12 to 16 for FLUX.
     Raises ValueError naming the file that is missing, truncated or of another model.
     """
-    file = file_in(path, FILE)
-    folder = file.parent
-    try:
-        json.loads((folder / "config.json").read_text())  # where there is none, transformers 5 makes one up
-        config = Qwen2VLConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"cannot read {folder}: beside {file.name} it needs config.json and the tokenizer's files of "
-            f"Qwen/Qwen2-VL-7B-Instruct ({type(error).__name__}: {error})"
-        ) from error
-    state = {current_name(k): v for k, v in read_tensors(file).items() if not k.startswith("lm_head.")}
-    head, state = build_head(state, file)
-    tokenizer.add_tokens([TOKEN], special_tokens=True)
-    reward_id, image_id = tokenizer.convert_tokens_to_ids([TOKEN, "<|image_pad|>"])
-    config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
-    if len(tokenizer) != config.text_config.vocab_size or image_id != config.image_token_id:
-        raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens with {TOKEN}, the weights know "
-            f"{config.text_config.vocab_size}: it must be that of Qwen/Qwen2-VL-7B-Instruct"
-        )
-    model = build(Qwen2VLModel, config, state, source=file, dtype=dtype)
-    model, head = freeze(model, recompute).to(device, dtype), freeze(head).to(device)
-    patch = config.vision_config.patch_size
+    file = check_files(path)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, local_files_only=True)
+    # Special, so that the tokenizer keeps it whole; it gets the next free id, as it did in training.
+    tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+    model, head = load_hpsv3(file, tokenizer, dtype)
+    # With a dtype, `to` converts buffers, too: the published scores have rotary frequencies in bf16.
+    model = freeze(model, recompute).to(device, dtype)
+    head = freeze(head).to(device)
+    patch = model.config.vision_config.patch_size
+    reward_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels, rows, columns = patches(images, patch)
-        image = "<|image_pad|>" * (rows * columns // MERGE**2)
-        plain = [p.replace("<|", "< |") for p in prompts]  # no token of the model's own
-        texts = [CHAT.format(image=image, prompt=PROMPT.replace("{text_prompt}", p)) for p in plain]
-        ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids.to(images.device)
+        texts = [chat_text(prompt, rows * columns // MERGE**2) for prompt in prompts]
+        tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        ids = tokens.input_ids.to(images.device)  # (b, n)
+        # Qwen2-VL has an axis of time, rows and columns each; the published code counts alike on all three.
         positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
-        # No mask: tokens look back only and padding is at the right, where the reward token does not see it.
+        # No mask: tokens look back only, and padding is at the right, where the reward token does not see it.
         hidden = model(
             input_ids=ids,
             position_ids=positions,
             pixel_values=pixels.to(dtype),
+            # (b, 3): the film is one patch long, as a patch spans both of its frames
             image_grid_thw=torch.tensor([[1, rows, columns]] * len(images), device=ids.device),
-            use_cache=False,
+            use_cache=False,  # of keys and values for the next token: there is none
         ).last_hidden_state  # (b, n, d)
-        return head(hidden[ids == reward_id].to(head[0].weight.dtype))[:, 0]  # one per prompt
+        reward_states = hidden[ids == reward_id]  # (b, d): `chat_text` leaves one reward token in each text
+        return head(reward_states.float())[:, 0]
 
     return Scorer(score, model=model)
 
 
-def current_name(name: str) -> str:
-    """A tensor's name in today's Qwen2VLModel, from that of transformers 4.45, or of any version since."""
-    name = re.sub(r"^model\.(visual|language_model)\.", r"\1.", name)
-    return re.sub(r"^model\.", "language_model.", name)
+def check_files(path: str | Path) -> Path:
+    """The file of weights. Raises ValueError if a file of the folder is missing."""
+    file = find_weights(path, "HPSv3.safetensors")
+    # Without a config, transformers 5 makes up a config of its defaults.
+    require_file(file.parent, "config.json")
+    require_file(file.parent, "tokenizer.json", "vocab.json")
+    return file
 
 
-def build_head(state: dict[str, Tensor], file: Path) -> tuple[nn.Sequential, dict[str, Tensor]]:
-    """The head (d, 1024, 16, 2 published) in fp32, and the rest of the tensors."""
-    inside = {k.removeprefix("rm_head."): v.float() for k, v in state.items() if k.startswith("rm_head.")}
+def load_hpsv3(
+    file: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> tuple[Qwen2VLModel, nn.Sequential]:
+    """The network and its head (d, 1024, 16, 2 published). Raises ValueError if file, config and tokenizer disagree."""
+    state = read_tensors(file)
+    network_state = {}
+    for name, tensor in state.items():
+        if not name.startswith(("lm_head.", "rm_head.")):  # the first predicts words, which nobody reads
+            network_state[current_name(name)] = tensor
     try:
-        linear = [nn.Linear(*reversed(inside[f"{i}.weight"].shape)) for i in (0, 3, 5)]
-        head = nn.Sequential(linear[0], nn.ReLU(), nn.Identity(), linear[1], nn.ReLU(), linear[2])
-        head.load_state_dict(inside)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{file} is not HPSv3: its head rm_head does not fit ({error})") from error
-    return head, {k: v for k, v in state.items() if not k.startswith("rm_head.")}
+        head = nn.Sequential(
+            linear_layer(state, "rm_head.0"),
+            nn.ReLU(),  # rm_head.1; rm_head.2 is dropout
+            linear_layer(state, "rm_head.3"),
+            nn.ReLU(),
+            linear_layer(state, "rm_head.5"),
+        )
+        embeddings = len(network_state["language_model.embed_tokens.weight"])
+    except KeyError as error:
+        raise ValueError(f"{file} is not HPSv3: it lacks {error}") from None
+    # Sizes come from the file of Qwen2-VL: the tensors do not tell the number of heads.
+    config = Qwen2VLConfig.from_pretrained(file.parent, local_files_only=True)
+    # Qwen2-VL has more embeddings than tokens; HPSv3 kept those of tokens, and added one for its own.
+    config.text_config.vocab_size = embeddings
+    if len(tokenizer) != embeddings:
+        raise ValueError(
+            f"the tokenizer in {file.parent} has {len(tokenizer)} tokens with {REWARD_TOKEN}, the weights know "
+            f"{embeddings}: it must be that of Qwen/Qwen2-VL-7B-Instruct"
+        )
+    return load_network(Qwen2VLModel, config, network_state, file, dtype=dtype), head
+
+
+def current_name(name: str) -> str:
+    """A tensor's name in today's Qwen2VLModel, from the published one of transformers 4.45, or a later one."""
+    name = name.removeprefix("model.")
+    return name if name.startswith(("visual.", "language_model.")) else f"language_model.{name}"
+
+
+def chat_text(prompt: str, image_tokens: int) -> str:
+    """The text that the model reads, with a place for each token of the image."""
+    # A prompt may hold <|Reward|> or another of the model's tokens: broken up, it is read as words.
+    prompt = prompt.replace("<|", "< |")
+    # replace and not format: a prompt may hold braces.
+    return CHAT.format(image=IMAGE_TOKEN * image_tokens, prompt=PROMPT.replace("{text_prompt}", prompt))
 
 
 def patches(images: Tensor, patch: int) -> tuple[Tensor, int, int]:
-    """Qwen2-VL's preprocessing, differentiable: patches (b rows columns, 3 x frames x patch^2), rows, columns."""
-    images = resize(images.float(), *fit(*images.shape[-2:], patch * MERGE))
-    rows, columns = (side // patch for side in images.shape[-2:])
+    """Qwen2-VL's preprocessing: patches (b rows columns, 3 x frames x patch^2), and how many rows and columns of them.
+
+    Patches of one token follow each other, and the same frame is repeated.
+    """
+    height, width = resized_sides(*images.shape[-2:], unit=patch * MERGE)
+    images = resize(images.float(), height, width)
     pixels = repeat(
         normalize(images),
         "b c (rows mr pr) (columns mc pc) -> (b rows columns mr mc) (c frames pr pc)",
-        mr=MERGE, mc=MERGE, pr=patch, pc=patch, frames=FRAMES,
-    )  # fmt: skip
-    return pixels, rows, columns
+        mr=MERGE,
+        mc=MERGE,
+        pr=patch,
+        pc=patch,
+        frames=FRAMES,
+    )
+    return pixels, height // patch, width // patch
 
 
-def fit(height: int, width: int, unit: int) -> tuple[int, int]:
-    """Sides in multiples of `unit`, near the aspect given and near PIXELS in all: Qwen2-VL's smart_resize.
+def resized_sides(height: int, width: int, unit: int) -> tuple[int, int]:
+    """Sides in multiples of `unit`, near the aspect of the image and near PIXELS in all: Qwen2-VL's smart_resize.
 
     448x448 for any square. It rounds down for images with more pixels and up for those with fewer.
     """
-    rounded = tuple(round(side / unit) * unit for side in (height, width))
-    if math.prod(rounded) > PIXELS:
-        scale = math.sqrt(height * width / PIXELS)
-        return tuple(max(unit, math.floor(side / scale / unit) * unit) for side in (height, width))
-    if math.prod(rounded) < PIXELS:
-        scale = math.sqrt(PIXELS / (height * width))
-        return tuple(math.ceil(side * scale / unit) * unit for side in (height, width))
-    return rounded
+    sides = [round(side / unit) * unit for side in (height, width)]
+    if math.prod(sides) > PIXELS:
+        shrink = math.sqrt(height * width / PIXELS)
+        sides = [max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width)]
+    elif math.prod(sides) < PIXELS:
+        grow = math.sqrt(PIXELS / (height * width))
+        sides = [math.ceil(side * grow / unit) * unit for side in (height, width)]
+    return tuple(sides)

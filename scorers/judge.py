@@ -12,21 +12,24 @@ from shapes import judge as rules
 from shapes.world import SIZE, parse
 
 
-def judge() -> Scorer:
+def judge_scorer() -> Scorer:
     """1 where an image shows what its prompt asks for, else 0; with the task of a prompt."""
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return rules.judge(images, [parse(p) for p in prompts]).float().to(images.device)
+        requests = [parse(prompt) for prompt in prompts]
+        correct = rules.judge(images, requests)  # bool, (b,)
+        return correct.float().to(images.device)  # the rules run on the CPU
 
     return Scorer(score, task_of=lambda prompt: parse(prompt).task)
 
 
-def check(prompts: Sequence[str], size: tuple[int, int], source: str) -> None:
-    """Raise ValueError for a prompt outside of the world, or images of another size than its own."""
+def check_judge(prompts: Sequence[str], size: tuple[int, int], source: str) -> None:
+    """Raise ValueError for a prompt outside of the shapes world, or images of another size than its own."""
     for prompt in prompts:
         try:
             parse(prompt)
         except ValueError as error:
             raise ValueError(f"{source}: {error}; without judge any prompts do") from None
+    # The rules measure areas and distances in pixels.
     if size != (SIZE, SIZE):
         raise ValueError(f"--size {size[0]}x{size[1]}: the judge reads {SIZE}x{SIZE} pixels, no others")

@@ -106,7 +106,7 @@ def write_hpsv3(folder: Path, published_names: bool = True) -> Path:
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "vocab_size": words + 200,  # as published: the embedding was larger than the tokenizer, HPSv3 cut it
+        "vocab_size": words + 200,  # as published: Qwen2-VL has more embeddings than tokens, HPSv3 kept those of tokens
         "bos_token_id": words - 6,
         "eos_token_id": words - 4,
         "image_token_id": words - 1,
@@ -122,12 +122,13 @@ def write_hpsv3(folder: Path, published_names: bool = True) -> Path:
     g = torch.Generator().manual_seed(2)
     state = {}
     for name, tensor in Qwen2VLModel(shape).state_dict().items():
-        drawn = random(g, *tensor.shape) if tensor.ndim > 1 else 1 + 0.2 * torch.randn(tensor.shape, generator=g)
-        if published_names:
-            name = f"model.{name.removeprefix('language_model.')}" if name.startswith("language") else name
-        else:
+        is_matrix = tensor.ndim > 1  # else a norm's weight or a bias
+        values = random(g, *tensor.shape) if is_matrix else 1 + 0.2 * torch.randn(tensor.shape, generator=g)
+        if not published_names:
             name = f"model.{name}"
-        state[name] = drawn
+        elif name.startswith("language_model."):
+            name = f"model.{name.removeprefix('language_model.')}"
+        state[name] = values
     state["lm_head.weight"] = torch.zeros(words + 1, 64)
     for i, (inner, outer) in zip((0, 3, 5), [(64, 48), (48, 16), (16, 2)]):
         affine(state, f"rm_head.{i}", g, outer, inner)
@@ -142,8 +143,8 @@ def write_imagereward(folder: Path) -> dict[str, Tensor]:
     """A folder with ImageReward.pt and the vocabulary of a BERT tokenizer."""
     folder.mkdir(parents=True)
     words = sorted({w for p in all_prompts() for w in p.text.split()})
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     g = torch.Generator().manual_seed(3)
     state = {}
     eye, width, patch, side = "blip.visual_encoder", 128, 16, 32
@@ -161,7 +162,7 @@ def write_imagereward(folder: Path) -> dict[str, Tensor]:
     norm(state, f"{eye}.norm", g, width)
     bert, deep = "blip.text_encoder", 64
     state[f"{bert}.embeddings.position_ids"] = torch.arange(40)[None]
-    state[f"{bert}.embeddings.word_embeddings.weight"] = torch.randn(len(pieces) + 2, deep, generator=g)
+    state[f"{bert}.embeddings.word_embeddings.weight"] = torch.randn(len(vocabulary) + 2, deep, generator=g)
     state[f"{bert}.embeddings.position_embeddings.weight"] = 0.5 * torch.randn(40, deep, generator=g)
     norm(state, f"{bert}.embeddings.LayerNorm", g, deep)
     for i in range(2):
