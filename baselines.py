@@ -396,16 +396,16 @@ def mix_grpo(
     group: int = 8,
     noise: float = 0.3,
     window: int = 4,
-    every: int = 25,
+    shift_every: int = 25,
 ) -> Log:
     """MixGRPO: as DanceGRPO, but only the steps of a window are random and trained; all others are the ODE's.
 
-    MixGRPO (arXiv 2507.21802), on policy.  The window begins at the noisy end and moves by a step after `every`
-    updates.  The defaults are the paper's 4 of 25 steps, and 25 of 300 updates.
+    MixGRPO (arXiv 2507.21802), on policy.  The window begins at the noisy end and moves by a step after
+    `shift_every` updates.  The defaults are the paper's 4 of 25 steps, and 25 of 300 updates.
     """
     end = len(s.sigmas) - 2  # the last step is not random
     final_start = max(0, end - window)  # where the window stays
-    start = min(s.update // every, final_start)
+    start = min(s.update // shift_every, final_start)
     random_steps = range(start, min(start + window, end))
 
     eta = torch.full_like(s.sigmas, noise)

@@ -149,7 +149,7 @@ class Method:
     """flow_grpo (a = 0.7), dance_grpo, mix_grpo (eta = 0.3): noise of the random walk."""
     window: int | None = None
     """mix_grpo (4): random steps, the others are the ODE's."""
-    every: int | None = None
+    shift_every: Annotated[int | None, tyro.conf.arg(aliases=("--every",))] = None
     """mix_grpo (25): updates until the window moves on by a step."""
 
 

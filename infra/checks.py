@@ -44,7 +44,7 @@ def check_numbers(cfg: Config) -> None:
     """Raise ValueError for a number out of its range."""
     at_least_1 = (
         "updates", "batch", "rollout_steps", "eval_every", "text_length", "patience", "save_every", "keep", "lora",
-        "rollout_batch", "micro_batch", "check_every", "active", "nodes", "last", "group", "window", "every",
+        "rollout_batch", "micro_batch", "check_every", "active", "nodes", "last", "group", "window", "shift_every",
     )  # fmt: skip
     for name in at_least_1:
         value = getattr(cfg, name)
