@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from config import PRESETS, Config, sides
-from formats.folders import Pipeline, describe, load_pipeline
+from formats.folders import Pipeline, describe, load_parts
 from formats.lora import Change, add_lora, first_values, wrapped_name
-from formats.lora_files import lora_file, read_lora
+from formats.lora_files import lora_file, merge_lora, read_lora
 from formats.reading import flux_file
 from infra.anchor import frozen_copy
 from infra.checkpoints import checkpoint_folders
@@ -209,10 +209,14 @@ def load_inputs(cfg: Config, process: Process) -> Pipeline:
             shard_flux(flux, process, dtype)
         fill(flux, tensors, process.device)
 
-    strength = 0.0 if cfg.lora and lora_file(cfg.model) else 1.0  # what it goes on with is no part of the base
-    pipe = load_pipeline(
-        cfg.model, process.device, dtype, cfg.text_length, cfg.offload_encoders, place, cfg.base, strength
-    )
+    description = describe(cfg.model, cfg.base)
+    config, tensors, lora = description.weights.config, description.weights.tensors, description.location.lora
+    if lora and not cfg.lora:  # with --lora the LoRA goes on beside the base
+        tensors = merge_lora(tensors, read_lora(lora, config))
+    with torch.device("meta"):
+        flux = Flux(config)
+    place(flux, tensors)
+    pipe = load_parts(description, flux, process.device, dtype, cfg.text_length, cfg.offload_encoders)
     if cfg.recompute:
         pipe.vae.enable_gradient_checkpointing()
     return pipe

@@ -49,7 +49,7 @@ def other(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     state = {k: v + 0.02 * torch.randn_like(v) for k, v in pipe.flux.state_dict().items()}
     folder = tmp_path_factory.mktemp("models") / "other" / "final"
-    save_pipeline(folder, TINY, pipe.flux.config, state)
+    save_pipeline(folder, TINY, pipe.flux.config, state.items())
     return folder
 
 

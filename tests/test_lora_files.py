@@ -202,7 +202,7 @@ def test_what_is_not_understood_is_named(change: Callable, words: str, tmp_path)
 def test_strength_is_a_straight_line_through_base_and_tuned_for_loras_and_for_full_weights(tmp_path):
     file, before = lora(tmp_path), FLUX.state_dict()
     tuned = load_pipeline(file, base=str(TINY)).flux.state_dict()
-    save_pipeline(tmp_path / "tuned", TINY, FLUX.config, tuned)
+    save_pipeline(tmp_path / "tuned", TINY, FLUX.config, tuned.items())
     for model in (file, tmp_path / "tuned"):
         for strength in (0.0, 0.4, 1.0, 1.5):
             ours = load_pipeline(model, base=str(TINY), strength=strength).flux.state_dict()
