@@ -1,21 +1,25 @@
-"""What LeapAlign is compared with: every other gradient, a function each.
+"""The gradients that LeapAlign is compared with: one function per method.
 
-    refl  draft_lv  drtune  full                      the paper's baselines: the reward's gradient through some steps
-    flowbp_sparse  flowbp_bridge  flowbp_lagrange     its successor (FlowBP, arXiv 2606.11075)
-    flow_grpo  dance_grpo  mix_grpo                   policy gradients: the reward needs no gradient of its own
+    refl  draft_lv  drtune  full                      direct gradients: the baselines of LeapAlign's paper
+    flowbp_sparse  flowbp_bridge  flowbp_lagrange     direct gradients: FlowBP, which builds on LeapAlign
+    flow_grpo  dance_grpo  mix_grpo                   policy gradients: the reward needs no gradient
 
-Each adds its gradient to the weights through `Samples.vjp` and returns what to log, as leapalign does.  A direct
-gradient is a rollout, a choice among its velocities (`Term`), and a sweep over them; a policy gradient is a random
-walk, and the gradient of the log-probability of its random steps.
+A method adds its gradient to the weights through `Samples.vjp` and returns what to log, as `leapalign` does.
 
-Legend as in leaps.py: b samples, T steps, sigma noise levels, k > j two of them; the steps that start at k and j are
-`first` and `second`.
+A direct gradient (1) rolls out without gradient, (2) selects the velocities that carry gradient and states how
+x_0 depends on each of them, a `Term`, and (3) sweeps back over the terms from dL/dx_0, one network call at a time.
+
+A policy gradient (1) walks from noise to x_0 with some random steps, (2) compares the scores of the samples of
+one prompt, and (3) raises the log-probability of the random steps that led to the better samples.
+
+Legend as in leaps.py: b samples, n tokens, c channels, T steps.  k > j are noise levels, and `first` and `second`
+are the indices of the steps that start at k and j.  sg( ) is stop-gradient.
 """
 
 import itertools
-from collections.abc import Container, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,102 +28,197 @@ from leaps import Samples, Term, one_step, pick_leaps, prediction, rollout, swee
 Log = dict[str, Tensor]
 
 
-# ------------------------------------------------------------------------- the paper's baselines, its Algorithm 1
+# ------------------------------------------------------- direct gradients: the baselines of LeapAlign's paper
 
 
 def refl(s: Samples, *, last: int | None = None) -> Log:
-    """ReFL (arXiv 2304.05977): one velocity, that of a late step, and the reward of where it points.
+    """ReFL: the gradient of one late velocity, for the reward of the image that it predicts.
 
-    The step is one of the last 11 of 25, as in LeapAlign's comparison, or of the `last` K; steps after it are never
-    computed.
+    ReFL (arXiv 2304.05977), Algorithm 1.  The step is drawn from the last `last` steps; the default, 11 of 25, is
+    LeapAlign's setting of this baseline.  ReFL's pre-training loss is left out there, and here.
     """
-    i = late_step(s, last)
-    ro = rollout(s.velocity, s.noise(0), s.sigmas[: i + 2])
-    sweep(s.vjp, ro, [Term(i, -s.sigmas[i])], s.reward(prediction(ro, i)))
-    return dict(k=s.sigmas[i])
+    # 1. Roll out up to the end of a late step.  The steps after it are never computed.
+    step = late_step(s, last)
+    sigmas = s.sigmas[: step + 2]
+    ro = rollout(s.velocity, s.noise(0), sigmas)
+
+    # 2. The reward sees xhat_0 = sg(x) - sigma v.
+    sigma = sigmas[step]
+    term = Term(step, -sigma)
+
+    # 3. Sweep back over this one term.
+    xhat_0 = prediction(ro, step)
+    grad = s.reward(xhat_0)
+    sweep(s.vjp, ro, [term], grad)
+    return dict(k=sigma)
 
 
 def draft_lv(s: Samples, *, copies: int = 2) -> Log:
-    """DRaFT-LV (arXiv 2309.17400): the last step, and again from `copies` of x_0 with fresh noise; n = 2 in the paper.
+    """DRaFT-LV: the gradient of the last step, from the rollout and from `copies` of x_0 with fresh noise.
 
-    The gradients are summed; what is logged of the reward is a mean over the images.
+    DRaFT (arXiv 2309.17400), Algorithm 1.  The default is n = 2 of the paper.  The gradients are summed, not
+    averaged; the logged reward is a mean over all images.
     """
-    ro, k = rollout(s.velocity, s.noise(0), s.sigmas), s.sigmas[-2]
-    s.vjp(ro.x[-2], k, -k * s.reward(ro.x[-1]))
-    for n in range(1, copies + 1):
-        x = (1 - k) * ro.x[-1] + k * s.noise(n)
-        s.vjp(x, k, -k * s.reward(one_step(x, s.velocity(x, k), k, s.sigmas[-1])))
+    # 1. Roll out; sigma is the noise level that the last step starts from.
+    ro = rollout(s.velocity, s.noise(0), s.sigmas)
+    x, x_0 = ro.x[-2:]
+    sigma, zero = s.sigmas[-2:]
+
+    # 2. The last step is x_0 = sg(x) - sigma v, so dL/dv = -sigma dL/dx_0.
+    grad = s.reward(x_0)
+    s.vjp(x, sigma, -sigma * grad)
+
+    # 3. Low variance: add fresh noise to x_0, and differentiate the last step from there, too.
+    for i in range(1, copies + 1):
+        noise = s.noise(i)
+        x = (1 - sigma) * x_0 + sigma * noise
+        v = s.velocity(x, sigma)
+        xhat_0 = one_step(x, v, sigma, zero)
+        grad = s.reward(xhat_0)
+        s.vjp(x, sigma, -sigma * grad)
     return {}
 
 
 def drtune(s: Samples, *, active: int = 2) -> Log:
-    """DRTune (arXiv 2405.00760): the velocities of equally spaced steps, with detached inputs.
+    """DRTune: the gradient of equally spaced velocities with detached inputs, for the reward of a late prediction.
 
-    A late step, drawn as ReFL's, ends the rollout, and its prediction is rewarded.  `active` steps of all T, K = 2 in
-    the paper, the first of them random, carry gradient, those that lie after the late one none, and the late one itself
-    only if it is among them.
+    DRTune (arXiv 2405.00760), Algorithm 1.  The default is K = 2 of the paper.  The rollout stops at a late step,
+    drawn as ReFL's.  The K steps are spread over all T with a random offset; steps after the stop carry no gradient,
+    and the stop itself does only if it is one of the K.
     """
-    stop, steps = late_step(s), len(s.sigmas) - 1
+    # 1. Draw the stop and the offset.  A larger offset would leave no step with gradient.
+    steps = len(s.sigmas) - 1
+    stop = late_step(s)
     active = min(active, steps)
-    apart = steps // active
-    firsts = min(steps - (active - 1) * apart, stop + 1)  # so that one step at least has a gradient
-    first = int(torch.randint(firsts, (), generator=s.generator))
-    ro = rollout(s.velocity, s.noise(0), s.sigmas[: stop + 2])
-    chosen = range(first, stop + 1, apart)[:active]
-    terms = [Term(i, -s.sigmas[i] if i == stop else s.sigmas[i + 1] - s.sigmas[i]) for i in chosen]
-    sweep(s.vjp, ro, terms, s.reward(prediction(ro, stop)))
+    spacing = steps // active
+    offsets = steps - (active - 1) * spacing
+    offsets = min(offsets, stop + 1)
+    offset = draw_index(offsets, s.generator)
+    active_steps = range(offset, stop + 1, spacing)[:active]
+
+    # 2. Euler steps up to the stop, then the prediction: xhat_0 = x_1 + sum of dsigma v.
+    sigmas = s.sigmas[: stop + 2]
+    ro = rollout(s.velocity, s.noise(0), sigmas)
+    dsigma = sigmas.diff()
+    dsigma[stop] = -sigmas[stop]  # the prediction goes down to noise level 0
+    terms = [Term(i, dsigma[i]) for i in active_steps]
+
+    # 3. Sweep back; no term passes gradient through its input.
+    xhat_0 = prediction(ro, stop)
+    grad = s.reward(xhat_0)
+    sweep(s.vjp, ro, terms, grad)
     return dict(k=s.sigmas[stop])
 
 
 def full(s: Samples, *, last: int | None = None) -> Log:
-    """The true gradient, through all T steps; through the `last` K of them it is DRaFT-K (arXiv 2309.17400)."""
+    """Full backpropagation: the true gradient, through all T steps.
+
+    With `last`, through the last K steps only: DRaFT-K (arXiv 2309.17400), Algorithm 1.
+    """
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
-    first = 0 if last is None else max(0, len(ro.v) - last)
-    sweep(s.vjp, ro, euler_terms(ro.sigmas, range(first, len(ro.v)), nested=1.0), s.reward(ro.x[-1]))
+    steps = len(ro.v)
+    first = 0 if last is None else max(0, steps - last)
+
+    # With all of dv/dx kept, the sweep over the Euler steps is backpropagation.
+    dsigma = ro.sigmas.diff()
+    terms = []
+    for i in range(first, steps):
+        nested = 1.0 if i > first else 0.0  # no gradient goes back beyond the first step
+        terms.append(Term(i, dsigma[i], nested))
+
+    grad = s.reward(ro.x[-1])
+    sweep(s.vjp, ro, terms, grad)
     return {}
 
 
 def late_step(s: Samples, last: int | None = None) -> int:
-    """A random one of the last 11 of 25 steps, of other T in proportion; or of the `last` K."""
+    """A random step of the last `last` steps; by default of the last 11 of 25, in proportion for other T."""
     steps = len(s.sigmas) - 1
-    window = max(1, round(steps * 11 / 25)) if last is None else min(last, steps)
-    return steps - 1 - int(torch.randint(window, (), generator=s.generator))
+    if last is None:
+        last = max(1, round(steps * 11 / 25))
+    window = min(last, steps)
+    return steps - 1 - draw_index(window, s.generator)
 
 
-def euler_terms(sigmas: Tensor, steps: Sequence[int], nested: float = 0.0) -> list[Term]:
-    """How x_0 depends on the velocities of `steps` of the rollout; no gradient goes back beyond the first."""
-    return [Term(i, sigmas[i + 1] - sigmas[i], nested if i != steps[0] else 0.0) for i in steps]
+def draw_index(count: int, generator: torch.Generator) -> int:
+    """A uniform index below `count`, alike on all ranks."""
+    return int(torch.randint(count, (), generator=generator))
 
 
-# --------------------------------------------------------------------------------- FlowBP, arXiv 2606.11075
+# ------------------------------------------------------------- direct gradients: FlowBP (arXiv 2606.11075)
 
 
-def flowbp_sparse(s: Samples, *, active: int = 3, bias: float = 2.0, rho: float = 1.0) -> Log:
-    """FlowBP Sparse: x_0 = x_1 + sum of dsigma v over the rollout, the velocities of `active` steps with gradient.
+def flowbp_sparse(
+    s: Samples,
+    *,
+    active: int = 3,
+    bias: float = 2.0,
+    rho: float = 1.0,
+) -> Log:
+    """FlowBP-Sparse: the gradient of a few velocities of the Euler sum, with detached inputs.
 
-    Steps are drawn with odds (i + 1)^bias, late ones first; inputs are detached.  Defaults: its FLUX.1-dev settings.
+    FlowBP (arXiv 2606.11075), Sparse.  `active` steps are drawn with odds (i + 1)^bias, so late steps are likely;
+    `rho` scales their weights up to the whole trajectory.  The defaults are those of the paper's FLUX.1-dev config.
     """
+    # 1. Roll out, and draw the active steps.
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
-    steps = draw_steps(range(len(ro.v)), active, bias, s.generator)
-    sweep(s.vjp, ro, rescaled(euler_terms(ro.sigmas, steps), ro.sigmas[0], rho), s.reward(ro.x[-1]))
+    all_steps = range(len(ro.v))
+    steps = draw_steps(all_steps, active, bias, s.generator)
+
+    # 2. x_0 = x_1 + sum of dsigma v, where v has a gradient at the active steps.
+    dsigma = ro.sigmas.diff()
+    terms = [Term(i, dsigma[i]) for i in steps]
+    total = ro.sigmas[0]  # of |dsigma| over all T steps, which go down to 0
+    terms = rescaled(terms, total, rho)
+
+    # 3. Sweep back from the real x_0.
+    grad = s.reward(ro.x[-1])
+    sweep(s.vjp, ro, terms, grad)
     return {}
 
 
-def flowbp_bridge(s: Samples, *, active: int = 5, alpha: float = 0.1, bias: float = 2.0, rho: float = 1.0) -> Log:
-    """FlowBP Bridge: as Sparse, but the input of the step at j, drawn as LeapAlign's, keeps its gradient, times alpha.
+def flowbp_bridge(
+    s: Samples,
+    *,
+    active: int = 5,
+    alpha: float = 0.1,
+    bias: float = 2.0,
+    rho: float = 1.0,
+) -> Log:
+    """FlowBP-Bridge: as Sparse, but one active step, the bridge, also passes gradient through its input.
 
-    The active steps are shared out to both sides of it by their numbers of steps; it is always one of them.
+    FlowBP (arXiv 2606.11075), Bridge.  The bridge starts at j, drawn as in LeapAlign, and its input's gradient is
+    scaled by alpha.  The defaults are those of the paper's FLUX.1-dev config.  Raises ValueError for fewer than two
+    steps or two active steps.
     """
-    ro, steps = rollout(s.velocity, s.noise(0), s.sigmas), len(s.sigmas) - 1
+    steps = len(s.sigmas) - 1
     if min(steps, active) < 2:
         raise ValueError(f"flowbp_bridge needs two steps and two of them active, got {steps} and {active}")
-    _, second = pick_leaps(s.sigmas, s.generator)
-    before = min(max(round(active * second / steps), 1), active - 1)
-    chosen = draw_steps(range(second), before, bias, s.generator)
-    chosen += [second, *draw_steps(range(second + 1, steps), active - before - 1, bias, s.generator)]
-    terms = [t._replace(nested=alpha) if t.step == second else t for t in euler_terms(ro.sigmas, chosen)]
-    sweep(s.vjp, ro, rescaled(terms, ro.sigmas[0], rho), s.reward(ro.x[-1]))
-    return dict(j=ro.sigmas[second])
+
+    # 1. Roll out, and draw the bridge.
+    ro = rollout(s.velocity, s.noise(0), s.sigmas)
+    _, bridge = pick_leaps(s.sigmas, s.generator)
+
+    # 2. The two sides of the bridge share the other active steps by their lengths, the noisy side at least one.
+    noisy_count = max(1, round(active * bridge / steps))
+    noisy_count = min(noisy_count, active - 1)  # the bridge itself is active
+    clean_count = active - noisy_count - 1
+    noisy_side, clean_side = range(bridge), range(bridge + 1, steps)
+    noisy_steps = draw_steps(noisy_side, noisy_count, bias, s.generator)
+    clean_steps = draw_steps(clean_side, clean_count, bias, s.generator)
+
+    # 3. The Euler sum as in Sparse; the bridge's input is alpha x + (1 - alpha) sg(x), Eq. 9 of LeapAlign.
+    dsigma = ro.sigmas.diff()
+    terms = [Term(i, dsigma[i]) for i in noisy_steps]
+    terms += [Term(bridge, dsigma[bridge], alpha)]
+    terms += [Term(i, dsigma[i]) for i in clean_steps]
+    total = ro.sigmas[0]
+    terms = rescaled(terms, total, rho)
+
+    # 4. Sweep back from the real x_0.
+    grad = s.reward(ro.x[-1])
+    sweep(s.vjp, ro, terms, grad)
+    return dict(j=ro.sigmas[bridge])
 
 
 def flowbp_lagrange(
@@ -131,178 +230,275 @@ def flowbp_lagrange(
     tau: float = 0.2,
     rho: float = 0.5,
 ) -> Log:
-    """FlowBP Lagrange: LeapAlign's two leaps, each along the polynomial through `nodes` of the rollout's velocities.
+    """FlowBP-Lagrange: LeapAlign's two leaps, each along a polynomial through `nodes` of the rollout's velocities.
 
-    The leaps land nearer to the rollout.  A leap's first two velocities carry gradient, the second a quarter of it.
+    FlowBP (arXiv 2606.11075), Lagrange.  Such a leap lands closer to the rollout than one along a single velocity.
+    The defaults are those of the paper's FLUX.1-dev config.
     """
+    # 1. Roll out, and draw the two steps that the leaps start from.
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
-    first, second = draw_pair(ro.sigmas, s.generator, draw)
-    terms, d = [], []
-    for start, end in ((first, second), (second, len(ro.v))):
-        spread = torch.linspace(start, end - 1, min(nodes, end - start)).round().int().tolist()
-        weights = lagrange_weights(ro.sigmas[spread], ro.sigmas[start], ro.sigmas[end])
-        landed = ro.x[start] + torch.einsum("m, m b n c -> b n c", weights, ro.v[spread])
-        d.append((ro.x[end] - landed).abs().flatten(1).mean(1))  # as in Eq. 12
-        two = [Term(i, weight) for i, weight in zip(spread[:2], weights)]
-        two = rescaled(two, weights.abs().sum(), rho)
-        terms += [t if t.step == start else t._replace(weight=t.weight / 4) for t in two]
-    terms = [t._replace(nested=alpha) if t.step == second else t for t in terms]
-    w = 1 / torch.stack(d).clamp(min=tau).sum(0)
-    sweep(s.vjp, ro, terms, s.reward(ro.x[-1], w))
-    return dict(k=ro.sigmas[first], j=ro.sigmas[second], d_j=d[0], d_0=d[1], w=w)
+    sigmas, steps = ro.sigmas, len(ro.v)
+    first, second = draw_pair(sigmas, s.generator, draw)
+
+    terms, distances = [], []
+    for start, end in ((first, second), (second, steps)):
+        # 2. The leap integrates the polynomial through nodes that are spread over its steps, from its start on.
+        count = min(nodes, end - start)
+        spread = torch.linspace(start, end - 1, count)
+        node_steps = spread.round().int().tolist()
+        node_sigmas = sigmas[node_steps]
+        weights = lagrange_weights(node_sigmas, sigmas[start], sigmas[end])
+        integral = torch.einsum("m, m b n c -> b n c", weights, ro.v[node_steps])
+        xhat = ro.x[start] + integral
+        gap = (ro.x[end] - xhat).abs()
+        distances.append(gap.flatten(1).mean(1))  # (b,), Eq. 12 of LeapAlign
+
+        # 3. The first two velocities carry gradient.  The second leap passes alpha of it to its input.
+        nested = alpha if start == second else 0.0
+        active = [Term(start, weights[0], nested)]
+        if count > 1:
+            active.append(Term(node_steps[1], weights[1]))
+        total = weights.abs().sum()
+        active = rescaled(active, total, rho)
+        terms.append(active[0])
+        for term in active[1:]:
+            quarter = term.weight / 4  # as in FlowBP's config
+            terms.append(term._replace(weight=quarter))
+
+    # 4. Weight each sample by how closely its leaps follow the rollout, Eq. 12 of LeapAlign, and sweep back.
+    w = 1 / torch.stack(distances).clamp(min=tau).sum(0)
+    grad = s.reward(ro.x[-1], w)
+    sweep(s.vjp, ro, terms, grad)
+    d_j, d_0 = distances
+    return dict(k=sigmas[first], j=sigmas[second], d_j=d_j, d_0=d_0, w=w)
 
 
 def draw_steps(steps: range, count: int, bias: float, generator: torch.Generator) -> list[int]:
-    """Up to `count` of the steps, in order, without replacement; the odds of the i-th of them are (i + 1)^bias."""
+    """Up to `count` of the steps, increasing, without replacement; the i-th of them has odds (i + 1)^bias."""
     count = min(count, len(steps))
     if count < 1:
         return []
-    odds = torch.arange(1, len(steps) + 1, dtype=torch.float64) ** bias
-    chosen = torch.multinomial(odds, count, replacement=False, generator=generator)
-    return sorted(steps[i] for i in chosen.tolist())
+    numbers = torch.arange(1, len(steps) + 1, dtype=torch.float64)
+    odds = numbers**bias
+    indices = torch.multinomial(odds, count, generator=generator)
+    return sorted(steps[i] for i in indices.tolist())
 
 
 def rescaled(terms: list[Term], total: Tensor, rho: float) -> list[Term]:
-    """Terms times 1 + rho (total / sum |weight| - 1): rho = 1 makes their sizes sum to `total`, 0 leaves them.
+    """Terms with weights times 1 + rho (total / sum |weight| - 1).
 
-    The total is that of all steps, with gradient or without: sigma_0 of a rollout's Euler steps, which go down to 0.
+    `total` is the sum of |weight| over all steps, with gradient or without.  At rho = 1 the terms stand for all
+    steps: their |weight| sums to `total`.  At rho = 0 they stay as they are.
     """
-    factor = 1 + rho * (total / sum(t.weight.abs() for t in terms) - 1)
-    return [t._replace(weight=factor * t.weight) for t in terms]
+    active_total = sum(term.weight.abs() for term in terms)
+    factor = 1 + rho * (total / active_total - 1)
+    return [term._replace(weight=factor * term.weight) for term in terms]
 
 
 def lagrange_weights(nodes: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Weights of the velocities at levels `nodes` (m,): the integral from start to end of the polynomial through them.
+    """Weights (m,) of the velocities at noise levels `nodes` (m,) in a leap from level `start` to level `end`.
 
-    They are exact for 1, sigma, ..., sigma^(m - 1), which is what is solved for.
+    The weighted sum is the integral of the polynomial through the velocities.  It is exact for the polynomials
+    1, sigma, ..., sigma^(m - 1), and the weights are the solution of these m equations.
     """
-    at, to = (nodes - start).cpu().double(), (end - start).cpu().double()  # a few numbers; not all devices have float64
+    # In float64 on the CPU: some devices have no float64, and m is at most a handful.
+    offsets = (nodes - start).cpu().double()
+    length = (end - start).cpu().double()
     powers = torch.arange(len(nodes), dtype=torch.float64)
-    moments = to ** (powers + 1) / (powers + 1)
-    return torch.linalg.solve(at[None] ** powers[:, None], moments).to(nodes)
+    values = offsets[None] ** powers[:, None]  # (m, m), a polynomial per row, a node per column
+    integrals = length ** (powers + 1) / (powers + 1)  # (m,)
+    return torch.linalg.solve(values, integrals).to(nodes)
 
 
 def draw_pair(sigmas: Tensor, generator: torch.Generator, draw: str) -> tuple[int, int]:
-    """FlowBP's ways of drawing the two steps that leaps start from, the earlier one first.
+    """FlowBP's four ways to draw the two steps that leaps start from, the noisier one first.
 
-    uniform: as LeapAlign.  midpoint: the first is uniform, the second halfway from it to the end.  midpoint_j: the
-    second is uniform, the first halfway from the start to it.  dirichlet: the numbers of steps up to the first and with
-    it, from there to the second, and after, in the proportions of a Dirichlet(2, 6, 2.5), rounded, each at least one.
+    uniform: as in LeapAlign.
+    midpoint: the first is uniform, the second halfway from there to the end.
+    midpoint_j: the second is uniform, the first halfway from the start to there.
+    dirichlet: see `dirichlet_pair`.
+
     Raises ValueError if there are too few steps.
     """
     steps = len(sigmas) - 1
-    if steps < (least := 3 if draw == "dirichlet" else 2):
-        raise ValueError(f"--draw {draw} needs {least} steps, and a rollout has {steps}")
+    minimum = 3 if draw == "dirichlet" else 2
+    if steps < minimum:
+        raise ValueError(f"--draw {draw} needs {minimum} steps, and a rollout has {steps}")
+
     if draw == "uniform":
         return pick_leaps(sigmas, generator)
     if draw == "midpoint":
-        first = int(torch.randint(steps - 1, (), generator=generator))
+        first = draw_index(steps - 1, generator)
         return first, first + (steps - first) // 2
     if draw == "midpoint_j":
-        second = int(torch.randint(1, steps, (), generator=generator))
+        second = 1 + draw_index(steps - 1, generator)
         return second // 2, second
-    # A Gamma(n / 2) is half the sum of n squared Gaussians, and Gammas in proportion are a Dirichlet.
-    shares = torch.stack([torch.randn(n, generator=generator).square().sum() for n in (4, 12, 5)])
-    lengths = (steps * shares / shares.sum()).round().long()
-    lengths[shares.argmax()] += steps - lengths.sum()  # what rounding took or gave
-    lengths = lengths.clamp(min=1)
-    lengths[lengths.argmax()] += steps - lengths.sum()  # what others lacked
-    up_to_first, to_second, _ = lengths.tolist()
-    return up_to_first - 1, up_to_first - 1 + to_second
+    return dirichlet_pair(steps, generator)
 
 
-# ------------------------------------------------------------------------------------ policy gradients
+def dirichlet_pair(steps: int, generator: torch.Generator) -> tuple[int, int]:
+    """Two steps that divide all `steps`, at least 3, in the proportions of a Dirichlet(2, 6, 2.5), FlowBP's config.
+
+    The three lengths count the steps up to the first, it included, from there to the second, it included, and
+    after the second.  Each is at least one.
+    """
+    # torch has no Dirichlet that takes a generator.
+    seed = draw_index(2**31, generator)
+    random = np.random.default_rng(seed)
+    noisy_share, _, clean_share = random.dirichlet((2, 6, 2.5))
+
+    # The outer lengths are rounded; the middle length, mostly the longest, is what remains.
+    noisy_length = max(1, round(steps * noisy_share))
+    noisy_length = min(noisy_length, steps - 2)
+    clean_length = max(1, round(steps * clean_share))
+    clean_length = min(clean_length, steps - noisy_length - 1)
+    return noisy_length - 1, steps - clean_length - 1
+
+
+# ------------------------------------------------------------------------------------- policy gradients
 
 
 def flow_grpo(s: Samples, *, group: int = 8, noise: float = 0.7) -> Log:
-    """Flow-GRPO (arXiv 2505.05470), on policy: noise of eta = a sqrt(sigma / (1 - sigma)), a = 0.7.
+    """Flow-GRPO: a policy gradient on walks whose noise follows the noise level: eta = a sqrt(sigma / (1 - sigma)).
 
-    The last step has no noise.  The paper's group has 24 samples of a prompt.  With one update a rollout the ratio of
-    probabilities is one, so its clipping would do nothing; nor is there a KL term.
+    Flow-GRPO (arXiv 2505.05470), on policy.  The default a = 0.7 is the paper's; the paper's group is 24 samples of
+    a prompt.  With one update per rollout the ratio of probabilities is 1, so clipping it would do nothing.  There is
+    no KL term.
     """
-    below = s.sigmas.where(s.sigmas < 1, s.sigmas[1])  # at pure noise eta would be infinite
-    eta = noise * (s.sigmas / (1 - below)).sqrt()
-    x0, moves = random_walk(s, s.noise(0), eta, range(len(s.sigmas) - 2))
-    return policy_gradient(s, x0, moves, group)
+    # At pure noise eta would be infinite: sigma_1 replaces sigma_0 = 1 in the denominator, as in the authors' code.
+    sigmas = s.sigmas
+    below_one = sigmas.where(sigmas < 1, sigmas[1])
+    eta = noise * (sigmas / (1 - below_one)).sqrt()  # (T + 1,)
+
+    # The last step is not random: its noise would stay in the image.
+    random_steps = range(len(sigmas) - 2)
+    x_1 = s.noise(0)
+    x_0, moves = random_walk(s, x_1, eta, random_steps)
+    return policy_gradient(s, x_0, moves, group)
 
 
 def dance_grpo(s: Samples, *, group: int = 8, noise: float = 0.3) -> Log:
-    """DanceGRPO (arXiv 2505.07818), on policy: noise of eta = 0.3, one x_1 for all of a group.
+    """DanceGRPO: a policy gradient on walks with constant noise eta, which start from one x_1 per group.
 
-    The last step has no noise.  The paper's group has 12 samples of a prompt.
+    DanceGRPO (arXiv 2505.07818), on policy.  The default eta = 0.3 is the paper's; the paper's group is 12 samples
+    of a prompt.
     """
-    x0, moves = random_walk(s, shared_noise(s, group), s.sigmas.new_full((), noise), range(len(s.sigmas) - 2))
-    return policy_gradient(s, x0, moves, group)
+    eta = torch.full_like(s.sigmas, noise)
+    random_steps = range(len(s.sigmas) - 2)  # the last step is not random
+    x_1 = shared_noise(s, group)
+    x_0, moves = random_walk(s, x_1, eta, random_steps)
+    return policy_gradient(s, x_0, moves, group)
 
 
-def mix_grpo(s: Samples, *, group: int = 8, noise: float = 0.3, window: int = 4, every: int = 25) -> Log:
-    """MixGRPO (arXiv 2507.21802), on policy: as DanceGRPO, but random and trained in a window of steps only.
+def mix_grpo(
+    s: Samples,
+    *,
+    group: int = 8,
+    noise: float = 0.3,
+    window: int = 4,
+    every: int = 25,
+) -> Log:
+    """MixGRPO: as DanceGRPO, but only the steps of a window are random and trained; all others are the ODE's.
 
-    The window is at the noisy end at first and moves on by a step each `every` updates, 25 of 300 in the paper.
+    MixGRPO (arXiv 2507.21802), on policy.  The window begins at the noisy end and moves by a step after `every`
+    updates.  The defaults are the paper's 4 of 25 steps, and 25 of 300 updates.
     """
-    last = len(s.sigmas) - 2  # the last step is never random
-    first = min(s.update // every, max(0, last - window))
-    steps = range(first, min(first + window, last))
-    x0, moves = random_walk(s, shared_noise(s, group), s.sigmas.new_full((), noise), steps)
-    return policy_gradient(s, x0, moves, group)
+    end = len(s.sigmas) - 2  # the last step is not random
+    final_start = max(0, end - window)  # where the window stays
+    start = min(s.update // every, final_start)
+    random_steps = range(start, min(start + window, end))
+
+    eta = torch.full_like(s.sigmas, noise)
+    x_1 = shared_noise(s, group)
+    x_0, moves = random_walk(s, x_1, eta, random_steps)
+    return policy_gradient(s, x_0, moves, group)
 
 
 class Move(NamedTuple):
     """A random step of a walk."""
 
     step: int
-    x: Tensor  # where it began, (b, n, c)
-    dlogp: Tensor  # the gradient of its log-probability, a mean over n and c, in the velocity: (b, n, c)
+    x: Tensor  # (b, n, c), where the step starts
+    dlogp_dv: Tensor  # (b, n, c), d log p / dv of the step; log p is the mean over n and c
 
 
-def transition(x: Tensor, v: Tensor, sigma: Tensor, delta: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, standard deviation and dmean/dv of a step of the SDE with noise eta that has the ODE's marginals.
+def random_walk(
+    s: Samples,
+    x_1: Tensor,
+    eta: Tensor,
+    random_steps: range,
+) -> tuple[Tensor, list[Move]]:
+    """Walk from x_1 to x_0 by Euler steps of the ODE, and by random steps of the SDE at `random_steps`.
 
-    dx = (v - eta^2 / 2 score) dsigma + eta dw, where score = -(x + (1 - sigma) v) / sigma; delta < 0 is the step.
-    Flow-GRPO and DanceGRPO write their means in other ways; both are this one, with an eta of their own.
+    eta (T + 1,) is the noise of the SDE at each noise level.  Returns x_0 and the random steps.
     """
-    score = -(x + (1 - sigma) * v) / sigma
-    mean = x + delta * (v - eta**2 / 2 * score)
-    return mean, eta * (-delta).sqrt(), delta * (1 + eta**2 / 2 * (1 - sigma) / sigma)
-
-
-def random_walk(s: Samples, x: Tensor, eta: Tensor, random: Container[int]) -> tuple[Tensor, list[Move]]:
-    """x_0 of a rollout whose steps in `random` are the SDE's, with noise `eta` (or one a step), and those steps.
-
-    The last step should not be one: its noise would stay in the image.
-    """
-    moves, eta = [], eta.expand(len(s.sigmas))
-    for i, (now, after) in enumerate(itertools.pairwise(s.sigmas)):
-        v = s.velocity(x, now)
-        if i in random:
-            mean, std, by_v = transition(x, v, now, after - now, eta[i])
-            noise = s.noise(i + 1)
-            # log p = -(x' - mean)^2 / (2 std^2) + ..., and x' - mean = std noise
-            moves.append(Move(i, x, by_v * noise / std / noise[0].numel()))
-            x = mean + std * noise
-        else:
-            x = one_step(x, v, now, after)
+    x, moves = x_1, []
+    levels = itertools.pairwise(s.sigmas)
+    for i, (sigma, next_sigma) in enumerate(levels):
+        v = s.velocity(x, sigma)
+        if i not in random_steps:
+            x = one_step(x, v, sigma, next_sigma)
+            continue
+        dsigma = next_sigma - sigma
+        mean, std, dmean_dv = transition(x, v, sigma, dsigma, eta[i])
+        noise = s.noise(i + 1)
+        # log p = -(x' - mean)^2 / (2 std^2) + ..., and x' - mean = std noise, so d log p / dmean = noise / std.
+        dlogp_dv = dmean_dv * noise / std / noise[0].numel()
+        moves.append(Move(i, x, dlogp_dv))
+        x = mean + std * noise
     return x, moves
 
 
-def policy_gradient(s: Samples, x0: Tensor, moves: list[Move], group: int) -> Log:
-    """Raise the log-probability of the moves of samples that are better than their group."""
-    scores = s.score(x0)
-    advantage = advantages(scores, group)
-    for step, x, dlogp in moves:
-        s.vjp(x, s.sigmas[step], -advantage[:, None, None] * dlogp / len(moves) / s.total)
+def transition(
+    x: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    dsigma: Tensor,
+    eta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, standard deviation and dmean/dv of an Euler-Maruyama step dsigma < 0 of the SDE
+
+        dx = (v - eta^2 / 2 score) dsigma + eta dw,    score = -(x + (1 - sigma) v) / sigma
+
+    which has the marginals of the ODE for every eta.  Flow-GRPO and DanceGRPO write their means in other forms; both
+    are this SDE, each with its eta.
+    """
+    score = -(x + (1 - sigma) * v) / sigma
+    mean = x + dsigma * (v - eta**2 / 2 * score)
+    std = eta * (-dsigma).sqrt()
+    dmean_dv = dsigma * (1 + eta**2 / 2 * (1 - sigma) / sigma)
+    return mean, std, dmean_dv
+
+
+def policy_gradient(s: Samples, x_0: Tensor, moves: list[Move], group: int) -> Log:
+    """Add the gradient of -advantage log p, a mean over the batch and over the random steps."""
+    scores = s.score(x_0)
+    advantage = advantages(scores, group)  # (b,)
+    weight = -advantage[:, None, None]  # (b, 1, 1)
+    for step, x, dlogp_dv in moves:
+        # s.total, not b: these samples may be a part of the batch.
+        dloss_dv = weight * dlogp_dv / len(moves) / s.total
+        s.vjp(x, s.sigmas[step], dloss_dv)
     return dict(advantage=advantage.abs())
 
 
 def advantages(scores: Tensor, group: int, largest: float = 5.0) -> Tensor:
-    """Scores (b,) of groups of neighbours, normalised to mean zero and deviation one within each, clipped: (b,)."""
+    """Scores (b,) in units of their group's standard deviation, from the group's mean: (b,), within +-`largest`.
+
+    A group is `group` samples in a row, of one prompt.  The bound of 5 is that of Flow-GRPO's code.  Raises
+    ValueError if the samples do not divide into groups of at least 2.
+    """
     if group < 2 or len(scores) % group:
         raise ValueError(f"{len(scores)} samples do not divide into groups of {group}, which must be at least 2")
-    of_group = scores.view(-1, group)
-    centred = of_group - of_group.mean(1, keepdim=True)
-    return (centred / (of_group.std(1, keepdim=True) + 1e-6)).clamp(-largest, largest).flatten()
+    group_scores = scores.view(-1, group)
+    centred = group_scores - group_scores.mean(1, keepdim=True)
+    deviation = group_scores.std(1, keepdim=True)
+    normalised = centred / (deviation + 1e-6)  # 0, not NaN, where all scores are equal
+    return normalised.clamp(-largest, largest).flatten()
 
 
 def shared_noise(s: Samples, group: int) -> Tensor:
-    """The x_1 of each group's first sample for all of the group: then only the walk's noise tells them apart."""
-    return s.noise(0)[::group].repeat_interleave(group, 0)
+    """The first sample's x_1 for all samples of its group: they differ by the noise of the random steps alone."""
+    x_1 = s.noise(0)
+    first_of_group = x_1[::group]
+    return first_of_group.repeat_interleave(group, 0)

@@ -1,6 +1,7 @@
-"""The flags of a run, one a field, their help the text beneath, and the presets.
+"""The flags of a training run, and the presets.
 
-`python train.py PRESET --help` prints them in the groups below; start.py checks them.
+Each flag is a field; the string beneath the field is its help. `python train.py PRESET --help` prints the groups below
+as boxes; infra/checks.py refuses values that cannot be. The presets, other values of a `Config`, end the file.
 """
 
 import re
@@ -18,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def sides(size: str) -> tuple[int, int]:
-    """Height and width in pixels of a --size: one number for a square, or HEIGHTxWIDTH. Raises ValueError."""
+    """Height and width in pixels of one --size: 720 is a square, 768x1344 is HEIGHTxWIDTH. Raises ValueError."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
     if not match:
         raise ValueError(f"--size {size}: give pixels, one number for a square or HEIGHTxWIDTH, such as 768x1344")
@@ -27,39 +28,39 @@ def sides(size: str) -> tuple[int, int]:
 
 @flags
 class Experiment:
-    """What decides the result: --resume must find it unchanged."""
+    """What decides the result: --resume must find these flags unchanged."""
 
     model: str = str(HERE / "shapes" / "tiny-flux")
-    """Model folder in the diffusers layout of FLUX, or a hub id; or a LoRA, a folder or .safetensors file; or a file of
-    the transformer alone, as flux1-dev.safetensors, ComfyUI's too."""
+    """Model folder in the diffusers layout of FLUX, or a hub id; or a LoRA (a folder or a .safetensors file); or a file
+    with the transformer alone, such as flux1-dev.safetensors or ComfyUI's."""
     base: str | None = None
-    """Model folder or hub id that --model, a LoRA, lies over; ours name their own. A transformer's file takes all else
-    from it."""
+    """Model folder or hub id that --model belongs to, if --model is a LoRA (those written here name their base
+    themselves) or a file with the transformer alone."""
     reward: tuple[str, ...] = ("tiny",)
     """Rewards to raise, NAME[=PATH][:WEIGHT] or my_file.py:function[:WEIGHT]. Names: tiny, clip, pickscore, hpsv2,
     hpsv3, imagereward, and judge for methods that need no gradient; weights multiply what the loss sees (cosines for
     CLIP rewards, about 13 for hpsv3)."""
     watch: tuple[str, ...] = ("judge",)
-    """Rewards that are evaluated but never trained on: the run keeps its best checkpoint by the first, and warns when
-    one has fallen while the trained reward rose. judge is the rules of the shapes world; lattice falls where a pattern
-    of the tokens' period appears."""
+    """Rewards that are evaluated but never trained on. The run keeps the weights that the first one likes best, and
+    warns when one has fallen while the trained reward rose. judge applies the rules of the shapes world; lattice falls
+    where a pattern of the tokens' period appears."""
     prompts: Path = HERE / "shapes" / "train-prompts.txt"
-    """Prompts to train on: one per line, or JSON lines or an array with a "prompt". One that occurs twice is seen twice
-    as often."""
+    """Prompts to train on: a .txt file with one per line, or .jsonl, .json, .csv or .tsv with a "prompt" in each entry.
+    A prompt that occurs twice is seen twice as often."""
     eval_prompts: Path = HERE / "shapes" / "eval-prompts.txt"
     """Prompts to evaluate on, one image per line, always from the same noise."""
     size: tuple[str, ...] = ("64",)
-    """Pixels: one number for a square, or HEIGHTxWIDTH. Several take turns, one an update; the first one is evaluated.
-    """
+    """Pixels: one number for a square, or HEIGHTxWIDTH. Several sizes take turns, one per update; the first size is
+    evaluated."""
     guidance: float | None = None
-    """Guidance scale of a guidance-distilled model (FLUX.1-dev: 3.5); none for one that takes none."""
+    """Guidance scale of a guidance-distilled model (FLUX.1-dev: 3.5); None for a model that takes none."""
     text_length: int | None = None
-    """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
+    """T5 tokens that a prompt is padded or truncated to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
     seed: int = 0
-    """All randomness is a function of (seed, step)."""
+    """All randomness is a function of (seed, update)."""
     lam: tuple[float | None, ...] = ()
-    """Score at which a sample asks for no more (lambda of Eq. 11), one per reward, in the loss's units; None switches
-    the hinge off. Default: the paper's (hpsv2 0.55, pickscore 0.4, hpsv3 13.5; tiny 0.4), none for the others."""
+    """Score above which a sample has no loss (lambda of Eq. 11), one per reward, in the loss's units; None switches the
+    hinge off. Default: the paper's (hpsv2 0.55, pickscore 0.4, hpsv3 13.5; tiny 0.4), no hinge for other rewards."""
     batch: int = 64
     """Rollouts per update."""
     rollout_steps: int = 12
@@ -67,50 +68,50 @@ class Experiment:
     lr: float = 1.4e-4
     """Learning rate of AdamW, betas 0.9 and 0.999."""
     decay: bool = True
-    """Let the learning rate fall linearly to zero over the run; the paper keeps it constant."""
+    """Let the learning rate fall linearly to zero over the run. The paper keeps it constant."""
     weight_decay: float = 1e-4
     """Weight decay of AdamW."""
     anchor: float = 0.0
-    """Weight of an anchor in the loss: the squared distance of the trained velocity from the base's, a mean over the
-    latent, at each state where the network is differentiated (two of leapalign's). The base is the network without its
-    LoRA, or a frozen copy."""
+    """Weight of an anchor in the loss: the squared distance of the trained velocity from the untuned network's, a mean
+    over the latent, at each state where the network is differentiated (two of leapalign's). The untuned network is the
+    one without its LoRA, or a frozen copy."""
     clip: float = 1.0
-    """Largest norm of the whole gradient."""
+    """Largest norm of the whole gradient; inf does not clip."""
     ema: float = 0.98
-    """Decay of the averaged weights, which are evaluated and saved. Averages about 1 / (1 - decay) updates."""
+    """Decay of the averaged weights, which are evaluated and saved. They average about 1 / (1 - decay) updates."""
     eval_every: int = 25
-    """Updates between evaluations; there is always one before the first update and one after the last."""
+    """Updates between evaluations. There is always one before the first update and one after the last."""
     bf16: bool = False
-    """Compute the transformer and the text encoders in bfloat16; trained weights, gradients and optimizer stay fp32,
+    """Compute the transformer and the text encoders in bfloat16. Trained weights, gradients and optimizer stay fp32,
     unless --lean is given."""
     lean: bool = False
-    """Train all weights on one GPU in less memory: kept in bfloat16 and rounded at random, 8-bit optimizer states,
+    """Train all weights on one GPU in less memory: bfloat16 weights with stochastic rounding, 8-bit optimizer states,
     averages in the host's memory. Needs torchao, and --bf16."""
     lora: int | None = None
-    """Train a LoRA of this rank instead of all weights; what it changes is frozen, in bfloat16 with --bf16. If --model
-    is a LoRA of this rank or less, training goes on from it."""
+    """Train a LoRA of this rank instead of all weights. The weights under it are frozen, in bfloat16 with --bf16. If
+    --model is a LoRA of this rank or less, training continues that LoRA."""
     fp8: bool = False
-    """Keep what a LoRA changes in fp8, half of bf16's memory, up-cast a layer at a time: for small GPUs. Needs --lora
-    and one GPU."""
+    """Keep the frozen weights under a LoRA in fp8, half of bf16's memory, and up-cast one layer at a time: for small
+    GPUs. Needs --lora and one GPU."""
     lora_alpha: float | None = None
-    """Alpha of the LoRA; None: twice its rank."""
+    """Alpha of the LoRA; None means twice its rank."""
 
 
 @flags
 class Method:
-    """How the gradient is made. A flag that the method does not have is refused, unless the preset has it; None is the
-    method's own default."""
+    """How the gradient is made. None means the method's own default, in brackets below. A flag that the method does not
+    have is refused, unless it comes from the preset."""
 
     method: str = "leapalign"
     """leapalign, the paper's; refl, draft_lv, drtune, full, flowbp_sparse, flowbp_bridge, flowbp_lagrange, flow_grpo,
-    dance_grpo, mix_grpo of baselines.py; or yours, my_file.py:FUNCTION."""
+    dance_grpo, mix_grpo of baselines.py; or your own, my_file.py:FUNCTION."""
     option: tuple[str, ...] = ()
-    """NAME=VALUE: keywords of a method of yours that are no flags here."""
+    """NAME=VALUE: keywords of your own method that are no flags here."""
     alpha: float | None = None
     """leapalign (0.3), flowbp_bridge, flowbp_lagrange (0.1): discount of the nested gradient (Eq. 9): 0 drops it, 1
     keeps it whole."""
     tau: float | None = None
-    """leapalign (0.1), flowbp_lagrange (0.2): smallest distance that the similarity weight tells apart (Eq. 12), in
+    """leapalign (0.1), flowbp_lagrange (0.2): distances below this count as this in the similarity weight (Eq. 12), in
     latent units."""
     leaps: int | None = None
     """leapalign (2): leaps through the trajectory."""
@@ -154,53 +155,52 @@ class Method:
 
 @flags
 class Run:
-    """How long, what is written where, and when it ends."""
+    """How long the run is, what it writes where, and when it ends."""
 
     updates: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 100
     """Updates of the weights."""
     out: Path | None = None
-    """Run folder; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""
+    """Folder of the run; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""
     patience: int = 2
     """Evaluations that a watched reward may stay below its best, while the trained one rises, before a warning."""
     stop_early: bool = False
     """Stop at that warning instead of going on."""
     save_every: int = 50
-    """Updates between checkpoints, which --resume goes on from."""
+    """Updates between checkpoints, from which --resume continues."""
     keep: int = 2
-    """Checkpoints kept, the newest; best/ is kept beside them."""
+    """How many of the newest checkpoints are kept. best/ is kept beside them."""
     resume: bool = False
-    """Go on from the newest checkpoint in --out, given the same flags; from the start if there is none yet."""
+    """Continue from the newest checkpoint in --out, given the same flags; from the start if there is none yet."""
     export: Path | None = None
-    """Write the averaged weights of a checkpoint to this folder, as final/ is, and stop; needs --resume. To
-    FILE.safetensors, the transformer alone, with black-forest-labs' names."""
+    """Write the averaged weights of a checkpoint to this folder, in the form of final/, and stop; needs --resume. To
+    FILE.safetensors: the transformer alone, with black-forest-labs' names."""
     at: int | None = None
-    """Resume or export the checkpoint of this step instead of the newest. Resuming removes later checkpoints and log
-    lines; a best/ of a later step is kept as best.step_NNNNNN."""
+    """Resume or export the checkpoint of this update instead of the newest. Resuming removes later checkpoints and log
+    lines; a best/ of a later update is kept as best.step_NNNNNN."""
     skip_nonfinite: int = 0
-    """Updates with a loss or gradient that is not finite to leave out before the run stops at one."""
+    """How many updates with a loss or gradient that is not finite are left out before the run stops at one."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where to log beside metrics.jsonl and eval.jsonl. Needs that package."""
 
 
 @flags
 class Machine:
-    """What only memory and time depend on."""
+    """What changes memory and time, not the result."""
 
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute: cpu, cuda, or mps."""
     rollout_batch: int | None = None
-    """Rollouts at a time on a rank; None: all of its share of --batch. Only memory and time depend on it."""
+    """Rollouts at a time on a rank; None means all of the rank's share of --batch."""
     micro_batch: int | None = None
-    """Samples at a time in the backward of reward and leaps; None: as many as in a rollout. Only memory and time
-    depend on it."""
+    """Samples at a time in the backward of reward and leaps; None means as many as in a rollout."""
     recompute: bool = False
     """Recompute the activations of transformer, VAE and rewards in their backward: less memory, more time."""
     compile: bool = False
     """Compile the transformer's blocks."""
     shard: int | None = None
-    """Ranks that share a copy of the weights, such as the 8 of a node; None: all of them."""
+    """Ranks that share one copy of the weights, such as the 8 of a node (HSDP); None means all ranks (FSDP)."""
     offload_encoders: bool = False
-    """Keep T5's layers on the CPU but while they compute: for a single small GPU."""
+    """Keep T5 on the CPU, and move each of its layers to the GPU only while it computes: for a single small GPU."""
     check_every: int = 50
     """Updates between checks that all ranks hold the same weights."""
 
@@ -224,8 +224,9 @@ class Flags:
 
 
 def parse(arguments: list[str], console_outputs: bool = True) -> tuple[Config, Config]:
-    """A run's flags, from PRESET and what follows it, and the preset as it is."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+    """The flags of a run, from PRESET and the arguments after it, and the preset unchanged."""
+    names_preset = arguments and (arguments[0] in ("-h", "--help") or not arguments[0].startswith("-"))
+    if not names_preset:
         arguments = ["shapes", *arguments]
     presets = {name: (text, grouped(cfg)) for name, (text, cfg) in PRESETS.items()}
     flags = tyro.extras.overridable_config_cli(presets, args=arguments, console_outputs=console_outputs)
@@ -233,19 +234,25 @@ def parse(arguments: list[str], console_outputs: bool = True) -> tuple[Config, C
 
 
 def grouped(cfg: Config) -> Flags:
-    return Flags(*(group(**{f.name: getattr(cfg, f.name) for f in fields(group)}) for group in GROUPS))
+    """The same values in groups, which tyro prints as boxes."""
+    groups = []
+    for group in GROUPS:
+        groups.append(group(**{f.name: getattr(cfg, f.name) for f in fields(group)}))
+    return Flags(*groups)
 
 
 def flat(flags: Flags) -> Config:
+    """The same values without groups, as the program reads them."""
     values: dict[str, Any] = {}
     for group in fields(flags):
-        part = getattr(flags, group.name)
-        values |= {f.name: getattr(part, f.name) for f in fields(part)}
+        values |= vars(getattr(flags, group.name))
     return Config(**values)
 
 
-# With x_0, the paper's, this world gains less, and longer runs lose it again: see shapes/README.md.
+# The defaults of the flags are those of the shapes world. With x_0, which the paper rewards, this world gains less, and
+# longer runs lose the gain again: see shapes/README.md.
 SHAPES = Config(reward_input="xhat_0")
+# The paper's settings for FLUX.1-dev. On FLUX it found x_0 better, which is leapalign's default.
 PAPER = Config(
     updates=300,
     model="weights/FLUX.1-dev",
@@ -264,7 +271,7 @@ PAPER = Config(
     micro_batch=1,
     recompute=True,
 )
-NEEDS = "Needs weights/FLUX.1-dev, weights/train-prompts.txt"  # and the files of the rewards
+NEEDS = "Needs weights/FLUX.1-dev, weights/train-prompts.txt"  # the files of the rewards follow
 PRESETS = {
     "shapes": ("The tiny Flux and reward that the repository ships: minutes on two CPU cores.", SHAPES),
     "flux-dev-hpsv2": (
@@ -278,8 +285,17 @@ PRESETS = {
         replace(PAPER, out=Path("runs/flux-dev-pickscore"), reward=("pickscore",), watch=("hpsv2",), alpha=0.1),
     ),
     "flux-dev-hpsv3": (
-        f"FLUX.1-dev and HPSv3 as in the paper. {NEEDS}, weights/HPSv3, and weights/HPS_v2.1_compressed.pt to watch.",
-        replace(PAPER, out=Path("runs/flux-dev-hpsv3"), reward=("hpsv3",), watch=("hpsv2",), alpha=0.1, lr=8e-6),
+        "FLUX.1-dev and HPSv3 as in the paper. Needs weights/FLUX.1-dev, weights/mjhq-train-prompts.txt, "
+        "weights/HPSv3, and weights/HPS_v2.1_compressed.pt to watch.",
+        replace(
+            PAPER,
+            out=Path("runs/flux-dev-hpsv3"),
+            prompts=Path("weights/mjhq-train-prompts.txt"),
+            reward=("hpsv3",),
+            watch=("hpsv2",),
+            alpha=0.1,
+            lr=8e-6,
+        ),
     ),
     "flux-dev-lora": (
         f"A LoRA of FLUX.1-dev on HPSv2.1, for one 80 GB GPU. {NEEDS}, weights/HPS_v2.1_compressed.pt, and "

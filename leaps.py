@@ -9,18 +9,20 @@ One iteration, `leapalign` at the end of this file:
 
 1. Roll out all T steps without gradient; keep every state and every velocity.
 2. Pick two of the T steps, at noise levels k > j.
-3. Leap x_k -> x_j -> x_0, each leap along one velocity (Eq. 3).  A connector gives the end of a leap the
-   value that the rollout had there and leaves it the gradient of the leap (Eq. 4-7).  What flows back through
-   the input of the second call is scaled by alpha (Eq. 9): of this nested term the paper says that it explodes.
-4. The objective is a hinge on the reward of the real x_0 (Eq. 11), weighted a sample at a time by how closely
-   the leaps follow the rollout (Eq. 12), and averaged (Eq. 13).
+3. Leap x_k -> x_j -> x_0, each leap along one velocity (Eq. 3; the two predictions are Eq. 4 and 5).  A connector
+   gives the end of a leap the value that the rollout had there and leaves it the gradient of the leap (Eq. 6, 7).
+   Eq. 9 replaces Eq. 5: what flows back through the input of the second network call is scaled by alpha, because
+   this nested term is the one that explodes.
+4. The objective is a hinge on the reward of the real x_0 (Eq. 11), weighted for each sample by how closely the leaps
+   follow the rollout (Eq. 12), and averaged (Eq. 13).
 
 The connectors fix every value beforehand: weight, reward and dL/dx_0 are known before any leap is evaluated.
-So the gradient of step 3 (Eq. 10) is a reverse sweep that re-evaluates and differentiates one leap at a time,
-the reward and the VAE already gone from memory.  `leap` is that gradient as the paper states it, by autograd.
+So the gradient of step 3 (Eq. 10) is a reverse sweep that re-evaluates and differentiates one leap at a time, after
+the reward and the VAE have left the memory.  The price is one more forward per leap.  `leap` is the same gradient as
+the paper states it, by autograd.
 
-A method, this one or one of baselines.py or of yours, is a function of `Samples` that adds its gradient to the
-weights and returns what to log.  It sees no text, no VAE, no micro-batch and no rank: those are train.py's.
+A method (LeapAlign, a function of baselines.py, or yours) is a function of `Samples` that adds its gradient to the
+weights and returns values to log.  It sees no text, no VAE, no micro-batch and no rank: samples.py hides those.
 
 Precision: `velocity` may compute in bf16.  All else is fp32 (float64 if the noise is), because connectors and
 distances are differences of nearly equal numbers.
@@ -88,16 +90,17 @@ def pick_leaps(
     """
     eps = 1e-6  # levels are fp32: 0.3 reads 0.30000001
     levels = sigmas[:-1].tolist()
-    inside = [i for i, level in enumerate(levels) if low - eps <= level <= high + eps]
-    if not 1 <= leaps <= len(inside):
-        raise ValueError(f"cannot pick {leaps} leaps from {len(inside)} steps with sigma in [{low}, {high}]")
+    in_range = [i for i, level in enumerate(levels) if low - eps <= level <= high + eps]
+    if not 1 <= leaps <= len(in_range):
+        raise ValueError(f"cannot pick {leaps} leaps from {len(in_range)} steps with sigma in [{low}, {high}]")
     if distance is None:
-        chosen = torch.randperm(len(inside), generator=generator)[:leaps].sort().values
-        return tuple(inside[i] for i in chosen.tolist())
+        order = torch.randperm(len(in_range), generator=generator)
+        picks = order[:leaps].sort().values.tolist()
+        return tuple(in_range[i] for i in picks)
 
     if leaps != 2 or distance <= 0:
         raise ValueError(f"a fixed distance needs two leaps and must be positive, got {leaps} and {distance}")
-    starts = [i for i in inside[:-1] if levels[i] - distance >= levels[inside[-1]] - eps]
+    starts = [i for i in in_range[:-1] if levels[i] - distance >= levels[in_range[-1]] - eps]
     if not starts:
         raise ValueError(f"no two steps in [{low}, {high}] are {distance} apart")
     start = starts[torch.randint(len(starts), (), generator=generator)]
@@ -114,7 +117,7 @@ def spans(ro: Rollout, picks: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def connect(x: Tensor, xhat: Tensor) -> Tensor:
-    """Eq. 5, 7: the value of x with the gradient of xhat.
+    """Eq. 6, 7: the value of x with the gradient of xhat.
 
     The paper writes xhat + sg(x - xhat), which rounds.  In this order the bracket is exactly 0: bitwise x.
     """
@@ -122,7 +125,7 @@ def connect(x: Tensor, xhat: Tensor) -> Tensor:
 
 
 def discount(x: Tensor, alpha: float) -> Tensor:
-    """Eq. 9: alpha x + (1 - alpha) sg(x): the value of x, alpha times its gradient; bitwise x again."""
+    """Eq. 9, the network's input: alpha x + (1 - alpha) sg(x). It is x, bitwise, with alpha times the gradient."""
     return x.detach() + alpha * (x - x.detach())
 
 
@@ -135,11 +138,11 @@ def leap(velocity: Velocity, ro: Rollout, picks: tuple[int, ...], alpha: float, 
     x = ro.x[picks[0]]
     for start, end in spans(ro, picks):
         k, j = ro.sigmas[start], ro.sigmas[end]
-        v = velocity(discount(x, alpha), k).to(x.dtype)  # Eq. 9
+        v = velocity(discount(x, alpha), k).to(x.dtype)
         if nested_only and end == len(ro.v):
             x = x.detach()  # Eq. 14
-        xhat = one_step(x, v, k, j)  # Eq. 4, 6
-        x = connect(ro.x[end], xhat)  # Eq. 5, 7
+        xhat = one_step(x, v, k, j)  # Eq. 4, and Eq. 9 in place of Eq. 5
+        x = connect(ro.x[end], xhat)  # Eq. 6, 7
     return x
 
 
@@ -170,16 +173,16 @@ def sweep(vjp: VJP, ro: Rollout, terms: Sequence[Term], grad: Tensor) -> None:
     """
     a = grad  # dL/dx at the end of the leap
     for step, weight, nested in reversed(terms):
-        into_x = vjp(ro.x[step], ro.sigmas[step], weight * a, wrt_x=nested != 0)
+        through_network = vjp(ro.x[step], ro.sigmas[step], weight * a, wrt_x=nested != 0)
         if nested:
-            a = a + nested * into_x  # Eq. 9: whole outside of the network, discounted inside
+            a = a + nested * through_network  # Eq. 9: the gradient outside of the network is whole, inside discounted
 
 
 def sweep_nested_only(vjp: VJP, ro: Rollout, terms: Sequence[Term], grad: Tensor) -> None:
     """Eq. 14, a diagnostic: the terms before the last count only through the input of its network."""
-    *before, (step, weight, nested) = terms
-    into_x = vjp(ro.x[step], ro.sigmas[step], weight * grad, wrt_x=True)
-    sweep(vjp, ro, before, nested * into_x)
+    *earlier_terms, (step, weight, nested) = terms
+    through_network = vjp(ro.x[step], ro.sigmas[step], weight * grad, wrt_x=True)
+    sweep(vjp, ro, earlier_terms, nested * through_network)
 
 
 def vjp_of(velocity: Velocity) -> VJP:
@@ -239,11 +242,12 @@ class Samples(NamedTuple):
     sigmas: Tensor  # (T + 1,), from 1 down to 0
     generator: torch.Generator  # on the CPU, alike on all ranks and parts: for what all samples share, such as steps
     velocity: Velocity  # without gradient
+    base: Velocity | None  # the untuned network's velocity, without gradient; None for a method that never asks for it
     vjp: VJP  # x, sigma, u: adds (dv/dtheta)^T u to the weights' .grad; with wrt_x=True returns (dv/dx)^T u
     reward: Callable[..., Tensor]  # x_0, weight (b,) = 1 -> dL/dx_0, L the batch's mean of weight x hinge (Eq. 11, 13)
     score: Callable[[Tensor], Tensor]  # x_0 -> (b,), the sum of weighted rewards; works for those without a gradient
     total: int  # samples that the batch's mean is over, on this rank: these and perhaps others
-    update: int  # number of the update, from 0
+    update: int  # number of the update, from 0: for methods whose settings change while they train
 
 
 def leapalign(

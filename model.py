@@ -5,7 +5,7 @@ give each stream its own weights and let them meet in attention; single blocks t
 sequence. All a block knows of time, guidance and the prompt as a whole is one vector (`vec`), which shifts,
 scales and gates it (adaLN); all it knows of position is one rotary table (`pe`).
 
-`flux1-dev.safetensors` loads into `Flux(FLUX_DEV)` strictly; formats/names.py has diffusers' names for the same tensors.
+`flux1-dev.safetensors` loads into `Flux(FLUX_DEV)` strictly; formats/names.py has diffusers' names of its tensors.
 
 Precision: the network computes in the dtype of its weights. Exceptions: the features of time and guidance are
 float32; rotary angles are float64, the table and the turn float32, or float64 in a float64 network.
@@ -77,8 +77,8 @@ def sinusoid(t: Tensor, channels: int = EMBED_CHANNELS, period: float = 10_000.0
     """
     half = channels // 2
     frequency = torch.exp(-math.log(period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    wide = t if t.dtype == torch.float64 else t.float()  # 1000 t is rounded once, to float32
-    angle = (1000 * wide).float()[:, None] * frequency
+    in_fp32 = t if t.dtype == torch.float64 else t.float()  # 1000 t is rounded once, to float32
+    angle = (1000 * in_fp32).float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -90,10 +90,10 @@ def rotary_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float, dtype: to
     """
     if ids.is_floating_point():
         raise ValueError(f"position ids must be integers, got {ids.dtype}")
-    where = "cpu" if ids.device.type == "mps" else ids.device  # Apple's GPUs have no float64
+    device = "cpu" if ids.device.type == "mps" else ids.device  # Apple's GPUs have no float64
     angles = []
-    for position, dim in zip(ids.to(where).unbind(-1), axes_dim, strict=True):
-        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=where) / dim)
+    for position, dim in zip(ids.to(device).unbind(-1), axes_dim, strict=True):
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
         angles.append(position[..., None] * frequency)
     angle = torch.cat(angles, dim=-1)
     table = torch.polar(torch.ones_like(angle), angle)

@@ -3,11 +3,11 @@
     python train.py                                   # the tiny Flux of the shapes world, minutes on a laptop
     python train.py shapes --lr 3e-5 --seed 1         # a preset, and what to change of it
     python train.py --method refl                     # a baseline through the same loop
-    python train.py --method my_file.py:my_gradient   # yours
+    python train.py --method my_file.py:my_gradient   # your own method
     torchrun --nproc-per-node 8 train.py flux-dev-hpsv2 --resume
 
-From the top: what a method is given (`gradient`), one update of the weights, an evaluation, the loop.  The method is
-leapalign in leaps.py; all others are in baselines.py.  Writes, to --out:
+Read from top to bottom: main and the set-up; the network and FSDP2; optimizers; the loop; one update; one evaluation.
+The gradient itself is a method's: a function of leaps.py, of baselines.py, or yours. A run writes, to --out:
 
     config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png
     checkpoints/step_NNNNNN/  best/  final/
@@ -21,340 +21,38 @@ import sys
 import time
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from config import Config, parse
 from formats.saving import write_model
-from infra.anchor import anchored, without_lora
-from infra.checkpoints import State, load_checkpoint, save_checkpoint
-from infra.distributed import (
-    Process,
-    Stop,
-    all_gather_objects,
-    check_agreement,
-    full_tensor,
-    join,
-    on_first_rank,
-    stop_signals,
-    swapped,
-    weights_hash,
-)  # fmt: skip
-from infra.jsonl import Entry
-from infra.logs import Log, note_nonfinite
-from infra.meter import Meter, peak_flops, peak_memory
-from infra.prompts import prompts_of_update, rows_of_rank
-from infra.seeds import generator_of
-from infra.watch import folder_advice, hacking_warnings, preview_indices, watched_value
-from leaps import VJP, Samples, Velocity, hinge, vjp_of
+from infra import checkpoints, distributed, logs, seeds, watch
+from infra.distributed import Process, Stop
+from infra.meter import Meter
 from model import Flux
 from rewards import mean_scores, reported_means, score_all
-from sample import Text, decode, encode, sample, velocity_of
-from start import Setup, announce, open_folder, prepare
+from sample import sample
+from samples import build_samples, draw_x_1, metered, noise_of
+from start import (
+    History,
+    Setup,
+    announce,
+    batch_prompts,
+    empty_flux,
+    initial_tensors,
+    load_networks,
+    open_folder,
+    prepare,
+)
 
-REQUEUE, NONFINITE = 75, 3  # exit codes: stopped by a signal and resumable; stopped before a bad update
-
-
-# ------------------------------------------------------------------------------ what a method is given
-
-
-def gradient(
-    cfg: Config, setup: Setup, prompts: list[str], step: int, first: int, total: int, meter: Meter
-) -> dict[str, Tensor]:
-    """Add the gradient of some samples to the weights' `.grad`, by the run's method; returns what to log, (b,) each.
-
-    The samples are first, first + 1, ... of the batch of `step`, of which this rank has `total`.  What a method need
-    not know is here: text, VAE, precision, and --micro-batch samples at a time where activations are kept.
-    """
-    pipe, b, size = setup.pipe, len(prompts), setup.size(step)
-    with meter("rollout"):
-        text = encode(pipe, prompts)
-    micro = cfg.micro_batch or b
-    parts = [slice(i, i + micro) for i in range(0, b, micro)]
-    measured: dict[str, list[Tensor]] = {}
-    distances: list[Tensor] = []  # of --anchor, at every state where the network is differentiated
-
-    def network(part: slice, flux: Flux = pipe.flux) -> Velocity:
-        return velocity_of(flux, Text(*(t[part] for t in text)), *size.tokens, cfg.guidance, pipe.compute)
-
-    def noise(i: int) -> Tensor:
-        return draw_noise(cfg, setup, step, i)[0][first : first + b].to(size.levels)
-
-    @torch.no_grad()
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        with meter("rollout", forwards=b):
-            return network(slice(None))(x, sigma)
-
-    def vjp_part(part: slice) -> VJP:
-        if setup.base is None:
-            return vjp_of(network(part))
-        base = without_lora(setup.base, network(part, setup.base))
-        return anchored(network(part), base, cfg.anchor / total, distances.append)
-
-    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
-        apart = b if cfg.anchor else 0  # the base once, and the network again
-        with meter("leaps", forwards=apart, backwards=b + wrt_x * apart):
-            levels = torch.as_tensor(sigma).expand(b)  # a method may have one a sample
-            into_x = [vjp_part(part)(x[part], levels[part], u[part], wrt_x) for part in parts]
-        return torch.cat(into_x) if wrt_x else None
-
-    def scores_of(images: Tensor, part: slice) -> list[Tensor]:
-        scores = [r.score(images, prompts[part]) for r in setup.rewards]
-        for r, score in zip(setup.rewards, scores):
-            measured.setdefault(r.name, []).append(r.scale * score.detach())
-        enough = [score >= (np.inf if r.lam is None else r.lam) for r, score in zip(setup.rewards, scores)]
-        measured.setdefault("satisfied", []).append(torch.stack(enough).all(0).float())
-        return scores
-
-    def reward(x0: Tensor, weight: Tensor | None = None) -> Tensor:
-        weight = torch.ones_like(x0[:, 0, 0]) if weight is None else weight
-        grads = []
-        with meter("reward"):
-            for part in parts:
-                x = x0[part].detach().requires_grad_()
-                images = decode(pipe, x, size.height, size.width)
-                hinges = [r.weight * hinge(s, r.lam) for r, s in zip(setup.rewards, scores_of(images, part))]  # Eq. 11
-                losses = [weight[part] * h for h in hinges]  # Eq. 12, 13: weighted, and below a mean over the batch
-                pulls = [torch.autograd.grad(loss.sum(), images)[0] for loss in losses]  # of each reward apart
-                images.backward(sum(pulls) / total)  # to the latent only: VAE and rewards are frozen
-                measured.setdefault("loss", []).append(sum(losses).detach())
-                for r, pull in zip(setup.rewards, pulls if len(pulls) > 1 else []):  # which one dominates?
-                    measured.setdefault(f"{r.name}_grad", []).append(pull.float().flatten(1).norm(dim=1))
-                grads.append(x.grad)
-        return torch.cat(grads)
-
-    @torch.no_grad()
-    def score(x0: Tensor) -> Tensor:
-        with meter("reward"):
-            scores = [scores_of(decode(pipe, x0[part], size.height, size.width), part) for part in parts]
-        return torch.cat([sum(r.weight * s for r, s in zip(setup.rewards, each)) for each in scores])
-
-    # What all samples share is drawn after x_1, from the same generator, alike for all parts of a batch.
-    shared = draw_noise(cfg, setup, step, 0)[1]
-    log = setup.method(Samples(noise, size.levels, shared, velocity, vjp, reward, score, total, step))
-    measured |= dict(anchor=distances) if distances else {}
-    log = log | {name: torch.cat(v).view(-1, b).mean(0) for name, v in measured.items()}  # over the calls of reward
-    return {name: watched_value.detach().float().cpu().expand(b) for name, watched_value in log.items()}
-
-
-def draw_noise(cfg: Config, setup: Setup, step: int, i: int) -> tuple[Tensor, torch.Generator]:
-    """The i-th Gaussian of each sample of a step's batch, (batch, n, c) on the CPU, and the generator that drew it.
-
-    A function of (seed, step, i), whatever the ranks and the parts: so runs resume, and any step can be repeated.
-    """
-    random, size = generator_of(cfg.seed, step, *([2, i] if i else [])), setup.size(step)
-    return torch.randn(cfg.batch, np.prod(size.tokens), setup.pipe.flux.config.in_channels, generator=random), random
-
-
-def draw_prompts(cfg: Config, setup: Setup, step: int) -> list[str]:
-    """The prompts of a step's batch: one after the other, each `setup.group` times where a method compares."""
-    different = prompts_of_update(setup.prompts, step, cfg.batch // setup.group, cfg.seed)
-    return [prompt for prompt in different for _ in range(setup.group)]
-
-
-# ------------------------------------------------------------------------------------------ one update
-
-
-def batch_gradient(
-    cfg: Config, setup: Setup, process: Process, step: int, meter: Meter
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Add the gradient of this rank's part of a batch, --rollout-batch samples at a time; its values and prompts."""
-    prompts = draw_prompts(cfg, setup, step)
-    my_range = rows_of_rank(range(cfg.batch), process.rank, process.world_size)
-    together = cfg.rollout_batch or len(my_range)
-    logs = []
-    for first in range(my_range.start, my_range.stop, together):
-        part = prompts[first : min(first + together, my_range.stop)]
-        logs.append(gradient(cfg, setup, part, step, first, len(my_range), meter))
-    return {name: torch.cat([log[name] for log in logs]) for name in logs[0]}, prompts[my_range.start : my_range.stop]
-
-
-def update(cfg: Config, setup: Setup, process: Process, run: State, step: int) -> dict[str, Any]:
-    """One update of weights and averages; returns what to log.
-
-    Raises Stop, with the weights as before, if a number is not finite.
-    """
-    began, meter = time.perf_counter(), Meter(process.device)
-    own, prompts = batch_gradient(cfg, setup, process, step, meter)
-
-    # FSDP averages gradients over the ranks: a rank's own mean over its samples is all there is to do.
-    with meter("update"):
-        norm = full_tensor(nn.utils.clip_grad_norm_(run.params, cfg.clip)).item()
-
-    # Every rank sees every value, so that all come to the same decisions below.
-    ranks = all_gather_objects((own, meter.counts, prompts))
-    means = {name: torch.cat([values[name] for values, *_ in ranks]).mean().item() for name in own}
-    if not np.isfinite([norm, *means.values()]).all():
-        run.optimizer.zero_grad()
-        raise Stop(NONFINITE, note_nonfinite(setup.out, step, cfg.seed, norm, ranks, speaks=process.rank == 0))
-
-    with meter("update"):
-        run.set_lr(cfg.lr * (1 - step / cfg.updates) if cfg.decay else cfg.lr)
-        torch.manual_seed(generator_of(cfg.seed, step, 1).initial_seed())  # --lean rounds at random
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.average(cfg.ema)
-
-    counts = [counts for _, counts, _ in ranks]
-    forwards, backwards = (sum(c[name] for c in counts) for name in ("forwards", "backwards"))
-    entry = dict(
-        step=step, **reported_means(setup.rewards, means), grad_norm=norm, forwards=forwards, backwards=backwards
-    )
-    entry |= {k: sum(c[k] for c in counts) / process.world_size for k in counts[0] if k.startswith("seconds")}
-    entry["seconds_update"] = meter.counts["seconds_update"]
-    entry["seconds"] = time.perf_counter() - began
-    entry["memory"] = peak_memory(process.device)
-    cost = setup.size(step).flops
-    flops = (forwards - backwards) * cost.forward + backwards * cost.both
-    entry["tflops"] = flops / entry["seconds"] / process.world_size / 1e12  # per rank, of the transformer alone
-    if peak := peak_flops(process.device):
-        entry["mfu"] = entry["tflops"] * 1e12 / peak
-    return entry
-
-
-# --------------------------------------------------------------------------------------- an evaluation
-
-
-def evaluate(cfg: Config, setup: Setup, process: Process) -> tuple[dict[str, Any], Tensor]:
-    """Mean rewards of the network as it is, on fixed prompts and noise; and the images, (n, 3, h, w) uint8.
-
-    `by_prompt` holds the watched rewards of each image, so that evaluations can be compared pair by pair.
-    """
-    prompts, batch = setup.eval_prompts, cfg.rollout_batch or 64
-    each = -(-len(prompts) // process.world_size)  # the same on every rank, padded: they gather weights together
-    my_prompts = [min(i, len(prompts) - 1) for i in range(process.rank * each, (process.rank + 1) * each)]
-    texts, seeds = [prompts[i] for i in my_prompts], [10**6 + i for i in my_prompts]
-    size = setup.sizes[0]
-    images = sample(setup.pipe, texts, seeds, cfg.rollout_steps, size.height, size.width, cfg.guidance, batch)
-    rewards = [*setup.rewards, *setup.watched]
-    own = {r.name: score_all(r, images, texts, process.device, batch) for r in rewards}
-    ranks = all_gather_objects((images.mul(255).round().byte(), own))
-    scores = {name: torch.cat([of_rank[name] for _, of_rank in ranks])[: len(prompts)] for name in own}
-    means = {k: v for r in rewards for k, v in mean_scores(r, scores[r.name], prompts).items()}
-    by_prompt = {r.name: [round(x, 5) for x in scores[r.name].tolist()] for r in setup.watched}
-    images = torch.cat([images for images, _ in ranks])[: len(prompts)]
-    return {**reported_means(setup.rewards, means), "by_prompt": by_prompt}, images
-
-
-# -------------------------------------------------------------------------------------------- the loop
-
-
-def train(cfg: Config, setup: Setup, process: Process) -> None:
-    """From the first update to final/. Raises Stop where it must end early, with everything saved that can be."""
-    out, began = setup.out, time.time()
-    run = State(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
-    try:
-        first = load_checkpoint(out, run, cfg.at) if cfg.resume else 0
-    except ValueError as error:
-        raise Stop(2, f"error: {error}") from None
-    log = None
-    if not cfg.export:
-        evals, kept = on_first_rank(lambda: open_folder(cfg, setup, first))
-        log = Log(cfg, out, first, speaks=process.rank == 0)
-        if first:
-            log.say(f"goes on from step {first}")
-        try:
-            kept = loop(cfg, setup, process, run, first, log, evals, kept)
-        except OSError as error:  # a log cannot be written: the disk is full, say
-            raise Stop(1, f"{error}; --resume goes on from the newest checkpoint in {out / 'checkpoints'}") from error
-        finally:
-            run.wait()  # for the checkpoint that is being written
-            log.bar.close()
-
-    try:
-        with swapped(run.params, run.averaged):
-            write_model(cfg.export or out / "final", setup.pipe, process)
-    except OSError as error:
-        kept = f"the weights are in {out / 'checkpoints'}, --resume --export PATH writes them"
-        raise Stop(1, f"{error}; {kept}") from error
-    if log:
-        tasks = [k for r in setup.watched if r.task_of for k in dict.fromkeys(map(r.task_of, setup.eval_prompts))]
-        log.pictures(setup.eval_prompts, tasks, evals)
-        log.say(f"{time.time() - began:.0f} s; wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
-        if setup.watched:
-            log.say(folder_advice(kept, evals[-1], setup.watched[0].name))
-    elif process.rank == 0:
-        print(f"wrote {cfg.export}, the averaged weights after {first} updates")
-
-
-def loop(
-    cfg: Config,
-    setup: Setup,
-    process: Process,
-    run: State,
-    first: int,
-    log: Log,
-    evals: list[Entry],
-    kept: Entry | None,
-) -> Entry | None:
-    """Evaluate, save, update, from step `first` on. `evals` grows by an entry an evaluation.
-
-    `kept` is the evaluation whose weights best/ holds; the one of which it is so in the end is returned.
-    """
-    out, start, watched = setup.out, time.time(), [r.name for r in setup.watched]
-    skipped, saved, satisfied = 0, first, False
-    captions = [setup.eval_prompts[i] for i in preview_indices(setup.eval_prompts)]
-    with stop_signals() as signals:
-        for step in range(first, cfg.updates + 1):
-            last = step == cfg.updates
-
-            # A rank that has gone its own way would train a model of its own without a word.
-            if step == first or step % cfg.check_every == 0:
-                same = dict(step=step, flags=repr(cfg), prompts=draw_prompts(cfg, setup, step))
-                check_agreement(process, same | dict(vae=weights_hash(setup.pipe.vae.parameters())), run.params)
-
-            # The averaged weights are what is evaluated and kept: they are better than the last ones, and steadier.
-            if step % cfg.eval_every == 0 or last:
-                with swapped(run.params, run.averaged):
-                    entry, images = evaluate(cfg, setup, process)
-                    evals.append(dict(step=step, **entry, seconds=time.time() - start))
-                    if watched and (
-                        kept is None or watched_value(evals[-1], watched[0]) > watched_value(kept, watched[0])
-                    ):
-                        try:
-                            write_model(out / "best", setup.pipe, process)
-                            kept = evals[-1]
-                            kept["kept"] = "best/"  # for a run that goes on
-                        except OSError as error:  # the disk is full, say: no reason to lose the run
-                            log.say(f"warning: {error}")
-                log.evaluation(evals[-1], images[preview_indices(setup.eval_prompts)], captions)
-                warnings = hacking_warnings(evals, watched, cfg.patience)
-                for warning in warnings:
-                    log.say(warning)
-                last |= cfg.stop_early and bool(warnings)
-            if last:
-                break
-
-            try:
-                entry = update(cfg, setup, process, run, step)
-            except Stop as stop:
-                skipped += 1
-                if skipped > cfg.skip_nonfinite:
-                    save_checkpoint(out, run, step, cfg.keep)
-                    raise
-                log.say(f"warning: {stop.message}; it is left out")
-            else:
-                log.update(entry)
-                # Of a hinge only: a policy gradient has no loss, and goes on.
-                if "loss" in entry and entry["satisfied"] > 1 - 1e-6 and not (satisfied or cfg.anchor):
-                    satisfied, lam = True, " ".join(str(r.lam) for r in setup.rewards)
-                    log.say(f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned")
-            log.bar.update()
-
-            # A signal reaches one rank first: all must agree that it came, and save the same step.
-            caught = [number for of_rank in all_gather_objects(list(signals)) for number in of_rank]
-            if (step + 1) % cfg.save_every == 0 or caught:
-                save_checkpoint(out, run, saved := step + 1, cfg.keep)
-            if caught:
-                code = 130 if 2 in caught else REQUEUE  # 2 is Ctrl-C
-                newest = run.wait() or "nothing new"
-                raise Stop(code, f"stopped by signal {caught[0]}; {newest} is saved, --resume goes on")
-        if step != saved:
-            save_checkpoint(out, run, step, cfg.keep)
-    return kept
+REQUEUE = 75  # exit code of a run that a signal stopped: a scheduler may start the same command again
+NONFINITE = 3  # exit code of a run that stopped before an update with a number that is not finite
 
 
 def main() -> None:
@@ -362,20 +60,380 @@ def main() -> None:
     cfg, preset = parse(sys.argv[1:], console_outputs=rank == 0)
     with ExitStack() as stack:
         try:
-            # While one rank writes a large model, all others wait.
-            process = stack.enter_context(join(cfg.device, cfg.shard, timedelta(hours=1)))
-            setup = prepare(cfg, process, preset)
-        except ValueError as error:  # a flag or a file, perhaps of one node only
-            print(f"\nerror: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+            # torchrun starts one process per GPU and tells each its RANK. `python train.py` alone is a group of one
+            # rank, by the same path. The timeout is long because all ranks wait while one writes a large model.
+            process = stack.enter_context(distributed.join(cfg.device, cfg.shard, timeout=timedelta(hours=1)))
+            setup = set_up(cfg, process, preset)
+        except ValueError as error:  # a flag or a file cannot be used; perhaps only on this rank's node
+            source = f"rank {rank}: " if rank else ""
+            print(f"\nerror: {source}{error}", file=sys.stderr)
             raise SystemExit(2) from None
         if rank == 0 and not cfg.export:
             print(announce(cfg, preset, setup, process))
         try:
-            train(cfg, setup, process)
+            run(cfg, setup, process)
         except Stop as stop:
             if rank == 0:
                 print(f"\n{stop.message}", file=sys.stderr)
             raise SystemExit(stop.code) from None
+
+
+def set_up(cfg: Config, process: Process, preset: Config | None = None) -> Setup:
+    """All that a run needs, in the order of cost: what can be refused is refused before any weights are read.
+
+    Raises ValueError naming the flag or the file, what was found and what to do.
+    """
+    setup = prepare(cfg, process, preset)  # flags, prompts, the model's headers, the user's code
+    flux = build_network(cfg, setup, process)
+    load_networks(cfg, setup, flux, process)  # VAE, text encoders, rewards
+    if setup.needs_base and not cfg.export:
+        setup.base = flux if cfg.lora else frozen_copy(flux, setup, process)
+    return setup
+
+
+def run(cfg: Config, setup: Setup, process: Process) -> None:
+    """Train from the newest checkpoint, or from the start, and write final/; or only write a checkpoint (--export)."""
+    state = make_state(cfg, setup.pipe.flux)
+    try:
+        first = 0
+        if cfg.resume:
+            first = checkpoints.load_checkpoint(setup.out, state, cfg.at)
+    except ValueError as error:
+        raise Stop(2, f"error: {error}") from None
+    if cfg.export:
+        write_averages(cfg.export, setup, state, process)
+        if process.rank == 0:
+            print(f"wrote {cfg.export}, the averaged weights after {first} updates")
+        return
+
+    # Rank 0 alone reads and writes the run's folder; all ranks get what it reads.
+    history = distributed.on_first_rank(partial(open_folder, cfg, setup, first))
+    log = logs.Log(cfg, setup.out, first, is_first_rank=process.rank == 0)
+    if first:
+        log.say(f"goes on from step {first}")
+    try:
+        train(cfg, setup, state, process, log, history)
+    except OSError as error:  # a log cannot be written: the disk is full, for instance
+        folder = setup.out / "checkpoints"
+        raise Stop(1, f"{error}; --resume goes on from the newest checkpoint in {folder}") from error
+    finally:
+        state.wait()  # for the checkpoint that is being written
+        log.bar.close()
+    write_averages(setup.out / "final", setup, state, process)
+    log.finish(setup, history)
+
+
+# ------------------------------------------------------------------------- the network, and FSDP2
+
+
+def build_network(cfg: Config, setup: Setup, process: Process) -> Flux:
+    """The network that is trained: shapes first, then sharded, then filled. No rank ever holds a large one whole."""
+    dtype = compute_dtype(cfg)
+    flux = empty_flux(cfg, setup.model.weights.config)  # on the meta device: shapes without memory
+    tensors = initial_tensors(cfg, flux, setup.model)  # names and tensors, read from disk as they are asked for
+    flux.recompute = cfg.recompute
+    if cfg.compile:
+        # Blocks of one kind share their compiled variants: each size, with and without gradients. Torch allows 8.
+        torch._dynamo.config.recompile_limit = 64
+        for block in (*flux.double_blocks, *flux.single_blocks):
+            block.compile()
+    if not (cfg.lean or cfg.fp8):  # those keep all weights on one GPU, in dtypes that FSDP2 would change
+        shard(flux, process, dtype)
+    distributed.fill(flux, tensors, process.device)
+    return flux
+
+
+def shard(flux: Flux, process: Process, dtype: torch.dtype) -> None:
+    """Make the network distributed: FSDP2 keeps 1 / N of the rows of every parameter on each of N ranks.
+
+    A block's parameters are all-gathered just before it runs and freed after it, in the forward and again in the
+    backward. Its gradients are reduce-scattered as they appear: each rank gets the mean over all ranks of its rows.
+    """
+    if process.device.type not in distributed.FSDP_DEVICES:
+        return
+    if process.world_size == 1 and dtype == torch.float32:
+        return  # nothing to share and nothing to cast; FSDP2's hooks made steps of the tiny Flux 6 to 24% longer
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,  # what is all-gathered and computed with; the shards that AdamW updates stay fp32
+        reduce_dtype=torch.float32,  # sums over many ranks in bf16 would lose small gradients
+        cast_forward_inputs=False,  # position ids stay integers and noise levels fp32, which bf16 would round
+    )
+    for module in (*flux.double_blocks, *flux.single_blocks, flux):
+        # The root frees its parameters too: kept ones would be stale when evaluation swaps the averages in.
+        fully_shard(module, mesh=process.mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+@torch.no_grad()
+def frozen_copy(flux: Flux, setup: Setup, process: Process) -> Flux:
+    """The untuned network, for a method that compares with it; with a LoRA the network itself is enough."""
+    with torch.device("meta"):
+        copy = Flux(flux.config).to(setup.pipe.compute).requires_grad_(False)
+    shard(copy, process, setup.pipe.compute)
+    copy.to_empty(device=process.device)
+    for target, source in zip(copy.parameters(), flux.parameters(), strict=True):
+        distributed.local_shard(target).copy_(distributed.local_shard(source))  # both are sharded alike
+    return copy
+
+
+def compute_dtype(cfg: Config) -> torch.dtype:
+    """The dtype of the network's activations. Latents, noise levels, distances and rewards are always fp32."""
+    return torch.bfloat16 if cfg.bf16 else torch.float32
+
+
+# ------------------------------------------------------------------------ optimizers and averages
+
+
+def make_state(cfg: Config, flux: Flux) -> checkpoints.State:
+    """What training changes: the trained parameters, the optimizers, and the averaged parameters."""
+    params = {name: p for name, p in flux.named_parameters() if p.requires_grad}
+    optimizers = make_optimizers(cfg, params)
+    averages_device = "cpu" if cfg.lean else None  # --lean has no room for fp32 averages on the GPU
+    return checkpoints.State(flux, optimizers, averages_device)
+
+
+def make_optimizers(cfg: Config, params: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
+    """AdamW over all trained parameters: the place to try another optimizer, or two.
+
+    Return several if each takes some of the parameters, such as Muon for matrices and AdamW for all others. Learning
+    rates follow the run's schedule in proportion. Checkpoints and --resume need no change.
+    """
+    if cfg.lean:
+        from infra import lean  # torchao is not needed otherwise
+
+        options = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, bf16_stochastic_round=True)
+        return [lean.LeanAdamW(params.values(), **options)]
+    # Built after sharding, so that its moments are sharded as the parameters are.
+    return [torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)]
+
+
+def set_learning_rates(cfg: Config, state: checkpoints.State, update: int) -> None:
+    """The learning rate is constant, as in the paper, or falls linearly to zero over the run (--decay)."""
+    factor = 1 - update / cfg.updates if cfg.decay else 1.0
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            lr = group["initial_lr"] * factor
+            group["lr"] = torch.tensor(lr) if isinstance(group["lr"], Tensor) else lr  # torchao keeps a tensor
+
+
+@torch.no_grad()
+def update_averages(state: checkpoints.State, decay: float) -> None:
+    """EMA: averages <- decay x averages + (1 - decay) x parameters. They are evaluated and saved."""
+    for name, average in state.averages.items():
+        param = state.params[name].to(average.device, average.dtype)
+        average.lerp_(param, 1 - decay)
+
+
+def write_averages(path: Path, setup: Setup, state: checkpoints.State, process: Process) -> None:
+    """Write the averaged weights as a model folder or file. Raises Stop if they cannot be written."""
+    try:
+        with distributed.swapped(state.params.values(), state.averages.values()):
+            write_model(path, setup.pipe, process)
+    except OSError as error:
+        remedy = f"the weights are in {setup.out / 'checkpoints'}, --resume --export PATH writes them"
+        raise Stop(1, f"{error}; {remedy}") from error
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+def train(
+    cfg: Config, setup: Setup, state: checkpoints.State, process: Process, log: logs.Log, history: History
+) -> None:
+    """Agree, evaluate, update, save, until the end of the run. `history` grows by an entry per evaluation.
+
+    Raises Stop where the run must end early, after saving.
+    """
+    skipped = 0
+    saved = history.first
+    with distributed.stop_signals() as signals:
+        for update in range(history.first, cfg.updates + 1):
+            is_last = update == cfg.updates
+
+            # A rank that differs would train a model of its own and spoil the mean, without an error.
+            if update == history.first or update % cfg.check_every == 0:
+                shared = dict(step=update, flags=repr(cfg), prompts=batch_prompts(cfg, setup, update))
+                shared["vae"] = distributed.weights_hash(setup.pipe.vae.parameters())
+                distributed.check_agreement(process, shared, state.params.values())
+
+            # The averaged weights are evaluated and kept: they are better than the last ones, and steadier.
+            if update % cfg.eval_every == 0 or is_last:
+                with distributed.swapped(state.params.values(), state.averages.values()):
+                    entry, images = evaluate(cfg, setup, process)
+                    entry = dict(step=update, **entry, seconds=log.seconds())
+                    if history.is_better(entry):
+                        try:
+                            write_model(setup.out / "best", setup.pipe, process)
+                            entry["saved_to"] = "best/"  # a resumed run reads from the log which evaluation best/ is of
+                            history.best = entry
+                        except OSError as error:  # a full disk is no reason to lose the run
+                            log.say(f"warning: {error}")
+                history.evaluations.append(entry)
+                log.evaluation(entry, images, setup.eval_prompts)
+                warnings = watch.hacking_warnings(history.evaluations, history.watched, cfg.patience)
+                for warning in warnings:
+                    log.say(warning)
+                if cfg.stop_early and warnings:
+                    is_last = True
+            if is_last:
+                break
+
+            try:
+                entry = one_update(cfg, setup, state, process, update)
+                log.update(entry)
+            except Stop as stop:  # a number was not finite: the weights are as before, and are saved to be replayed
+                skipped += 1
+                if skipped > cfg.skip_nonfinite:
+                    checkpoints.save_checkpoint(setup.out, state, update, cfg.keep)
+                    raise
+                log.say(f"warning: {stop.message}; it is left out")
+            log.bar.update()
+
+            # A signal reaches one rank first: all ranks must agree that it came, and save the same update.
+            signals_of_ranks = distributed.all_gather_objects(list(signals))
+            received = [number for numbers in signals_of_ranks for number in numbers]
+            if (update + 1) % cfg.save_every == 0 or received:
+                saved = update + 1
+                checkpoints.save_checkpoint(setup.out, state, saved, cfg.keep)
+            if received:
+                code = 130 if 2 in received else REQUEUE  # 2 is Ctrl-C
+                newest = state.wait() or "nothing new"
+                raise Stop(code, f"stopped by signal {received[0]}; {newest} is saved, --resume goes on")
+        if update != saved:
+            checkpoints.save_checkpoint(setup.out, state, update, cfg.keep)
+
+
+# -------------------------------------------------------------------------------------- one update
+
+
+def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Process, update: int) -> dict[str, Any]:
+    """One update of weights and averages; returns what to log.
+
+    Raises Stop, with the weights as before, if a number is not finite.
+    """
+    began = time.perf_counter()
+    meter = Meter(process.device)
+    values = batch_gradient(cfg, setup, process, update, meter)
+    with meter("update"):
+        # The norm of the whole gradient, over all ranks' shards, and equal on all of them.
+        grad_norm = nn.utils.clip_grad_norm_(state.params.values(), cfg.clip)
+        grad_norm = distributed.full_tensor(grad_norm).item()
+
+    # Every rank sees every rank's values, so that all come to the same decision below.
+    ranks = distributed.all_gather_objects((values, meter.counts))
+    values_of_ranks = [rank_values for rank_values, _ in ranks]
+    means = {}
+    for name in values:
+        means[name] = torch.cat([rank_values[name] for rank_values in values_of_ranks]).mean().item()
+    if not np.isfinite([grad_norm, *means.values()]).all():
+        zero_gradients(state)
+        prompts = batch_prompts(cfg, setup, update)
+        message = logs.note_nonfinite(setup.out, update, cfg.seed, grad_norm, values_of_ranks, prompts, process.rank)
+        raise Stop(NONFINITE, message)
+
+    with meter("update"):
+        set_learning_rates(cfg, state, update)
+        torch.manual_seed(seeds.generator_of(cfg.seed, update, 1).initial_seed())  # --lean rounds at random
+        for optimizer in state.optimizers:
+            optimizer.step()
+        zero_gradients(state)
+        update_averages(state, cfg.ema)
+
+    rewards = reported_means(setup.rewards, means)
+    cost = meter.report([counts for _, counts in ranks], setup.size(update).flops, time.perf_counter() - began)
+    return dict(step=update, **rewards, grad_norm=grad_norm, **cost)
+
+
+def batch_gradient(cfg: Config, setup: Setup, process: Process, update: int, meter: Meter) -> dict[str, Tensor]:
+    """Add the gradient of this rank's rows of the batch to the weights' `.grad`; returns what to log, (rows,) each."""
+    # Every rank draws the noise of the whole batch and takes its own rows, so the noise does not depend on the ranks.
+    size = setup.size(update)
+    channels = setup.pipe.flux.config.in_channels
+    x_1, generator = draw_x_1(cfg.seed, update, (cfg.batch, size.rows * size.columns, channels))
+    rows_per_rank = cfg.batch // process.world_size
+    first_row = process.rank * rows_per_rank
+    last_row = first_row + rows_per_rank
+    rollout_batch = cfg.rollout_batch or rows_per_rank
+
+    # Gradient accumulation: each part of the rows adds to `.grad`, where FSDP takes the mean over the ranks. So a
+    # method divides by the rows of its rank, and the result is the mean over the batch.
+    parts = []
+    for row in range(first_row, last_row, rollout_batch):
+        rows = slice(row, min(row + rollout_batch, last_row))
+        parts.append(gradient(cfg, setup, process, update, rows, x_1, generator, meter))
+    return {name: torch.cat([values[name] for values in parts]) for name in parts[0]}
+
+
+def gradient(
+    cfg: Config,
+    setup: Setup,
+    process: Process,
+    update: int,
+    rows: slice,
+    x_1: Tensor,
+    generator: torch.Generator,
+    meter: Meter,
+) -> dict[str, Tensor]:
+    """Add the gradient of some rows of the batch, by the run's method; returns values to log, (rows,) each."""
+    size = setup.size(update)
+    prompts = batch_prompts(cfg, setup, update)[rows]
+    with meter("rollout"):  # encodes the text
+        samples, reward_log = build_samples(
+            setup.pipe,
+            prompts,
+            size,
+            setup.rewards,
+            noise=noise_of(x_1, rows, cfg.seed, update, like=size.sigmas),
+            generator=generator.clone_state(),  # all rows and ranks draw alike what samples share: the steps k and j
+            guidance=cfg.guidance,
+            base=setup.base,
+            total=cfg.batch // process.world_size,
+            update=update,
+            micro_batch=cfg.micro_batch,
+        )
+    method_log = setup.method(metered(samples, meter, len(prompts)))
+    values = method_log | reward_log.means(len(prompts))
+    return {name: value.detach().float().cpu().expand(len(prompts)) for name, value in values.items()}
+
+
+def zero_gradients(state: checkpoints.State) -> None:
+    for optimizer in state.optimizers:
+        optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------------------------- one evaluation
+
+
+def evaluate(cfg: Config, setup: Setup, process: Process) -> tuple[dict[str, Any], Tensor]:
+    """Mean rewards of the network as it is, on fixed prompts and noise; and the images, (n, 3, h, w) uint8.
+
+    `by_prompt` holds the watched rewards of each image, so that evaluations can be compared pair by pair.
+    """
+    prompts = setup.eval_prompts
+    batch = cfg.rollout_batch or 64
+    # Each rank draws as many images, the last prompt again where there are too few: all ranks must call the network
+    # equally often, because each call all-gathers its weights.
+    images_per_rank = -(-len(prompts) // process.world_size)
+    first_image = process.rank * images_per_rank
+    indices = [min(i, len(prompts) - 1) for i in range(first_image, first_image + images_per_rank)]
+    rank_prompts = [prompts[i] for i in indices]
+    noise_seeds = [10**6 + i for i in indices]  # the same noise at every evaluation
+    size = setup.sizes[0]
+    images = sample(
+        setup.pipe, rank_prompts, noise_seeds, cfg.rollout_steps, size.height, size.width, cfg.guidance, batch
+    )
+    rewards = [*setup.rewards, *setup.watched]
+    rank_scores = {r.name: score_all(r, images, rank_prompts, process.device, batch) for r in rewards}
+
+    ranks = distributed.all_gather_objects((images.mul(255).round().byte(), rank_scores))
+    all_images = torch.cat([rank_images for rank_images, _ in ranks])[: len(prompts)]
+    means: dict[str, float] = {}
+    by_prompt: dict[str, list[float]] = {}
+    for reward in rewards:
+        scores = torch.cat([of_rank[reward.name] for _, of_rank in ranks])[: len(prompts)]
+        means |= mean_scores(reward, scores, prompts)
+        if reward in setup.watched:
+            by_prompt[reward.name] = [round(score, 5) for score in scores.tolist()]
+    return {**reported_means(setup.rewards, means), "by_prompt": by_prompt}, all_images
 
 
 if __name__ == "__main__":

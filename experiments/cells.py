@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,18 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from config import Config, Experiment, Method, parse, sides
+from config import Config, Experiment, Method, parse
 from experiments.record import RESULTS, ROOT, origin
 from formats.locations import locate
 from formats.lora_files import lora_file
-from infra.checks import check_flags, check_groups
 from infra.distributed import Process, device_of
 from infra.files import replacing
 from infra.jsonl import read_log
-from infra.methods import find_method, method_keywords, method_options, on_zeros, recorded_flags, try_method
-from infra.prompts import read_prompts
+from infra.methods import recorded_flags
 from infra.user_code import is_user_code
-from rewards import check_rewards, parse_reward
-from start import check_model, check_needs
+from rewards import parse_reward
+from samples import zero_samples
+from start import prepare
 
 CELLS = RESULTS / "cells"
 AS_PUBLISHED = "--reward-input None"  # a row has its method's own keywords and those that it names, not the preset's
@@ -132,22 +131,15 @@ def digest(path: str) -> str:
 @cache
 def opened(spec: str, flags: str) -> tuple[Callable[..., Any], Tensor]:
     """A method with its options, and the noise levels of its rollouts. Raises ValueError if train.py would not run."""
-    cfg = config_of(spec, flags)
-    alone = Process(0, 1, device_of(cfg.device), None)
+    cfg = replace(config_of(spec, flags), out=Path("runs/never-made"))
+    alone = Process(rank=0, world_size=1, device=device_of(cfg.device), mesh=None)
     try:
-        check_flags(cfg, alone)
-        for size in map(sides, cfg.size):
-            check_rewards([*cfg.reward, *cfg.watch], read_prompts(cfg.eval_prompts), size)
-            check_rewards(cfg.reward, read_prompts(cfg.prompts), size)
-        method, levels = find_method(cfg.method), check_model(cfg)[0]
-        options = method_options(cfg, Config())
-        group = options.get("group", method_keywords(method).get("group", 1))
-        check_groups(cfg, alone, group)
-        check_needs(cfg, try_method(partial(method, **options), levels, group))
-        on_zeros(partial(method, **options), levels, cfg.batch, torch.Generator())
+        setup = prepare(cfg, alone)
+        samples, _ = zero_samples(setup.sizes[0].sigmas, cfg.batch, torch.Generator())
+        setup.method(samples)
     except ValueError as error:
         raise ValueError(f"{spec} {flags}: {error}") from error
-    return partial(method, **options), levels
+    return setup.method, setup.sizes[0].sigmas
 
 
 def cost(forwards: int, backwards: int) -> int:
@@ -162,12 +154,11 @@ def costs(spec: str, flags: str) -> Iterator[int]:
     run's, as many on average.
     """
     (method, levels), cfg = opened(spec, flags), config_of(spec, flags)
-    batch, anchor = cfg.batch, cfg.anchor  # which evaluates the base too, and the network again where it is nested
 
     def of_update(update: int) -> int:
-        calls = on_zeros(method, levels, batch, torch.Generator().manual_seed(update), update)[1]
-        base, again = (calls["vjp"], calls["nested"]) if anchor else (0, 0)
-        return batch * cost(calls["velocity"] + calls["vjp"] + base + again, calls["vjp"] + again)
+        samples, calls = zero_samples(levels, cfg.batch, torch.Generator().manual_seed(update), update)
+        method(samples)
+        return cfg.batch * cost(calls["velocity"] + calls["base"] + calls["vjp"], calls["vjp"])
 
     return itertools.accumulate(map(of_update, itertools.count()))
 

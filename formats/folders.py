@@ -135,6 +135,7 @@ def load_pipeline(
 ) -> Pipeline:
     """Load a model, all of it, on one device. `dtype`, `text_length` and `offload` are those of `load_parts`.
 
+    `text_length` is the tokenizer's own by default, 512 for FLUX.1-dev.
     `base` is the folder that a LoRA changes, or of all but the transformer for a transformer's file. `strength`
     multiplies what a LoRA changes; of any other model, its difference to the transformer of `base`.
     Raises ValueError as `describe`, and for damaged weights.
@@ -151,29 +152,29 @@ def load_pipeline(
         raise ValueError(
             f"--strength {strength} needs --base FOLDER: {name} is no LoRA, and what it changed is unknown"
         )
+    for note in weights.notes:
+        print_once(note)
+    # A tokenizer without a limit has a model_max_length of 1e30.
+    text_length = text_length or min(description.tokenizers[1].model_max_length, 512)
     return load_parts(description, flux.to(device), device, dtype, text_length, offload)
 
 
 def load_parts(
     description: Description,
     flux: Flux,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    text_length: int | None = None,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    text_length: int,
     offload: bool = False,
 ) -> Pipeline:
     """Load the VAE and the text encoders around a network that the caller made, which stays as it is.
 
     `dtype` is that of the text encoders, and what the network computes in; the VAE stays fp32.
-    `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev. `offload` keeps
-    T5's layers on the CPU except while they compute.
+    `text_length` is the T5 tokens of a prompt. `offload` keeps T5's layers on the CPU except while they compute.
     Raises ValueError naming the folder of weights that are damaged or incomplete.
     """
     logging.disable_progress_bar()  # transformers shows one for each tiny network
-    location, weights, schedule, tokenizers, cell = description
-    for note in weights.notes:
-        print_once(note)
-    folder = location.folder
+    folder = description.location.folder
     vae = load_frozen(AutoencoderKL, folder / "vae").float().to(device)
     clip = load_frozen(CLIPTextModel, folder / "text_encoder", dtype=dtype).to(device)
     t5 = load_frozen(T5EncoderModel, folder / "text_encoder_2", dtype=dtype)
@@ -181,19 +182,17 @@ def load_parts(
         lend_layers(t5, device)
     else:
         t5.to(device)
-    # A tokenizer without a limit has a model_max_length of 1e30.
-    text_length = text_length or min(tokenizers[1].model_max_length, 512)
+    location, _, schedule, tokenizers, cell = description
     return Pipeline(location, flux, vae, clip, t5, *tokenizers, schedule, cell, text_length, compute=dtype)
 
 
 def load_frozen(network: type, folder: Path, **options: Any) -> Any:
     """A network of diffusers or transformers, frozen. Raises ValueError naming the folder."""
-
     # Folders come from strangers: no code in them is run, and no pickle, which may hold code, is read.
-    options |= dict(trust_remote_code=False, use_safetensors=True, local_files_only=True)
+    options |= dict(use_safetensors=True, local_files_only=True, output_loading_info=True)
 
     def parse(folder: Path) -> nn.Module:
-        loaded, info = network.from_pretrained(folder, output_loading_info=True, **options)
+        loaded, info = network.from_pretrained(folder, trust_remote_code=False, **options)
         # Both libraries invent tensors that are missing, with a warning at most.
         missing_keys = sorted(info["missing_keys"])
         if missing_keys:

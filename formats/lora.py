@@ -144,3 +144,18 @@ def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], b
             state[f"transformer.{name}.lora_B.weight"] = (scale * trained[f"{ours}.b.{i}"]).contiguous()
     save_file(state, folder / FILE, metadata={"format": "pt"})
     (folder / NOTE).write_text(json.dumps(base) + "\n")
+
+
+from contextlib import contextmanager
+
+
+@contextmanager
+def without_lora(flux):
+    layers = [layer for layer in flux.modules() if isinstance(layer, LoRA)]
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False

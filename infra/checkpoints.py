@@ -1,10 +1,10 @@
-"""Checkpoints that a run can be killed around: written beside, renamed when whole, the newest few kept.
+"""Checkpoints that survive a kill at any moment: written beside, renamed when whole, the newest few kept.
 
-    RUN/checkpoints/step_000060/     weights, averaged weights and optimizer, a file per rank (torch's own format)
+    RUN/checkpoints/step_000060/     weights, averages and optimizers, a file per rank (torch.distributed.checkpoint)
 
-Training waits while a checkpoint is copied to the host's memory, and goes on while the copy is written.
-A run resumed on as many ranks is bitwise the undisturbed one; on another number, where pieces are cut anew, it is that
-up to rounding.  All randomness is a function of (seed, step), so there is no random state in a checkpoint.
+Training waits while a checkpoint is copied to the host's memory, and continues while the copy is written to disk.
+Resumed on as many ranks, a run is bitwise the undisturbed one; on another number of ranks, where tensors are sharded
+anew, it is the same up to rounding. A checkpoint holds no random state: randomness is a function of (seed, update).
 """
 
 import gc
@@ -12,9 +12,8 @@ import json
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, not an Exception
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
@@ -37,175 +37,221 @@ from infra.distributed import all_gather_objects
 from infra.files import PART, beside, part_of, put_in_place
 from model import Flux
 
-SUMS = "sums.json"
-OPTIONS = StateDictOptions(ignore_frozen_params=True)
+CHECKSUMS = "sums.json"
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)  # the frozen weights under a LoRA are not saved
 
 
 class State:
-    """What training changes: the network's trained parameters, their averages and the optimizer.
+    """What training changes, and so what a checkpoint holds: trained weights, their averages, and optimizers.
 
-    `lean` is for weights in bf16: they are rounded at random, so that updates smaller than their precision survive on
-    average, the optimizer keeps a byte per moment, and the averages, in fp32, lie in the host's memory.
+    `optimizers` may be any of torch's or yours, one or several, which together hold the trained parameters. The
+    averages are fp32, sharded as the weights are, and lie on `averages_device` (None: where the weights are).
     """
 
-    def __init__(self, flux: Flux, lr: float, weight_decay: float, lean: bool = False) -> None:
+    def __init__(self, flux: Flux, optimizers: Sequence[Optimizer], averages_device: str | None = None) -> None:
         self.flux = flux
-        self.names, self.params = zip(*((n, p) for n, p in flux.named_parameters() if p.requires_grad))
-        if lean:
-            from infra.lean import LeanAdamW  # torchao is not needed otherwise
-
-            self.optimizer = LeanAdamW(self.params, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
-        else:
-            self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=weight_decay, fused=True)
-        # Cut as the network is.
-        self.averaged = [p.detach().to("cpu" if lean else p.device, torch.float32, copy=True) for p in self.params]
-        # A writer's messages must not mix with the training's; it waits for other ranks as long as train.py does.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        self.optimizers = list(optimizers)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = float(group["lr"])  # torch's name for what a schedule multiplies
+        self.params = {name: p for name, p in flux.named_parameters() if p.requires_grad}
+        self.averages = {}
+        for name, param in self.params.items():
+            device = averages_device or param.device
+            self.averages[name] = param.detach().to(device, torch.float32, copy=True)
+        # The writer's messages must not mix with the training's, so it has a group of ranks of its own.
+        self.writer_group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         self.writer = ThreadPoolExecutor(1)
-        self.written: Future[Path | None] | None = None
+        self.pending_write: Future[Path | None] | None = None
 
-    def state(self, step: int) -> dict[str, Any]:
-        """All that a resumed run needs. The tensors are the live ones: loading fills them in place."""
-        fresh = not self.optimizer.state
-        optimizer = get_optimizer_state_dict(self.flux, self.optimizer, options=OPTIONS)
-        if fresh:  # torch has just made the moments, by a step of nothing that it counts
-            for moments in self.optimizer.state.values():
-                moments["step"].zero_()
+    def tensors(self, update: int) -> dict[str, Any]:
+        """All that a resumed run needs. The tensors are the live ones, so that loading fills them in place."""
+        fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
+        # Where an optimizer has no state yet, torch makes it by a step with zero gradients and a learning rate of 0.
+        optimizer_state = get_optimizer_state_dict(self.flux, self.optimizers, options=TRAINED_ONLY)
+        for optimizer in fresh:
+            for param_state in optimizer.state.values():
+                if isinstance(param_state.get("step"), Tensor):
+                    param_state["step"].zero_()  # that step does not count
         return {
-            "flux": get_model_state_dict(self.flux, options=OPTIONS),
-            "averaged": dict(zip(self.names, self.averaged, strict=True)),
-            "optimizer": optimizer,
-            "step": torch.tensor(step),
+            "flux": get_model_state_dict(self.flux, options=TRAINED_ONLY),
+            "averages": self.averages,
+            "optimizer": optimizer_state,
+            "step": torch.tensor(update),
         }
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = torch.tensor(lr) if isinstance(group["lr"], Tensor) else lr  # torchao keeps a tensor
-
-    @torch.no_grad()
-    def average(self, decay: float) -> None:
-        """Move the averages towards the weights."""
-        for average, p in zip(self.averaged, self.params, strict=True):
-            average.lerp_(p.to(average.device, average.dtype), 1 - decay)
-
     def wait(self) -> Path | None:
-        """Until the checkpoint that is being written is there; None if none is, or if it failed."""
-        return self.written and self.written.result()
+        """Wait for the checkpoint that is being written. Returns its folder; None if there is none or if it failed."""
+        return self.pending_write and self.pending_write.result()
 
 
 def checkpoint_folders(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((out / "checkpoints").glob("step_??????"))
+    folders = [f for f in (out / "checkpoints").glob("step_*") if f.name.removeprefix("step_").isdigit()]
+    return sorted(folders, key=update_of)
 
 
-def sums(files: Iterable[Path]) -> dict[str, int]:
-    """A checksum of each file: torch's format reads back flipped bits without a word."""
-    result = {}
-    for file in files:
-        crc = 0
-        with file.open("rb") as opened:
-            while piece := opened.read(1 << 24):
-                crc = zlib.crc32(piece, crc)
-        result[file.name] = crc
-    return result
+def checkpoint_name(update: int) -> str:
+    return f"step_{update:06d}"
 
 
-def save_checkpoint(out: Path, run: State, step: int, keep: int) -> None:
-    """Begin to write a checkpoint; `run.wait()` tells when it is there. One at a time: first waits for the last."""
-    run.wait()
-    state = tree_map_only(Tensor, copied, run.state(step))
-    run.written = run.writer.submit(write, out, state, step, keep, run.group)
+def update_of(folder: Path) -> int:
+    """The number of updates that a checkpoint was saved after."""
+    return int(folder.name.removeprefix("step_"))
 
 
-def copied(t: Tensor) -> Tensor:
-    """A copy in the host's memory. torchao's tensors, made of others, would hand out their own parts."""
-    if isinstance(t, DTensor) or not is_traceable_wrapper_subclass(t):
-        return t.detach().to("cpu", copy=True)
-    names, made_of = t.__tensor_flatten__()
-    parts = {name: copied(getattr(t, name)) for name in names}
-    return type(t).__tensor_unflatten__(parts, made_of, t.shape, t.stride())
+# ----------------------------------------------------------------------------------------- writing
 
 
-def write(out: Path, state: dict[str, Any], step: int, keep: int, group: dist.ProcessGroup) -> Path | None:
-    """Write a checkpoint and let go of all but the newest `keep`. None, and a warning, if it cannot be written."""
-    folder = out / "checkpoints" / f"step_{step:06d}"
+def save_checkpoint(out: Path, state: State, update: int, keep: int) -> None:
+    """Copy the state, and write the copy in the background; `state.wait()` waits for it. One write at a time."""
+    state.wait()
+    copy = tree_map_only(Tensor, copy_to_host, state.tensors(update))
+    folder = out / "checkpoints" / checkpoint_name(update)
+    state.pending_write = state.writer.submit(write, folder, copy, keep, state.writer_group)
+
+
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory. A tensor subclass that wraps others (torchao's) is copied tensor by tensor."""
+    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
+        return tensor.detach().to("cpu", copy=True)
+    names, context = tensor.__tensor_flatten__()
+    inner = {name: copy_to_host(getattr(tensor, name)) for name in names}
+    return type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+
+
+def write(folder: Path, tensors: dict[str, Any], keep: int, group: dist.ProcessGroup) -> Path | None:
+    """Write a checkpoint on all ranks, and remove all but the newest `keep`.
+
+    Returns its folder. If it cannot be written, a full disk for instance, training goes on: None, and a warning.
+    """
     rank = dist.get_rank()
-    reason, own = None, {}
     part = beside(folder, PART)
+    failure, checksums = write_files(part, folder, tensors, group)
+    ranks = all_gather_objects((failure, checksums), group)
+    failures = [failure for failure, _ in ranks if failure]
+    failure = failures[0] if failures else None
+    if rank == 0 and not failure:
+        failure = publish(part, folder, [checksums for _, checksums in ranks])
+    # Rank 0 alone renames the folder, so it alone knows whether that worked.
+    failure = all_gather_objects(failure, group)[0]
+    if failure:
+        gc.collect()  # torch's exceptions hold the whole copy, in a reference cycle
     if rank == 0:
-        with suppress(OSError):  # what is wrong will be told by the writing, on all ranks
-            part_of(folder)
+        checkpoints = checkpoint_folders(folder.parent.parent)
+        for folder_to_remove in [part] if failure else checkpoints[:-keep]:
+            shutil.rmtree(folder_to_remove, ignore_errors=True)
+        if failure:
+            newest = checkpoints[-1] if checkpoints else "none"
+            free = shutil.disk_usage(folder.parent.parent).free / 1e9
+            text = f"warning: no checkpoint could be written ({failure}; {free:.1f} GB free); the newest is {newest}"
+            print(text, file=sys.stderr)
+    return None if failure else folder
+
+
+def write_files(
+    part: Path, folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup
+) -> tuple[str | None, dict[str, int]]:
+    """This rank's files of a checkpoint: why they could not be written, or None, and their checksums."""
+    rank = dist.get_rank()
+    try:
+        if rank == 0:
+            part_of(folder)  # removes what a killed run left
+    except OSError:
+        pass  # every rank meets the same error in dcp.save, where all of them can report it
     try:
         dist.barrier(group)
-        # Without copying ahead, which would use the GPU from this thread, and the first one on every rank.
+        # Copying ahead would use the GPU from this thread, and on every rank the first GPU.
         writer = dcp.FileSystemWriter(part, per_thread_copy_ahead=0)
-        dcp.save(state, checkpoint_id=part, storage_writer=writer, process_group=group)
-        own = sums([*part.glob(f"__{rank}_*"), *([part / ".metadata"] if rank == 0 else [])])
-    except (Exception, CheckpointException) as error:  # whichever rank's disk is full, torch tells all of them
-        reason = reason_of(error)
-    everyone = all_gather_objects((reason, own), group)
-    failed = next((reason for reason, _ in everyone if reason), None)
-    if rank == 0 and not failed:
-        try:
-            (part / SUMS).write_text(json.dumps({k: v for _, own in everyone for k, v in own.items()}))
-            put_in_place(part, folder)  # a step that is repeated after a fallback has one there
-        except OSError as error:
-            failed = reason_of(error)
-    failed = all_gather_objects(failed, group)[0]
-    if failed:
-        gc.collect()  # torch's errors hold the whole copy, in a circle
-    if rank == 0:
-        for old in [part] if failed else checkpoint_folders(out)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    if rank == 0 and failed:
-        newest, free = (
-            checkpoint_folders(out)[-1] if checkpoint_folders(out) else "none",
-            shutil.disk_usage(out).free / 1e9,
-        )
-        print(
-            f"warning: no checkpoint could be written ({failed}; {free:.1f} GB free); the newest is {newest}",
-            file=sys.stderr,
-        )
-    return None if failed else folder
+        dcp.save(tensors, checkpoint_id=part, storage_writer=writer, process_group=group)
+        files = list(part.glob(f"__{rank}_*"))
+        if rank == 0:
+            files.append(part / ".metadata")
+        return None, checksums_of(files)
+    except (Exception, CheckpointException) as error:  # torch raises on all ranks when one rank's disk is full
+        return first_cause(error), {}
 
 
-def check_sums(folder: Path) -> None:
-    """Raise ValueError if a file is missing or is not what was written; each rank looks at its share of them."""
-    written = json.loads((folder / SUMS).read_text())
-    my_files = sorted(written)[dist.get_rank() :: dist.get_world_size()]
-    for name, crc in sums(folder / name for name in my_files).items():
-        if written[name] != crc:
-            raise ValueError(f"{name} is not what was written")
+def publish(part: Path, folder: Path, checksums_of_ranks: list[dict[str, int]]) -> str | None:
+    """Give the whole checkpoint its name. Returns why it could not be done, or None."""
+    merged: dict[str, int] = {}
+    for checksums in checksums_of_ranks:
+        merged |= checksums
+    try:
+        (part / CHECKSUMS).write_text(json.dumps(merged))
+        put_in_place(part, folder)  # replaces a checkpoint of this update, which a fallback to an older one leaves
+        return None
+    except OSError as error:
+        return first_cause(error)
 
 
-def reason_of(error: BaseException) -> str:
-    """The first cause of what torch wraps more than once, in a line."""
+def checksums_of(files: Iterable[Path]) -> dict[str, int]:
+    """The CRC of each file by its name: torch's format reads flipped bits back without an error."""
+    checksums = {}
+    for file in files:
+        checksum = 0
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 24):
+                checksum = zlib.crc32(block, checksum)
+        checksums[file.name] = checksum
+    return checksums
+
+
+def first_cause(error: BaseException) -> str:
+    """The first cause of an exception that torch has wrapped several times, in a line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    while inner := error.__cause__ or error.__context__:
-        error = inner
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def load_checkpoint(out: Path, run: State, at: int | None = None) -> int:
-    """Fill `run` from the newest checkpoint that can be read, and return its step; 0 if there is none.
+# ----------------------------------------------------------------------------------------- reading
 
-    One that cannot be read is passed over with a warning, for the one before; `at` takes that of one step only.
-    Raises ValueError if there are some and none can be read.
+
+def load_checkpoint(out: Path, state: State, at: int | None = None) -> int:
+    """Fill `state` from the newest checkpoint that can be read; returns its number of updates, 0 without any.
+
+    A damaged checkpoint is passed over with a warning, for the one before it. `at` reads that update's only.
+    Raises ValueError if there are checkpoints and none can be read.
     """
-    found = [f for f in checkpoint_folders(out) if at is None or f.name == f"step_{at:06d}"]
-    for folder in reversed(found):
-        state, reason = run.state(0), None
-        try:
-            check_sums(folder)
-        except Exception as error:
-            reason = reason_of(error)
-        reasons = [r for r in all_gather_objects(reason) if r]
+    folders = [f for f in checkpoint_folders(out) if at is None or update_of(f) == at]
+    for folder in reversed(folders):
+        reasons = [reason for reason in all_gather_objects(damage_of(folder)) if reason]
         if not reasons:
-            dcp.load(state, checkpoint_id=folder)
-            return int(state["step"])
+            return read_into(state, folder)
         if dist.get_rank() == 0:
-            print(f"warning: {folder} cannot be read ({reasons[0]}); trying an older one, if any", file=sys.stderr)
-    if found:
-        raise ValueError(f"none of {', '.join(f.name for f in found)} in {out / 'checkpoints'} can be read")
+            text = f"warning: {folder} cannot be read ({reasons[0]}); trying an older one, if any"
+            print(text, file=sys.stderr)
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
+        raise ValueError(f"none of {names} in {out / 'checkpoints'} can be read")
     return 0
+
+
+def damage_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be read, or None. Each rank checks its share of the files."""
+    try:
+        written = json.loads((folder / CHECKSUMS).read_text())
+        rank_files = sorted(written)[dist.get_rank() :: dist.get_world_size()]
+        checksums = checksums_of(folder / name for name in rank_files)
+    except Exception as error:
+        return first_cause(error)
+    for name, checksum in checksums.items():
+        if written[name] != checksum:
+            return f"{name} is not what was written"
+    return None
+
+
+def read_into(state: State, folder: Path) -> int:
+    """Fill weights, averages and optimizers in place; returns the number of updates."""
+    tensors = state.tensors(0)
+    dcp.load(tensors, checkpoint_id=folder)
+    # Tensors were filled in place. An optimizer that counts in Python numbers needs those put back.
+    for name, param in state.params.items():
+        loaded = tensors["optimizer"]["state"].get(name, {})
+        numbers = {key: value for key, value in loaded.items() if not isinstance(value, Tensor)}
+        for optimizer in state.optimizers:
+            if param in optimizer.state:
+                optimizer.state[param].update(numbers)
+    return int(tensors["step"])

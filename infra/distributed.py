@@ -1,22 +1,13 @@
-"""One code path from `python train.py` to several nodes: who is who, and how the network is cut between them.
+"""Processes of a run: how they join, what they exchange, and how tensors that FSDP2 shards are filled and read.
 
-Every parameter is cut along its first axis into a piece per rank (FSDP2).  A block's pieces are gathered just before it
-runs and let go after; its gradients are averaged over the ranks as they appear.  Weights, gradients and optimizer are
-fp32; what is gathered and computed is `dtype`; latents, step sizes, connectors and rewards never pass through here.
-
-    whole world       one group: the least memory per rank
-    --shard 8         groups of 8 ranks (a node), which hold copies of each other: gathers stay inside of a node (HSDP)
-
-`python train.py` is a world of one. Its weights are cut, into one piece, where they compute in another dtype than fp32:
-that is FSDP2's work, too. In fp32 there is none to do, and its hooks made forwards of the tiny Flux 6 to 14% longer and
-backwards 12 to 24% (64 samples, one CPU thread). Nor are weights cut on a device that FSDP2 does not know, such as
-Apple's GPUs (mps), where they compute in the dtype they have.
+`python train.py` alone is a process group of one rank, by the same path as `torchrun` on several nodes. train.py calls
+`fully_shard`; here is what a sharded tensor needs around that call. A parameter that FSDP2 shards is a DTensor: each
+rank holds some of its rows.
 """
 
 import gc
 import os
 import signal
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,77 +17,103 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Flux
 
 Item = TypeVar("Item")
-CUT = ("cpu", "cuda")  # kinds of devices whose weights FSDP2 cuts
+FSDP_DEVICES = ("cpu", "cuda")  # kinds of devices on which FSDP2 shards; Apple's GPUs (mps) are not among them
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 
 
 class Process(NamedTuple):
-    """This process among all."""
+    """This process among all processes of the run."""
 
     rank: int
     world_size: int
     device: torch.device
-    mesh: DeviceMesh  # (shard,), or (replicate, shard) where groups hold copies of each other
+    mesh: DeviceMesh  # ("shard",), or ("replicate", "shard") where groups of ranks hold replicas of each other
 
 
-# --------------------------------------------------------------------------------------- coming and going
+class Stop(Exception):
+    """The run must end before it is done; the exit code says why."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code, message)  # both, so that the exception can be pickled and raised on all ranks
+        self.code = code
+        self.message = message
+
+
+# ----------------------------------------------------------------------------------------- joining
 
 
 def device_of(name: str) -> torch.device:
-    """The device of a --device flag, such as cpu or cuda:1. Raises ValueError if it cannot compute here."""
+    """The device of a --device flag, such as cpu or cuda:1. Raises ValueError if torch cannot compute on it."""
     try:
         torch.ones(1, device=name).sum().item()
-    except Exception as error:  # each kind of device fails in a way of its own
+    except Exception as error:  # each kind of device fails in its own way
         raise ValueError(f"--device {name}: torch has no such device here; cpu works everywhere") from error
     return torch.device(name)
 
 
 @contextmanager
-def join(device: str, shard: int | None = None, patience: timedelta | None = None) -> Iterator[Process]:
-    """The processes that torchrun started, or this one alone, until the end of the `with`.
+def join(device: str, shard: int | None = None, timeout: timedelta | None = None) -> Iterator[Process]:
+    """The process group that torchrun started, or a group of this process alone, until the end of the `with` block.
 
-    `shard` is the number of ranks that share a copy of the weights; None: all.  `patience` is how long ranks wait
-    for each other.  Raises ValueError if `shard` does not divide the number of ranks, if there is no such device, or if
-    several share one that is neither cpu nor cuda; a rank's own is cuda:LOCAL_RANK, or for one process cuda:N as given.
+    `shard` is the number of ranks that share one copy of the weights; None: all ranks. `timeout` is how long ranks
+    wait for each other. Each rank takes cuda:LOCAL_RANK; a single process may name its GPU, such as cuda:1.
+    Raises ValueError if `shard` does not divide the number of ranks, or if the device cannot be used.
     """
-    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    group = size if shard is None else shard
-    if group < 1 or size % group:
-        raise ValueError(f"--shard {shard} does not divide the {size} ranks")
-    kind, _, number = device.partition(":")
-    if kind not in CUT and size > 1:
-        raise ValueError(f"--device {device}: {size} ranks are joined on cpu or cuda; one alone takes any device")
-    if kind == "cuda" and number and size > 1:
-        raise ValueError(f"--device {device}: with {size} ranks each takes its own, write --device cuda")
-    where = device_of(f"cuda:{number or local}" if kind == "cuda" else device)  # of GPUs this rank's own is touched
-    if kind == "cuda":
-        torch.cuda.set_device(where)
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    alone = {} if size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend, timeout=patience, **alone)
+    # torchrun sets these variables; without torchrun there is one rank.
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    shard_ranks = world_size if shard is None else shard
+    if shard_ranks < 1 or world_size % shard_ranks:
+        raise ValueError(f"--shard {shard} does not divide the {world_size} ranks")
+    device_kind, _, device_number = device.partition(":")
+    if world_size > 1 and device_kind not in FSDP_DEVICES:
+        raise ValueError(f"--device {device}: {world_size} ranks are joined on cpu or cuda; one rank takes any device")
+    if world_size > 1 and device_number:
+        raise ValueError(f"--device {device}: with {world_size} ranks each takes its own, write --device {device_kind}")
+    if device_kind == "cuda":
+        # A rank touches no other rank's GPU: even a question to a GPU takes memory there for the process's lifetime.
+        rank_device = device_of(f"cuda:{device_number or local_rank}")
+        torch.cuda.set_device(rank_device)
+    else:
+        rank_device = device_of(device)
+
+    # gloo carries tensors and objects of the CPU (checkpoints, logs), nccl those of GPUs.
+    backend = "cpu:gloo,cuda:nccl" if device_kind == "cuda" else "gloo"
+    if world_size > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        shape, names = ((size,), ("shard",)) if group == size else ((size // group, group), ("replicate", "shard"))
-        mesh = init_device_mesh(kind if kind in CUT else "cpu", shape, mesh_dim_names=names)
-        yield Process(dist.get_rank(), size, where, mesh)
+        mesh_device = device_kind if device_kind in FSDP_DEVICES else "cpu"
+        if shard_ranks == world_size:
+            mesh = init_device_mesh(mesh_device, (world_size,), mesh_dim_names=("shard",))
+        else:
+            # HSDP: the all-gathers of weights stay inside of a group, such as the 8 GPUs of a node.
+            replicas = world_size // shard_ranks
+            mesh = init_device_mesh(mesh_device, (replicas, shard_ranks), mesh_dim_names=("replicate", "shard"))
+        yield Process(dist.get_rank(), world_size, rank_device, mesh)
     finally:
         dist.destroy_process_group()
-        gc.collect()  # gloo threads still holding work would abort the interpreter at exit
+        gc.collect()  # gloo threads that still hold work would abort the interpreter at exit
+
+
+# ------------------------------------------------------------------------------ objects and signals
 
 
 def all_gather_objects(item: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
-    """What each rank holds, in the order of ranks, on every rank: any object that pickles."""
+    """The objects of all ranks, in the order of ranks, on every rank. Objects are pickled: use it for small ones."""
     items: list[Item] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item, group)
     return items
 
 
 def on_first_rank(run: Callable[[], Item], meanwhile: Callable[[], None] = lambda: None) -> Item:
-    """run() on rank 0, its result on all ranks; what it raises is raised on all ranks. The others do `meanwhile`."""
+    """run() on rank 0; its result, or the exception that it raises, on all ranks. The other ranks do `meanwhile`."""
     result = error = None
     if dist.get_rank() == 0:
         try:
@@ -111,112 +128,112 @@ def on_first_rank(run: Callable[[], Item], meanwhile: Callable[[], None] = lambd
     return result
 
 
-class Stop(Exception):
-    """The run must end before it is done; the exit code says why."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(code, message)  # both, so that it pickles
-        self.code, self.message = code, message
-
-
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """The numbers of the signals that asked to stop within the `with`; handlers are undone at its end."""
-    numbers: list[int] = []
-    watched = [getattr(signal, name, None) for name in ("SIGTERM", "SIGUSR1", "SIGINT")]  # Windows lacks SIGUSR1
-    before = {n: signal.signal(n, lambda number, _: numbers.append(number)) for n in watched if n is not None}
+    """The numbers of the signals that asked the process to stop within the block; old handlers return at its end."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+
+    old_handlers = {}
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):  # Windows lacks SIGUSR1
+            number = getattr(signal, name)
+            old_handlers[number] = signal.signal(number, note)
     try:
-        yield numbers
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------- the network
-
-
-def shard_flux(flux: Flux, process: Process, dtype: torch.dtype) -> None:
-    """Cut a Flux, block by block: weights and reductions in fp32, gathers and compute in `dtype`; or leave it as it is.
-
-    Inputs are not cast: `velocity_of` gives each its precision, and integer ids and fp32 times must stay so.
-    """
-    if process.device.type not in CUT or (process.world_size == 1 and dtype == torch.float32):
-        return
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here is in place
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in [*flux.double_blocks, *flux.single_blocks, flux]:
-        # The root too lets go of its weights: what it kept would be stale once `swapped` has changed the pieces.
-        fully_shard(block, mesh=process.mesh, mp_policy=policy, reshard_after_forward=True)
+# --------------------------------------------------------------------------------- sharded tensors
 
 
 @torch.no_grad()
 def fill(flux: Flux, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
-    """Give a Flux without memory its weights: each rank keeps its piece of a tensor, then reads the next."""
+    """Give a network on the meta device its memory and its weights, read one tensor at a time.
+
+    Every rank reads every tensor and keeps its own rows, so no rank ever holds the whole network.
+    """
     flux.to_empty(device=device)
     params = dict(flux.named_parameters())
     for name, tensor in tensors:
-        p = params[name]
-        if isinstance(p, DTensor):
-            tensor = distribute_tensor(tensor.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)
-        p.copy_(tensor)
+        param = params[name]
+        if isinstance(param, DTensor):
+            tensor = tensor.to(param.dtype)
+            # src_data_rank=None: every rank has the data, nothing is sent.
+            tensor = distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
+        param.copy_(tensor)
 
 
-def local_shard(p: Tensor) -> Tensor:
-    """This rank's piece of a tensor that may be cut."""
-    return p.to_local() if isinstance(p, DTensor) else p
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor, or the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_tensor(t: Tensor) -> Tensor:
-    """A tensor that may be cut, gathered; all ranks must ask for it together."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-@contextmanager
-def swapped(params: Sequence[Tensor], averaged: Sequence[Tensor]) -> Iterator[None]:
-    """Within, the parameters hold the averages, rounded if need be; their own values wait in the host's memory."""
-    held = [p.detach().to("cpu", copy=True) for p in params]
-    try:
-        copy_values(averaged, params)
-        yield
-    finally:
-        copy_values(held, params)
-
-
-@torch.no_grad()
-def copy_values(values: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    for p, value in zip(params, values, strict=True):
-        p.copy_(value)
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The all-gathered tensor, or the tensor itself if it is not sharded. All ranks must call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered_tensors(flux: Flux, dtype: torch.dtype, rank: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and trained tensors, each gathered in turn, on rank 0; the others must exhaust it too, and get nothing."""
-    for name, p in flux.named_parameters():
-        if not p.requires_grad:  # what a LoRA changes is in the base's folder
+    """Names and trained tensors, all-gathered one at a time, in the host's memory of rank 0.
+
+    The other ranks must exhaust the iterator too: they take part in each all-gather and get nothing.
+    """
+    for name, param in flux.named_parameters():
+        if not param.requires_grad:  # the frozen weights under a LoRA are in the base model's folder
             continue
-        tensor = full_tensor(p.detach())
+        tensor = full_tensor(param.detach())
         if rank == 0:
             yield name, tensor.to("cpu", dtype)
 
 
-# ----------------------------------------------------------------------------------------------- agreement
+@contextmanager
+def swapped(params: Sequence[Tensor], averages: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block, the parameters hold the averages; their own values wait in the host's memory."""
+    saved = [param.detach().to("cpu", copy=True) for param in params]
+    try:
+        copy_values(averages, params)
+        yield
+    finally:
+        copy_values(saved, params)
 
 
 @torch.no_grad()
-def weights_hash(parameters: Iterable[Tensor]) -> int:
-    """A number that differs if any weight does; of cut ones, of the pieces that this rank holds."""
-    pieces = [local_shard(p) for p in parameters]
-    wide = (x if x.device.type == "mps" else x.double() for x in pieces if x.numel())  # Apple's GPUs have no float64
-    sums = [torch.stack([x.sum(), (x * x).sum()]).cpu() for x in wide]
+def copy_values(values: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    for param, value in zip(params, values, strict=True):
+        param.copy_(value)
+
+
+# --------------------------------------------------------------------------------------- agreement
+
+
+@torch.no_grad()
+def weights_hash(params: Iterable[Tensor]) -> int:
+    """A number that differs if any weight of this rank's shards does."""
+    sums = []
+    for param in params:
+        shard = local_shard(param)
+        if not shard.numel():
+            continue
+        if shard.device.type != "mps":  # Apple's GPUs have no float64
+            shard = shard.double()
+        sums.append(torch.stack([shard.sum(), (shard * shard).sum()]).cpu())
     return hash(tuple(torch.stack(sums).flatten().tolist())) if sums else 0
 
 
-def check_agreement(process: Process, everywhere: dict[str, Any], params: Iterable[Tensor]) -> None:
-    """Raise Stop where ranks differ in what must be the same: `everywhere`, or copies of the same pieces of weights."""
-    piece = process.mesh.get_local_rank("shard")
-    everyone = all_gather_objects((piece, everywhere, weights_hash(params)))
-    for rank, (its_piece, its_values, its_weights) in enumerate(everyone):
-        if differing := [key for key in everywhere if its_values[key] != everyone[0][1][key]]:
-            raise Stop(1, f"rank {rank} has gone its own way: its {differing[0]} are not rank 0's; --resume goes on")
-        first = next(i for i, (p, *_) in enumerate(everyone) if p == its_piece)  # that holds the same piece
-        if its_weights != everyone[first][2]:
-            raise Stop(1, f"rank {rank} has gone its own way: its weights are not rank {first}'s; --resume goes on")
+def check_agreement(process: Process, shared: dict[str, Any], params: Iterable[Tensor]) -> None:
+    """Raise Stop on all ranks if ranks differ in what must be alike: `shared`, or the weights of replicas."""
+    shard_index = process.mesh.get_local_rank("shard")
+    everyone = all_gather_objects((shard_index, shared, weights_hash(params)))
+    first_with_shard: dict[int, int] = {}
+    for rank, (index, values, weights) in enumerate(everyone):
+        for name in shared:
+            if values[name] != everyone[0][1][name]:
+                raise Stop(1, f"rank {rank} has gone its own way: its {name} are not rank 0's; --resume goes on")
+        replica = first_with_shard.setdefault(index, rank)
+        if weights != everyone[replica][2]:
+            raise Stop(1, f"rank {rank} has gone its own way: its weights are not rank {replica}'s; --resume goes on")

@@ -17,9 +17,10 @@ def flags(cls: Class) -> Class:
     The strings beneath the fields become their help. Their line breaks are removed first, because tyro would print
     them and `--help` is read at 80 columns, not at the width of the source.
     """
-    own_fields = cls.__dict__.get("__annotations__", {})
+    annotations = inspect.get_annotations(cls)
     for name, text in help_texts(cls).items():
-        own_fields[name] = Annotated[own_fields[name], tyro.conf.arg(help=text)]
+        annotations[name] = Annotated[annotations[name], tyro.conf.arg(help=text)]
+    cls.__annotations__ = annotations
     return dataclass(frozen=True)(cls)
 
 

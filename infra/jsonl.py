@@ -1,4 +1,4 @@
-"""JSON lines: an object a line, so that a log survives a kill up to its last whole line."""
+"""JSON lines: one object per line, so that a log survives a kill up to its last whole line."""
 
 import json
 from pathlib import Path
@@ -10,29 +10,38 @@ Entry = dict[str, Any]
 
 
 def append_line(path: Path, entry: Entry) -> None:
+    """Add an object to a log."""
+    # Opened for each line: the file is complete up to here, whatever ends the process.
     with path.open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def read_log(path: Path) -> list[Entry]:
-    """The objects of a JSON-lines file; a last line that a kill cut short is left out.
+    """The objects of a log; none if there is no such file.
 
-    Raises ValueError naming the file and the line that is none.
+    Raises ValueError naming the file and the line that is not JSON.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if not path.exists():
+        return []
     entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entries += [json.loads(line)] if line.endswith("\n") else []
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, is damaged ({error}): remove that line") from None
+    with path.open() as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                break  # a kill interrupted the last write
+            try:
+                entries.append(json.loads(line))
+            except ValueError as error:
+                # Not by a kill, so the reader must decide what the line was.
+                raise ValueError(f"{path}, line {number}, is damaged ({error}): remove that line") from None
     return entries
 
 
 def truncate_log(path: Path, step: int) -> list[Entry]:
-    """Take from a log what a resumed run will write again, step `step` and after; returns what is left."""
-    entries = [e for e in read_log(path) if e["step"] < step]
+    """Remove the entries from `step` on, which a resumed run writes again, and return the entries that stay."""
+    entries = [entry for entry in read_log(path) if entry["step"] < step]
     if path.exists():
-        with replacing(path) as part:
-            part.write_text("".join(json.dumps(e) + "\n" for e in entries))
+        lines = [json.dumps(entry) + "\n" for entry in entries]
+        # In one step: a kill must not lose the log.
+        with replacing(path) as draft:
+            draft.write_text("".join(lines))
     return entries

@@ -1,10 +1,12 @@
-"""What a run tells and writes down: lines on the screen, metrics and evaluations, pictures, trackers."""
+"""What a run prints and writes down: lines on the screen, metrics and evaluations, pictures, trackers."""
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,80 +16,169 @@ from config import Config
 from infra.jsonl import Entry, append_line
 from infra.pictures import before_after, contact_sheet, curves
 from infra.trackers import open_trackers
-from infra.watch import preview_indices
+from infra.watch import folder_advice, preview_indices
+
+
+class UpdateLog(TypedDict):
+    """What the run itself logs of an update. Methods and rewards add values under other names."""
+
+    step: int  # the number of the update, from 0
+    reward: float
+    loss: NotRequired[float]  # a policy gradient has none
+    satisfied: float  # share of samples that have reached every lambda
+    grad_norm: float
+    forwards: int  # evaluations of the network, those with a backward among them
+    backwards: int
+    seconds: float
+    memory: float  # GB, the peak
+    tflops: float  # per rank
+    mfu: NotRequired[float]  # on GPUs whose peak is known
+
+
+class EvaluationLog(TypedDict):
+    """What the run itself logs of an evaluation. Rewards and the judge's tasks add values under other names."""
+
+    step: int  # updates made
+    reward: float
+    by_prompt: dict[str, list[float]]
+    seconds: float
+    saved_to: NotRequired[str]  # "best/" if the weights were kept there
 
 
 class Log:
-    """A run's voice, of rank 0 only: the others have one that is silent and writes nothing."""
+    """The voice of a run. Rank 0 prints and writes; on other ranks every call does nothing."""
 
-    def __init__(self, cfg: Config, out: Path, first: int, speaks: bool) -> None:
-        self.out, self.speaks = out, speaks
-        self.track = open_trackers(cfg.log if speaks else (), out, asdict(cfg), first)
-        self.bar = tqdm(total=cfg.updates, initial=first, unit="update", file=sys.stderr, disable=not speaks)
+    def __init__(self, cfg: Config, out: Path, first: int, is_first_rank: bool) -> None:
+        self.cfg = cfg
+        self.out = out
+        self.is_first_rank = is_first_rank
+        self.began = time.time()
+        self.lowered_lambda = False  # whether the warning of a loss that is zero was given
+        self.track = open_trackers(cfg.log if is_first_rank else (), out, asdict(cfg), first)
+        self.bar = tqdm(total=cfg.updates, initial=first, unit="update", file=sys.stderr, disable=not is_first_rank)
+
+    def seconds(self) -> float:
+        """Since the run started or was resumed."""
+        return time.time() - self.began
 
     def say(self, text: str) -> None:
-        if self.speaks:
+        """Print a line above the progress bar."""
+        if self.is_first_rank:
             self.bar.write(text)
 
     def update(self, entry: Entry) -> None:
-        """An update, in metrics.jsonl."""
-        if self.speaks:
+        """Log an update in metrics.jsonl."""
+        if self.is_first_rank:
             append_line(self.out / "metrics.jsonl", entry)
         self.track(entry["step"], entry, [])
         self.bar.set_postfix_str(f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}")
+        # A loss of zero trains nothing. A policy gradient has no loss and may meet a batch without a gradient.
+        if "loss" in entry and entry["grad_norm"] == 0 and not self.lowered_lambda:
+            self.lowered_lambda = True
+            self.say(self.zero_gradient_warning(entry))
 
-    def evaluation(self, entry: Entry, images: Tensor, captions: Sequence[str]) -> None:
-        """An evaluation, in eval.jsonl, and its images (n, 3, h, w), uint8, in samples/."""
+    def zero_gradient_warning(self, entry: Entry) -> str:
+        if entry["satisfied"] > 1 - 1e-6:
+            lam = " ".join(str(value) for value in self.cfg.lam) or "as the reward has it"
+            return f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned"
+        return "warning: the gradient is zero though rewards could rise: does the reward ignore the images?"
+
+    def evaluation(self, entry: Entry, images: Tensor, prompts: Sequence[str]) -> None:
+        """Log an evaluation in eval.jsonl, and two dozen of its images (n, 3, h, w), uint8, in samples/."""
         samples = self.out / "samples"
         sheet = samples / f"step_{entry['step']:04d}.png"
-        if self.speaks:
-            with self.forgiving():
-                contact_sheet(images / 255, captions, sheet, columns=8)
+        if self.is_first_rank:
+            with self.pictures_may_fail():
+                indices = preview_indices(prompts)
+                contact_sheet(images[indices] / 255, [prompts[i] for i in indices], sheet, columns=8)
                 if entry["step"] == 0:
-                    torch.save(images, samples / "first.pt")
-                torch.save(images, samples / "last.pt")
+                    torch.save(images[indices], samples / "first.pt")
+                torch.save(images[indices], samples / "last.pt")
             append_line(self.out / "eval.jsonl", entry)
         self.track(entry["step"], entry, [sheet] if sheet.exists() else [])
-        means = {k: v for k, v in entry.items() if isinstance(v, float) and k != "seconds"}
-        self.say(f"step {entry['step']:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
+        numbers = []
+        for name, value in entry.items():
+            if isinstance(value, float) and name != "seconds":
+                numbers.append(f"{name} {value:.3f}")
+        self.say(f"step {entry['step']:4d}  {'  '.join(numbers)}")
 
-    def pictures(self, prompts: Sequence[str], tasks: Sequence[str], evals: Sequence[Entry]) -> None:
-        """before_after.png, of the images of the first and the last evaluation, and curves.png."""
-        if self.speaks:
-            with self.forgiving():
-                curves(self.out, self.out / "curves.png", tasks)
-                samples = self.out / "samples"
-                pair = [torch.load(samples / f"{name}.pt", weights_only=True) / 255 for name in ("first", "last")]
-                chosen = preview_indices(prompts)
-                judged = [e.get("by_prompt", {}).get("judge") for e in (evals[0], evals[-1])]
-                right = [tuple(of_image[i] > 0.5 for of_image in judged) for i in chosen] if all(judged) else None
-                before_after(*pair, [prompts[i] for i in chosen], self.out / "before_after.png", right=right)
+    def finish(self, setup: Any, history: Any) -> None:
+        """Draw the run's pictures, and say what it wrote and which of best/ and final/ to use."""
+        if self.is_first_rank:
+            with self.pictures_may_fail():
+                self.draw(setup, history)
+        names = sorted(path.name for path in self.out.iterdir())
+        self.say(f"{self.seconds():.0f} s; wrote {self.out}: {', '.join(names)}")
+        if history.watched:
+            self.say(folder_advice(history.best, history.evaluations[-1], history.watched[0]))
+
+    def draw(self, setup: Any, history: Any) -> None:
+        """curves.png, and before_after.png of the images of the first and the last evaluation."""
+        prompts = setup.eval_prompts
+        tasks: dict[str, None] = {}  # in the order of the prompts
+        for reward in setup.watched:
+            if reward.task_of:
+                tasks |= dict.fromkeys(reward.task_of(prompt) for prompt in prompts)
+        curves(self.out, self.out / "curves.png", list(tasks))
+
+        samples = self.out / "samples"
+        before = torch.load(samples / "first.pt", weights_only=True) / 255
+        after = torch.load(samples / "last.pt", weights_only=True) / 255
+        indices = preview_indices(prompts)
+        first, last = history.evaluations[0], history.evaluations[-1]
+        is_right = None
+        if "judge" in first["by_prompt"] and "judge" in last["by_prompt"]:
+            scores = zip(first["by_prompt"]["judge"], last["by_prompt"]["judge"], strict=True)
+            pairs = [(score_before > 0.5, score_after > 0.5) for score_before, score_after in scores]
+            is_right = [pairs[i] for i in indices]
+        captions = [prompts[i] for i in indices]
+        before_after(before, after, captions, self.out / "before_after.png", right=is_right)
 
     @contextmanager
-    def forgiving(self) -> Iterator[None]:
+    def pictures_may_fail(self) -> Iterator[None]:
         """A picture that cannot be written, as on a full disk, is no reason to lose a run."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # the latter is torch.save's
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter
             self.say(f"warning: a picture is not written: {error}")
 
 
-def note_nonfinite(out: Path, step: int, seed: int, norm: float, ranks: Sequence[tuple], speaks: bool) -> str:
-    """Write down an update that came to a number that is not finite, for a replay; returns what to tell the user.
+def note_nonfinite(
+    out: Path,
+    update: int,
+    seed: int,
+    grad_norm: float,
+    values_of_ranks: Sequence[dict[str, Tensor]],
+    prompts: Sequence[str],
+    rank: int,
+) -> str:
+    """Write down an update that met a number that is not finite, for a replay; returns the message for the user.
 
-    ranks: of each rank what the method returned, a Tensor (b,) by name; what it took; and the prompts.
+    `values_of_ranks` has each rank's logged values, (rows,) each, and `prompts` are those of the whole batch.
     """
-    bad = [i for i, (values, *_) in enumerate(ranks) if not all(v.isfinite().all() for v in values.values())]
-    names = dict.fromkeys(k for values, *_ in ranks for k, v in values.items() if not v.isfinite().all())
-    where = f"on rank {', '.join(map(str, bad))}" if bad else "in the gradient, though every loss is finite"
-    notes = [{"prompts": prompts, **{k: v.tolist() for k, v in values.items()}} for values, _, prompts in ranks]
+    bad_ranks = []
+    bad_names: dict[str, None] = {}
+    for i, values in enumerate(values_of_ranks):
+        names = [name for name, value in values.items() if not value.isfinite().all()]
+        bad_names |= dict.fromkeys(names)
+        if names:
+            bad_ranks.append(i)
+    rows = len(prompts) // len(values_of_ranks)
+    prompts_of_ranks = [prompts[i * rows : (i + 1) * rows] for i in range(len(values_of_ranks))]
+
     file = out / "nonfinite.jsonl"
-    if speaks:
-        append_line(file, dict(step=step, seed=seed, grad_norm=norm, ranks=notes))
-    values, _, prompts = ranks[(bad or [0])[0]]
-    sound = torch.stack([v.isfinite() for v in values.values()]).all(0)  # (b,)
-    which = f"prompts such as {prompts[int(sound.int().argmin())]!r}"  # the first that is not, or of all
+    if rank == 0:
+        notes = []
+        for rank_prompts, values in zip(prompts_of_ranks, values_of_ranks):
+            notes.append({"prompts": rank_prompts, **{name: value.tolist() for name, value in values.items()}})
+        append_line(file, dict(step=update, seed=seed, grad_norm=grad_norm, ranks=notes))
+
+    # Name the first sample with such a number; where only the gradient has one, the first sample of all.
+    i = bad_ranks[0] if bad_ranks else 0
+    is_finite = torch.stack([value.isfinite() for value in values_of_ranks[i].values()]).all(0)  # (rows,)
+    prompt = prompts_of_ranks[i][int(is_finite.int().argmin())]
+    ranks = f"on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "in the gradient, though every loss is finite"
     return (
-        f"step {step}: {', '.join(names) or 'a number'} is not finite {where}; {which}. {file} has all of them. The "
-        "step would be the same again: --skip-nonfinite 1 leaves it out"
+        f"step {update}: {', '.join(bad_names) or 'a number'} is not finite {ranks}; prompts such as {prompt!r}. "
+        f"{file} has all of them. The step would be the same again: --skip-nonfinite 1 leaves it out"
     )

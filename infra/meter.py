@@ -32,6 +32,24 @@ class Meter:
         self.counts["backwards"] += backwards
 
 
+def _report(self, counts, cost, seconds):
+    n = len(counts)
+    forwards, backwards = (sum(c[k] for c in counts) for k in ("forwards", "backwards"))
+    entry = dict(forwards=forwards, backwards=backwards)
+    for name in counts[0]:
+        if name.startswith("seconds"):
+            entry[name] = sum(c[name] for c in counts) / n
+    entry["seconds_update"] = self.counts["seconds_update"]
+    entry["seconds"] = seconds
+    entry["memory"] = peak_memory(self.device)
+    flops = (forwards - backwards) * cost.forward + backwards * cost.both
+    entry["tflops"] = flops / seconds / n / 1e12
+    return entry
+
+
+Meter.report = _report
+
+
 class Flops(NamedTuple):
     """Floating-point operations of the transformer, for one sample."""
 

@@ -1,11 +1,10 @@
-"""The function that --method names, and its keywords: found, set by flags and options, and tried before a run."""
+"""The function that --method names: found, given its keywords by flags, and tried before anything is loaded."""
 
 import inspect
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,126 +15,139 @@ from baselines import Log
 from config import Config, Experiment, Method
 from infra.user_code import describe_error, file_hashes, is_user_code, load_function
 from leaps import Samples
-from rewards import LOGGED, OF_METHODS
+from samples import zero_samples
 
-UNSET = {f.name: f.default for f in fields(Method) if f.name not in ("method", "option")}  # then a method's own counts
+# Each field of the flag group Method is a keyword of some method, but these two.
+NO_KEYWORDS = ("method", "option")
 
 
-def find_method(name: str) -> Callable[..., dict[str, Tensor]]:
+class Trial(NamedTuple):
+    """What a method asked for and returned when it was tried."""
+
+    needs_gradient: bool  # of the rewards; a policy gradient takes the scores alone
+    needs_base: bool  # the untuned network
+    logged_names: set[str]
+
+
+# ---------------------------------------------------------------------------------- finding a method
+
+
+def find_method(name: str) -> Callable[..., Log]:
     """The function that --method names: of leaps.py or baselines.py, or FILE.py:FUNCTION. Raises ValueError."""
     if is_user_code(name):
         return load_function(name, "method")
-    function = {**vars(baselines), **vars(leaps)}.get(name)
+    function = getattr(leaps, name, None) or getattr(baselines, name, None)
     if not inspect.isfunction(function) or not is_method(inspect.signature(function)):
         raise ValueError(f"--method {name}: it is a function of leaps.py or baselines.py, or FILE.py:FUNCTION of yours")
     return function
 
 
 def is_method(signature: inspect.Signature) -> bool:
-    """Whether a function is one: (s: Samples, *, keyword=default, ...) -> dict[str, Tensor]."""
-    first, *others = signature.parameters.values() or [None]
-    keyword_only = all(p.kind is p.KEYWORD_ONLY for p in others)
-    return first is not None and first.annotation is Samples and keyword_only and signature.return_annotation == Log
+    """Whether a signature is that of a method: (s: Samples, *, keyword=default, ...) -> dict[str, Tensor]."""
+    if not signature.parameters or signature.return_annotation != Log:
+        return False
+    samples, *keywords = signature.parameters.values()
+    return samples.annotation is Samples and all(p.kind is p.KEYWORD_ONLY for p in keywords)
 
 
 def method_keywords(method: Callable) -> dict[str, Any]:
-    """The options of a method and their defaults."""
-    parameters = list(inspect.signature(method).parameters.values())[1:]
-    return {p.name: p.default for p in parameters}
+    """The keywords of a method and their defaults."""
+    keywords = list(inspect.signature(method).parameters.values())[1:]  # the first one is the samples
+    return {keyword.name: keyword.default for keyword in keywords}
+
+
+# ---------------------------------------------------------------------------------- flags and keywords
+
+
+def keyword_flags() -> dict[str, Any]:
+    """The flags that are keywords of methods, with the value that leaves a keyword at the method's own default."""
+    return {field.name: field.default for field in fields(Method) if field.name not in NO_KEYWORDS}
 
 
 def method_options(cfg: Config, preset: Config) -> dict[str, Any]:
-    """What the flags say of the method's keywords. Raises ValueError for a flag that it does not have."""
-    known = method_keywords(find_method(cfg.method))
-    for name in UNSET:
-        if name not in known and getattr(cfg, name) not in (UNSET[name], getattr(preset, name)):
-            raise ValueError(
-                f"--{name.replace('_', '-')} means nothing with --method {cfg.method}, which has no such keyword"
-            )
-    given = {name: getattr(cfg, name) for name, unset in UNSET.items() if getattr(cfg, name) != unset}
-    options = {name: value for name, value in given.items() if name in known}
+    """The keywords of the method that flags and --option set.
+
+    A flag that the method does not have is refused, unless the preset has it. Raises ValueError naming the flag.
+    """
+    keywords = method_keywords(find_method(cfg.method))
+    options = {}
+    for name, unset in keyword_flags().items():
+        value = getattr(cfg, name)
+        if value == unset:
+            continue
+        if name in keywords:
+            options[name] = value
+        elif value != getattr(preset, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} means nothing with --method {cfg.method}, which has no such keyword")
     for text in cfg.option:
-        name, equals, value = text.partition("=")
-        # A keyword of yours may be called as a flag is, and mean something else.
-        own = [name for name in known if name not in UNSET or is_user_code(cfg.method)]
-        if not equals or name not in own:
-            raise ValueError(
-                f"--option {text}: NAME=VALUE, of the keywords of {cfg.method} that are no flags: "
-                f"{', '.join(own) or 'none'}"
-            )
-        try:
-            options[name] = value if isinstance(known[name], str) else json.loads(value.lower())
-        except ValueError:
-            raise ValueError(f"--option {text}: {value!r} is no number, true, false or null") from None
+        name, value = parse_option(text, cfg.method, keywords)
+        options[name] = value
     return options
 
 
+def parse_option(text: str, method: str, keywords: dict[str, Any]) -> tuple[str, Any]:
+    """Name and value of an --option NAME=VALUE. Raises ValueError if the method has no such keyword of its own."""
+    # A keyword of the user's method may be called as a flag is, and mean something else.
+    names = list(keywords) if is_user_code(method) else [n for n in keywords if n not in keyword_flags()]
+    name, equals, value = text.partition("=")
+    if not equals or name not in names:
+        known_names = ", ".join(names) or "none"
+        raise ValueError(f"--option {text}: NAME=VALUE, of the keywords of {method} that are no flags: {known_names}")
+    if isinstance(keywords[name], str):
+        return name, value
+    try:
+        return name, json.loads(value.lower())  # numbers, true, false, null
+    except ValueError:
+        raise ValueError(f"--option {text}: {value!r} is no number, true, false or null") from None
+
+
 def recorded_flags(cfg: Config) -> dict[str, Any]:
-    """The flags as config.json has them: of keywords only the method's, with the values that count."""
-    known = method_keywords(find_method(cfg.method))
-    left = [name for name, unset in UNSET.items() if name not in known or getattr(cfg, name) == unset]
-    return json.loads(json.dumps(asdict(cfg) | {name: known.get(name, UNSET[name]) for name in left}, default=str))
-
-
-def user_code_hashes(cfg: Config) -> dict[str, str]:
-    """The user's files that a run is made with, each with a hash."""
-    return file_hashes([cfg.method, *cfg.reward, *cfg.watch])
+    """The flags as config.json has them: each keyword of the method with the value that counts, others unset."""
+    keywords = method_keywords(find_method(cfg.method))
+    flags = asdict(cfg)
+    for name, unset in keyword_flags().items():
+        if name not in keywords:
+            flags[name] = unset
+        elif flags[name] == unset:
+            flags[name] = keywords[name]
+    return json.loads(json.dumps(flags, default=str))  # tuples become lists, as they are read back
 
 
 def resume_flags(cfg: Config) -> list[str]:
-    """What --resume must find unchanged: the experiment, and the method with its keywords."""
-    names = [f.name for f in fields(Experiment) if f.name not in ("prompts", "eval_prompts")]  # see check_prompts
-    names += ["method", "option", *(name for name in method_keywords(find_method(cfg.method)) if name in UNSET)]
-    return names + ["updates"] * cfg.decay  # the learning rate falls over all of them
+    """The flags that --resume must find unchanged: the experiment's, and the method with its keywords."""
+    # Prompts are compared by their content, because their files may have moved.
+    names = [field.name for field in fields(Experiment) if field.name not in ("prompts", "eval_prompts")]
+    names += NO_KEYWORDS
+    names += [name for name in method_keywords(find_method(cfg.method)) if name in keyword_flags()]
+    if cfg.decay:
+        names.append("updates")  # the learning rate falls over all of them
+    return names
 
 
-def on_zeros(
-    method: Callable, levels: Tensor, b: int, generator: torch.Generator, update: int = 0
-) -> tuple[Any, Counter[str]]:
-    """Run a method on b samples of zeros, without a network: what it returns, and how often it called what.
-
-    "nested" counts the vjp's that were asked for (dv/dx)^T u too.
-    """
-    calls, zeros = Counter(), torch.zeros(b, 1, 1)
-
-    def note(name: str, value: Tensor) -> Tensor:
-        calls[name] += 1
-        return value
-
-    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
-        calls["nested"] += wrt_x
-        into_x = note("vjp", torch.zeros_like(x))
-        return into_x if wrt_x else None
-
-    samples = Samples(
-        noise=lambda i: zeros,
-        sigmas=levels,
-        generator=generator,
-        velocity=lambda x, sigma: note("velocity", torch.zeros_like(x)),
-        vjp=vjp,
-        reward=lambda x0, weight=None: note("reward", torch.zeros_like(x0)),
-        score=lambda x0: note("score", zeros[:, 0, 0]),
-        total=b,
-        update=update,
-    )
-    return method(samples), calls
+def user_code_hashes(cfg: Config) -> dict[str, str]:
+    """The user's files that a run is made with, each with a hash of its content."""
+    return file_hashes([cfg.method, *cfg.reward, *cfg.watch])
 
 
-def try_method(method: Callable, levels: Tensor, group: int) -> bool:
-    """Run a method once on zeros: whether it asks for the rewards' gradient. Raises ValueError if it cannot run."""
+# ----------------------------------------------------------------------------------------- the trial
+
+
+def try_method(method: Callable, sigmas: Tensor, group: int) -> Trial:
+    """Run a method once on samples of zeros, without a network. Raises ValueError if it cannot be used in a run."""
     b = 2 * group
+    samples, calls = zero_samples(sigmas, b, torch.Generator())
     try:
-        log, asked = on_zeros(method, levels, b, torch.Generator())
-    except ValueError as error:
+        log = method(samples)
+    except ValueError as error:  # a method's own word on its keywords
         raise ValueError(f"--method: {error}") from error
     except Exception as error:
         raise ValueError(f"--method fails on zeros: {describe_error(error)}") from error
-    if "vjp" not in asked:
-        raise ValueError(f"--method makes no gradient: it never calls vjp in a rollout of {len(levels) - 1} steps")
-    if not asked.keys() & {"reward", "score"}:
+    if not calls["vjp"]:
+        raise ValueError(f"--method makes no gradient: it never calls vjp in a rollout of {len(sigmas) - 1} steps")
+    if not calls["reward"] and not calls["score"]:
         raise ValueError("--method asks for no reward: it never calls reward or score")
-    if not isinstance(log, dict) or not all(isinstance(v, Tensor) and v.shape in ((), (b,)) for v in log.values()):
+    values = log.values() if isinstance(log, dict) else [None]
+    if not all(isinstance(value, Tensor) and value.shape in ((), (b,)) for value in values):
         raise ValueError("--method must return a dict of tensors to log, a value a sample (b,) or one for all ()")
-    if taken := sorted(log.keys() & (LOGGED - OF_METHODS)):
-        raise ValueError(f"--method logs {taken[0]!r}, which is a name of the run's own: call it something else")
-    return "reward" in asked
+    return Trial(calls["reward"] > 0, calls["base"] > 0, set(log))

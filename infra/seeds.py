@@ -1,9 +1,12 @@
-"""Randomness that is a function of numbers, such as a run's seed and a step, and of nothing that was drawn before."""
+"""Random numbers that depend on a key, such as (seed, step), and on nothing that was drawn earlier."""
 
 import numpy as np
 import torch
 
 
 def generator_of(*key: int) -> torch.Generator:
-    """A CPU generator, another one for each key; numpy takes a key that ends in zeros for the one without them."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    """A CPU generator for a key.  Keys that differ only in zeros at their end have the same generator."""
+    # SeedSequence mixes the numbers, so that (0, 1) and (1, 0) are unrelated; a sum of them would not.
+    sequence = np.random.SeedSequence(key)
+    seed = int(sequence.generate_state(1)[0])
+    return torch.Generator().manual_seed(seed)

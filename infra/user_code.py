@@ -1,97 +1,88 @@
-"""A function from a file of the user's, named FILE.py:FUNCTION: a reward, or a method.
+"""A function from a user's file, named FILE.py:FUNCTION on the command line: a reward or a method.
 
-What the file imports is the user's: their installed packages, and the files beside theirs, even those that are called
-as one of ours is (config.py, model.py, ...).  None of it takes the place of our own modules.
+The file may import our modules, installed packages, and the modules beside it.  Python looks for them in this order, so
+nothing of the user's replaces a module of ours, whatever its name.
 """
 
+import ast
 import hashlib
-import importlib.util
-import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
-from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def is_user_code(spec: str) -> bool:
-    """Whether a name on the command line is one of a file's functions."""
+    """Whether a name on the command line means a function of a user's file."""
     return ".py:" in spec
 
 
 def file_hashes(specs: Iterable[str]) -> dict[str, str]:
-    """A hash of each file that some of the names are functions of."""
-    files = {re.match(r"(.*?\.py):", spec).group(1) for spec in specs if is_user_code(spec)}
-    return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:8] for f in sorted(files) if Path(f).is_file()}
+    """A hash of every file that the user's functions among `specs` come from; a run records them."""
+    hashes = {}
+    for spec in filter(is_user_code, specs):
+        # A reward's spec may end with a weight, FILE.py:FUNCTION:0.5.
+        file = Path(spec.partition(".py:")[0] + ".py")
+        if file.is_file():
+            digest = hashlib.sha256(file.read_bytes())
+            hashes[str(file)] = digest.hexdigest()[:8]
+    return hashes
 
 
-def load_function(spec: str, kind: str) -> Callable[..., Any]:
-    """The function that FILE.py:FUNCTION names; `kind` (reward, method) is what errors call it.
+def load_function(spec: str, kind: str) -> Callable:
+    """The function that FILE.py:FUNCTION names; `kind`, reward or method, is its name in errors.
 
-    Raises ValueError if there is no such file or function, or the file does not run.
+    Raises ValueError if there is no such file or function, if the file does not run, or if a module beside it is hidden
+    by another of the same name.
     """
     file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
+    path = Path(file).resolve()
+    if not path.is_file():
         raise ValueError(f"no file {file!r} for the {kind} {spec!r}")
-    folder, theirs = Path(file).resolve().parent, {}
-    clash = top_names(folder) & top_names(ROOT) if folder != ROOT else set()
-    module_spec = importlib.util.spec_from_file_location(f"{kind}_{Path(file).stem}", file)
-    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
+
+    # Behind our own folder, which stays first.  It is never removed: the function may import when it is called.
+    sys.path.append(str(path.parent))
+    with suppress(SyntaxError):  # raised again below, with its line
+        check_neighbours(path)
+
+    # No import statement can mean a name with a space, so the file may be called clip.py or logs.py.
+    module_spec = spec_from_file_location(f"{kind} {path.stem}", path)
+    module = module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look up their module
     try:
-        with beside(folder, clash, theirs):
-            module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the latter by a main() or parse_args() that nothing guards
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # a script's main() ends with SystemExit
         raise ValueError(f"{kind} file {file} does not run: {describe_error(error)}") from error
+
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{file} defines no function {name!r}")
-    if not clash:
-        return function
-
-    @wraps(function)
-    def called(*args: Any, **options: Any) -> Any:  # with its modules, for what it imports only now
-        with beside(folder, clash, theirs):
-            return function(*args, **options)
-
-    return called
+    return function
 
 
-@contextmanager
-def beside(folder: Path, clash: set[str], theirs: dict[str, ModuleType]) -> Iterator[None]:
-    """Within, imports look into `folder` first, and the names in `clash` are the user's modules, kept in `theirs`."""
+def check_neighbours(path: Path) -> None:
+    """Raise ValueError if a file imports a module beside it by a name for which Python finds another module."""
+    # All imports of the file, also those within functions.
+    modules = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules.append(node.module or "")  # none in `from . import`, which fails in a file on its own
 
-    def clashing() -> dict[str, ModuleType]:
-        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in clash}
-
-    ours = clashing()
-    for name in ours:
-        del sys.modules[name]
-    sys.modules.update(theirs)
-    path = str(folder)
-    sys.path.insert(0, path)
-    try:
-        yield
-    finally:
-        sys.path.remove(path)
-        if path not in sys.path:
-            sys.path.append(path)  # for what a function imports only when it is called
-        theirs.update(clashing())
-        for name in clashing():
-            del sys.modules[name]
-        sys.modules.update(ours)
-
-
-def top_names(folder: Path) -> set[str]:
-    """What can be imported from a folder: its files and packages."""
-    return {f.stem for f in folder.glob("*.py")} | {f.parent.name for f in folder.glob("*/__init__.py")}
+    folder = path.parent
+    for module in modules:
+        name = module.partition(".")[0]
+        for neighbour in (folder / f"{name}.py", folder / name / "__init__.py"):
+            if neighbour.is_file() and neighbour != path:
+                origin = find_spec(name).origin
+                if Path(origin).resolve() != neighbour:
+                    raise ValueError(f"{path} imports {name}: Python finds {origin}, not {neighbour}. Rename yours")
 
 
 def describe_error(error: BaseException) -> str:
-    """An error of the user's code, with the line that raised it."""
+    """An error of a user's code, with the file and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"

@@ -16,9 +16,9 @@ from infra.anchor import anchored
 from infra.checks import check_flags
 from infra.distributed import Process, full_tensor, join, local_shard
 from infra.meter import Meter
-from leaps import Samples, leapalign, rollout
+from leaps import Samples, leapalign, rollout, vjp_of
 from sample import encode, token_grid, velocity_of
-from start import Setup, prepare
+from start import Setup, batch_prompts
 from tests.processes import spread
 
 PROMPTS = ["a photo of a red circle", "a photo of three squares"]
@@ -44,27 +44,41 @@ def test_the_gradient_is_the_methods_and_that_of_the_distance_at_a_fixed_state()
     with torch.no_grad():
         network[0].weight += 0.1
     x, u, sigma = torch.randn(5, 4, 3).double(), torch.randn(5, 4, 3).double(), torch.tensor(0.5).double()
-    distances: list[Tensor] = []
 
     def velocity(of: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
         return sigma * of(x)
 
-    vjp = anchored(partial(velocity, network), partial(velocity, base), 0.7, distances.append)
-    into_x = vjp(x, sigma, u, wrt_x=True)
-    ours = torch.cat([p.grad.flatten() for p in network.parameters()])
-    network.zero_grad()
-    assert vjp(x, sigma, u) is None
-    without_x = torch.cat([p.grad.flatten() for p in network.parameters()])
+    def method(s: Samples) -> dict[str, Tensor]:
+        gradients.append(s.vjp(x, sigma, u, wrt_x=True))
+        return {}
+
+    def method_without_x(s: Samples) -> dict[str, Tensor]:
+        gradients.append(s.vjp(x, sigma, u))
+        return {}
+
+    gradients: list[Tensor | None] = []
+    samples = Samples(
+        noise=None, sigmas=None, generator=None, reward=None, score=None, update=0,
+        velocity=torch.no_grad()(partial(velocity, network)), base=torch.no_grad()(partial(velocity, base)),
+        vjp=vjp_of(partial(velocity, network)), total=5,
+    )  # fmt: skip
+    logs, ours = [], []
+    for case in (method, method_without_x):
+        logs.append(anchored(case, 0.7)(samples))
+        ours.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+        network.zero_grad()
+    into_x, nothing = gradients
+    assert nothing is None
 
     leaf = x.clone().requires_grad_()
     v, near = velocity(network, leaf, sigma), velocity(base, x, sigma)
     distance = (v - near).square().mean((1, 2))
     (expected_x,) = torch.autograd.grad((u * v).sum(), leaf, retain_graph=True)
-    expected = torch.autograd.grad((u * v).sum() + 0.7 * distance.sum(), list(network.parameters()))
+    expected = torch.autograd.grad((u * v).sum() + 0.7 * distance.mean(), list(network.parameters()))
     torch.testing.assert_close(into_x, expected_x, atol=1e-12, rtol=1e-10)
-    for gradient in (ours, without_x):
+    for gradient in ours:
         torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in expected]), atol=1e-12, rtol=1e-10)
-    assert all(torch.allclose(d, distance) for d in distances) and len(distances) == 2
+    assert all(torch.allclose(log["anchor"], distance) for log in logs)
 
 
 # ---------------------------------------------------------------------------------------- in a run
@@ -78,12 +92,12 @@ def move(flux: nn.Module, by: float) -> None:
                 local_shard(p).add_(by)
 
 
-def gradient(cfg: Config, world: Process, by: float = 0.0, **changes) -> tuple[Tensor, dict[str, Tensor], Setup]:
+def gradient(cfg: Config, process: Process, by: float = 0.0, **changes) -> tuple[Tensor, dict[str, Tensor], Setup]:
     """A batch's gradient once the weights have moved, what was logged, and the inputs."""
     cfg = replace(cfg, **changes)
-    setup = prepare(cfg, world)
+    setup = train.set_up(cfg, process)
     move(setup.pipe.flux, by)
-    log, _ = train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
+    log = train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
     return gradient_in(setup), log, setup
 
 
@@ -93,9 +107,9 @@ def gradient_in(setup: Setup) -> Tensor:
 
 @pytest.mark.parametrize("lora", [None, 4])
 def test_at_the_base_it_changes_nothing(cfg, lora):
-    with join("cpu") as world:
-        ours, log, _ = gradient(cfg, world, lora=lora)
-        plain, _, _ = gradient(cfg, world, lora=lora, anchor=0.0)
+    with join("cpu") as process:
+        ours, log, _ = gradient(cfg, process, lora=lora)
+        plain, _, _ = gradient(cfg, process, lora=lora, anchor=0.0)
     assert (log["anchor"] == 0).all()
     torch.testing.assert_close(ours, plain, atol=1e-7, rtol=1e-5)
 
@@ -113,12 +127,13 @@ def test_in_a_run_it_adds_the_gradient_of_the_distance_at_the_leap_states(cfg, l
 
         return leapalign(s._replace(vjp=vjp))
 
-    with join("cpu") as world:
-        ours, log, _ = gradient(cfg, world, by, lora=lora)
-        plain, _, _ = gradient(cfg, world, by, lora=lora, anchor=0.0)
-        setup = prepare(replace(cfg, lora=lora, anchor=0.0), world)
+    with join("cpu") as process:
+        ours, log, _ = gradient(cfg, process, by, lora=lora)
+        plain, _, _ = gradient(cfg, process, by, lora=lora, anchor=0.0)
+        setup = train.set_up(replace(cfg, lora=lora, anchor=0.0), process)
         move(setup.pipe.flux, by)
-        _, prompts = train.batch_gradient(cfg, replace(setup, method=recording), world, 0, Meter(world.device))
+        train.batch_gradient(cfg, replace(setup, method=recording), process, 0, Meter(process.device))
+        prompts = batch_prompts(cfg, setup, 0)
         setup.pipe.flux.zero_grad()
         text, base = encode(setup.pipe, prompts), load_pipeline(cfg.model)
         size = token_grid(setup.pipe, 64, 64)
@@ -137,24 +152,26 @@ def test_in_a_run_it_adds_the_gradient_of_the_distance_at_the_leap_states(cfg, l
 
 
 def moved_gradient(cfg: Config) -> Tensor:
-    with join("cpu") as world:
-        return gradient(cfg, world, 1e-3)[0]
+    with join("cpu") as process:
+        return gradient(cfg, process, 1e-3)[0]
 
 
 def test_it_is_the_same_on_two_ranks_and_in_parts(cfg):
     one = spread(1, moved_gradient, cfg)[0]
-    for changes in (dict(), dict(micro_batch=1), dict(keep_gathered=True, rollout_batch=2)):
+    for changes in (dict(), dict(micro_batch=1), dict(rollout_batch=2)):
         for two in spread(2, moved_gradient, replace(cfg, **changes)):
             assert (two - one).norm() < 5e-5 * one.norm()
 
 
 def test_an_update_costs_what_is_counted(cfg):
     flags = "--rollout-steps 4 --batch 8 --anchor 3"
-    with join("cpu") as world:
-        setup, meter = prepare(cfg, world), Meter(world.device)
-        train.batch_gradient(cfg, setup, world, 0, meter)
+    with join("cpu") as process:
+        setup, meter = train.set_up(cfg, process), Meter(process.device)
+        train.batch_gradient(cfg, setup, process, 0, meter)
     assert cost(meter.counts["forwards"], meter.counts["backwards"]) == spent("leapalign", flags, 1)
-    assert spent("leapalign", flags, 1) == 8 * (4 + 2 * 3 + 2 + 3)  # the base at both leaps, the second one again
+    assert spent("leapalign", flags, 1) == 8 * (
+        4 + 2 * 3 + 2 * 2 + 3
+    )  # network and base at both leaps, and the second leap again
 
 
 @pytest.mark.parametrize("flags", [dict(lora=4, lr=3e-3), dict(bf16=True, lean=True)])
@@ -168,12 +185,12 @@ def test_a_run_with_one_stays_nearer_to_the_base(cfg, flags):
 def apart_after(cfg: Config, updates: int = 6) -> float:
     """Mean squared distance of the velocity from the base's, at the states of the base's rollout."""
     cfg = replace(cfg, decay=False)
-    with join("cpu") as world:
-        setup = prepare(cfg, world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
+        run = train.make_state(cfg, setup.pipe.flux)
         for step in range(updates):
-            train.update(cfg, setup, world, run, step)
-        base, levels = load_pipeline(cfg.model), setup.sizes[0].levels
+            train.one_update(cfg, setup, run, process, step)
+        base, levels = load_pipeline(cfg.model), setup.sizes[0].sigmas
         text, size = encode(base, PROMPTS), token_grid(base, 64, 64)
         noise = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -184,5 +201,5 @@ def apart_after(cfg: Config, updates: int = 6) -> float:
 
 
 def test_a_negative_one_is_refused(cfg):
-    with pytest.raises(ValueError, match="--anchor must not be negative"), join("cpu") as world:
-        check_flags(replace(cfg, anchor=-1.0), world)
+    with pytest.raises(ValueError, match="--anchor must not be negative"), join("cpu") as process:
+        check_flags(replace(cfg, anchor=-1.0), process)

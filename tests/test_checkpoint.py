@@ -32,7 +32,7 @@ from infra.files import PART
 from infra.jsonl import append_line, read_log, truncate_log
 from infra.logs import note_nonfinite
 from infra.trackers import open_trackers
-from start import of_best, prepare
+from start import batch_prompts, evaluation_of_best
 from tests.processes import spread, start
 
 ROOT = Path(train.__file__).parent
@@ -51,8 +51,8 @@ def base(tmp_path_factory) -> Config:
 def run(cfg: Config) -> str:
     """Train; returns "" or why it stopped."""
     try:
-        with join("cpu", cfg.shard) as world:
-            train.train(cfg, prepare(cfg, world), world)
+        with join("cpu", cfg.shard) as process:
+            train.run(cfg, train.set_up(cfg, process), process)
     except (train.Stop, ValueError) as error:
         return f"{getattr(error, 'code', 2)} {getattr(error, 'message', error)}"
     return ""
@@ -101,8 +101,8 @@ def stopped_after(cfg: Config, step: int) -> None:
     def stop(*args, **kwargs):
         raise ValueError("enough")
 
-    real = train.update
-    train.update = lambda c, s, w, r, i: real(c, s, w, r, i) if i < step else stop()
+    real = train.one_update
+    train.one_update = lambda *args: real(*args) if args[-1] < step else stop()
     run(cfg)
 
 
@@ -131,7 +131,9 @@ def test_a_run_resumes_on_another_number_of_ranks(before, after, base, undisturb
 def test_other_flags_than_the_runs_are_refused_but_not_those_that_only_cost_time(base, undisturbed):
     again = replace(undisturbed, resume=True)
     assert completed(1, replace(again, lr=1.0)).startswith("2 --resume with --lr 1.0, but")
-    assert completed(1, replace(again, updates=9)).startswith("2 --resume with --updates 9")  # lr falls over all of them
+    assert completed(1, replace(again, updates=9)).startswith(
+        "2 --resume with --updates 9"
+    )  # lr falls over all of them
     assert completed(1, replace(again, at=3)) == f"2 --at 3: {again.out} has step_000006, step_000008"
     assert completed(1, replace(again, micro_batch=2, keep=3)) == ""
 
@@ -156,7 +158,7 @@ def test_a_run_resumed_from_an_older_checkpoint_forgets_the_newer_ones(undisturb
 def test_a_best_model_of_after_an_older_checkpoint_is_kept_beside_what_is_made_again(undisturbed, tmp_path):
     cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True, at=6)
     evals = read_log(cfg.out / "eval.jsonl")
-    evals[-1] |= dict(judge=2.0, kept="best/")  # of step 8
+    evals[-1] |= dict(judge=2.0, saved_to="best/")  # of step 8
     (cfg.out / "eval.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
     (cfg.out / "best" / "mine.txt").write_text("of step 8")
     assert completed(1, cfg) == ""
@@ -182,18 +184,15 @@ def failing_once(cfg: Config) -> tuple[str, list[int]]:
 def test_a_best_model_that_could_not_be_written_gives_way_to_the_next_that_can(base, tmp_path):
     ((message, steps),) = spread(1, failing_once, replace(base, out=tmp_path / "run"))
     assert message == "" and steps[:2] == [0, 4] and (tmp_path / "run" / "best").exists()
-    assert ["kept" in entry for entry in read_log(tmp_path / "run" / "eval.jsonl")][:2] == [False, True]
+    assert ["saved_to" in entry for entry in read_log(tmp_path / "run" / "eval.jsonl")][:2] == [False, True]
 
 
-def test_best_is_of_the_evaluation_that_the_log_says_and_in_older_logs_of_the_highest(tmp_path):
-    setup, log = SimpleNamespace(watched=[SimpleNamespace(name="judge")]), tmp_path / "eval.jsonl"
+def test_best_is_of_the_evaluation_that_the_log_says(tmp_path):
+    log = tmp_path / "eval.jsonl"
     (tmp_path / "best").mkdir()
-    for judge in (0.1, 0.9, 0.2):
-        append_line(log, dict(step=judge, judge=judge))
-    assert of_best(tmp_path, setup)["judge"] == 0.9
-    append_line(log, dict(step=3, judge=0.3, kept="best/"))
+    append_line(log, dict(step=3, judge=0.3, saved_to="best/"))
     append_line(log, dict(step=4, judge=0.95))  # the disk was full
-    assert of_best(tmp_path, setup)["judge"] == 0.3
+    assert evaluation_of_best(tmp_path, ["judge"])["judge"] == 0.3
 
 
 def test_a_run_that_is_made_longer_keeps_what_its_end_was_evaluated_as(base, tmp_path):
@@ -220,7 +219,7 @@ def not_a_number_at_first(cfg: Config) -> str:
 
 def test_a_first_evaluation_that_is_no_number_gives_way_to_the_next(base, tmp_path):
     assert spread(1, not_a_number_at_first, replace(base, out=tmp_path / "run")) == [""]
-    assert ["kept" in entry for entry in read_log(tmp_path / "run" / "eval.jsonl")][:2] == [True, True]
+    assert ["saved_to" in entry for entry in read_log(tmp_path / "run" / "eval.jsonl")][:2] == [True, True]
 
 
 def test_export_writes_the_averaged_weights_of_any_checkpoint(undisturbed, tmp_path):
@@ -335,14 +334,14 @@ def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_there_before
 
 def signalled(cfg: Config, number: int) -> str:
     """Train; in the third update the last rank gets a signal."""
-    real = train.update
+    real = train.one_update
 
-    def update(c, setup, world, r, step):
-        if step == 2 and world.rank == world.world_size - 1:
+    def one_update(c, setup, state, process, update):
+        if update == 2 and process.rank == process.world_size - 1:
             os.kill(os.getpid(), number)
-        return real(c, setup, world, r, step)
+        return real(c, setup, state, process, update)
 
-    train.update = update
+    train.one_update = one_update
     return run(cfg)
 
 
@@ -372,7 +371,7 @@ def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
     assert process.returncode == 1 and "stopped by signal" in said and "--resume goes on" in said, said
     done = int(checkpoint_folders(cfg.out)[-1].name[-6:])
     assert len(read_log(cfg.out / "metrics.jsonl")) == done < 1000
-    assert completed(1, replace(cfg, steps=done + 1)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == done + 1
+    assert completed(1, replace(cfg, updates=done + 1)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == done + 1
 
 
 # ------------------------------------------------------------------------------------- damaged, full
@@ -405,7 +404,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(how, file, base, undisturbed
 def full_disk(cfg: Config) -> tuple[str, str]:
     """A file may not grow beyond 20 MB: checkpoints need twice that."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    real = train.save_checkpoint
+    real = checkpoints.save_checkpoint
 
     def save(out, run_, step, keep):
         limit = 20_000_000 if step >= 4 else resource.RLIM_INFINITY
@@ -414,7 +413,7 @@ def full_disk(cfg: Config) -> tuple[str, str]:
         run_.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    train.save_checkpoint = save
+    checkpoints.save_checkpoint = save
     return told(cfg)
 
 
@@ -450,7 +449,7 @@ def without_room(cfg: Config, what: str) -> tuple[str, str]:
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for name in ("contact_sheet", "before_after", "curves") if what == "pictures" else ("append",):
+    for name in ("contact_sheet", "before_after", "curves") if what == "pictures" else ("append_line",):
         setattr(logs, name, fail)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         return run(cfg), said.getvalue()
@@ -472,10 +471,10 @@ def poisoned(cfg: Config, at: int, rank: int) -> str:
     """The reward of one rank is NaN at one step."""
     real = train.gradient
 
-    def gradient(c, setup, prompts, step, *others):
-        values = real(c, setup, prompts, step, *others)
-        now = step == at and int(os.environ["RANK"]) == rank
-        return values | {"loss": values["loss"] * float("nan")} if now else values
+    def gradient(c, setup, process, update, *others):
+        values = real(c, setup, process, update, *others)
+        is_poisoned = update == at and process.rank == rank
+        return values | {"loss": values["loss"] * float("nan")} if is_poisoned else values
 
     train.gradient = gradient
     return run(cfg)
@@ -486,8 +485,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, 
     for message in spread(2, poisoned, cfg, 5, 1):
         assert message.startswith("3 step 5: loss is not finite on rank 1; prompts such as")
     (entry,) = read_log(cfg.out / "nonfinite.jsonl")
-    with join("cpu") as world:
-        prompts = train.draw_prompts(cfg, prepare(replace(cfg, resume=True), world), 5)
+    with join("cpu") as process:
+        prompts = batch_prompts(cfg, train.set_up(replace(cfg, resume=True), process), 5)
     assert entry["step"] == 5 and entry["seed"] == 0 and {rank["k"][0] for rank in entry["ranks"]} == {1.0}
     assert entry["ranks"][0]["prompts"] + entry["ranks"][1]["prompts"] == prompts
     assert checkpoint_folders(cfg.out)[-1].name == "step_000005"  # the weights before the step, to replay it
@@ -495,14 +494,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, 
     assert [e["step"] for e in read_log(cfg.out / "metrics.jsonl")] == list(range(8))
 
 
-def test_what_is_told_names_a_prompt_whose_number_is_not_finite(tmp_path):
+def test_the_message_names_a_prompt_whose_number_is_not_finite(tmp_path):
     sound, bad = (dict(loss=torch.tensor([0.1, x]), k=torch.ones(2)) for x in (0.2, float("inf")))
-    ranks = [(sound, {}, ["a", "b"]), (bad, {}, ["c", "d"])]
-    assert "loss is not finite on rank 1; prompts such as 'd'" in note_nonfinite(
-        tmp_path, 3, 0, 1.0, ranks, speaks=False
-    )
-    said = note_nonfinite(tmp_path, 3, 0, float("nan"), ranks[:1], speaks=True)
-    assert "in the gradient, though every loss is finite; prompts such as 'a'" in said
+    message = note_nonfinite(tmp_path, 3, 0, 1.0, [sound, bad], ["a", "b", "c", "d"], rank=1)
+    assert "loss is not finite on rank 1; prompts such as 'd'" in message
+    message = note_nonfinite(tmp_path, 3, 0, float("nan"), [sound], ["a", "b"], rank=0)
+    assert "in the gradient, though every loss is finite; prompts such as 'a'" in message
     assert [rank["prompts"] for rank in read_log(tmp_path / "nonfinite.jsonl")[0]["ranks"]] == [["a", "b"]]
 
 
@@ -566,5 +563,64 @@ def test_numbers_and_pictures_go_to_the_trackers_that_were_asked_for(undisturbed
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_starts(base, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--log wandb needs that package"), join("cpu") as world:
-        check_flags(replace(base, log=("wandb",)), world)
+    with pytest.raises(ValueError, match="--log wandb needs that package"), join("cpu") as process:
+        check_flags(replace(base, log=("wandb",)), process)
+
+
+# ------------------------------------------------------------------------------------ other optimizers
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (arXiv 2302.06675): it keeps one momentum per weight, and no count of its steps."""
+
+    def __init__(self, params, lr: float) -> None:
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
+                param.sub_(group["lr"] * torch.lerp(momentum, param.grad, 0.1).sign())
+                momentum.lerp_(param.grad, 0.01)
+
+
+def lion(cfg: Config, params: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
+    return [Lion(params.values(), lr=cfg.lr)]
+
+
+def muon_and_adamw(cfg: Config, params: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in params.items() if p.ndim == 2 and "blocks" in name]
+    other_params = [p for name, p in params.items() if p.ndim != 2 or "blocks" not in name]
+    return [torch.optim.Muon(matrices, lr=cfg.lr), torch.optim.AdamW(other_params, lr=cfg.lr)]
+
+
+def counting_in_python(cfg: Config, params: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
+    """SGD whose steps shrink with a count that is a Python number, which a checkpoint must bring back too."""
+
+    class Slowing(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None) -> None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    self.state[param]["count"] = self.state[param].get("count", 0) + 1
+                    param.sub_(group["lr"] / self.state[param]["count"] * param.grad)
+
+    return [Slowing(params.values(), lr=cfg.lr)]
+
+
+def run_with(make_optimizers, cfg: Config, stop_after: int | None = None) -> str:
+    train.make_optimizers = make_optimizers
+    if stop_after is None:
+        return run(cfg)
+    stopped_after(cfg, stop_after)
+    return ""
+
+
+@pytest.mark.parametrize("make_optimizers", [lion, muon_and_adamw, counting_in_python])
+def test_a_run_with_other_optimizers_resumes_bitwise(make_optimizers, base, tmp_path):
+    straight, resumed = replace(base, out=tmp_path / "a"), replace(base, out=tmp_path / "b", resume=True)
+    assert spread(1, run_with, make_optimizers, straight) == [""]
+    spread(1, run_with, make_optimizers, resumed, 5)
+    assert spread(1, run_with, make_optimizers, resumed) == [""]
+    assert same_run(straight, resumed)

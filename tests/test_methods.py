@@ -15,7 +15,7 @@ import baselines
 import leaps
 import train
 from config import PRESETS, Config, Experiment, Machine, Method, Run, parse
-from infra.checks import check_folder, check_prompts, tell_changes
+from infra.checks import check_folder, check_log_names, check_prompts, tell_changes
 from infra.distributed import join, stop_signals
 from infra.meter import Meter
 from infra.methods import (
@@ -27,8 +27,9 @@ from infra.methods import (
     resume_flags,
     try_method,
 )
+from infra.prompts import prompts_hash
 from infra.user_code import file_hashes
-from start import prepare
+from rewards import Reward
 from tests.test_baselines import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,8 @@ def test_a_preset_may_hold_what_another_method_does_not_have():
 @pytest.mark.parametrize("name", [*METHODS])
 def test_every_method_is_tried_on_zeros_in_a_moment(name):
     group = 8 if "grpo" in name else 1
-    assert try_method(find_method(name), LEVELS, group) == ("grpo" not in name)
+    trial = try_method(find_method(name), LEVELS, group)
+    assert trial.needs_gradient == ("grpo" not in name) and not trial.needs_base
 
 
 @pytest.mark.parametrize(
@@ -106,10 +108,6 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
         (
             "    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return dict(a=s.noise(0))",
             "must return a dict of tensors",
-        ),
-        (
-            "    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return dict(step=s.sigmas[0])",
-            "--method logs 'step'",
         ),
         ("    return s.nothing", "AttributeError.*line 2"),
         ("    raise ValueError('an odd T')", "--method: an odd T"),
@@ -158,7 +156,7 @@ def test_keywords_of_ones_own_are_recorded_as_json_reads_them_and_are_no_flags_o
 
 
 def test_a_resumed_run_tells_of_code_that_has_changed(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(dict(code_read={"a.py": "1", "b.py": "2"})))
+    (tmp_path / "config.json").write_text(json.dumps(dict(method="refl", code_read={"a.py": "1", "b.py": "2"})))
     tell_changes(tmp_path, {"a.py": "1", "b.py": "3", "c.py": "4"})
     assert capsys.readouterr().err.startswith("warning: b.py has changed since")
     (file := tmp_path / "mine.py").write_text("def f(images, prompts): ...")
@@ -187,11 +185,11 @@ def test_a_method_may_have_a_noise_level_a_sample_however_the_batch_is_split():
         return dict(k=s.reward(v).mean())
 
     cfg, gradients = Config(out=Path("nonexistent"), batch=4, rollout_steps=4), []
-    with join("cpu") as world:
-        setup = prepare(cfg, world)
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
         for method, micro in ((one_by_one, None), (levels, None), (levels, 3), (levels, 1)):
             flags, given = replace(cfg, micro_batch=micro), replace(setup, method=method)
-            train.batch_gradient(flags, given, world, 0, Meter(world.device))
+            train.batch_gradient(flags, given, process, 0, Meter(process.device))
             gradients.append(torch.cat([p.grad.flatten() for p in setup.pipe.flux.parameters()]))
             setup.pipe.flux.zero_grad()
     assert all((g - gradients[0]).norm() < 1e-5 * gradients[0].norm() for g in gradients)
@@ -199,23 +197,14 @@ def test_a_method_may_have_a_noise_level_a_sample_however_the_batch_is_split():
 
 # --------------------------------------------------------------------------------- older runs, and signals
 
-# config.json before flags were grouped and a method had keywords of its own; model and prompts are the preset's.
-OLDER = dict(
-    out=None, reward=["tiny"], watch=["judge"], size=64, guidance=None, text_length=None, device="cpu", seed=0,
-    method="leapalign", alpha=0.3, tau=0.1, lam=[], leaps=2, weight="both", reward_input="x_0", low=0.0, high=1.0,
-    distance=None, nested_only=False, steps=200, batch=64, rollout_steps=12, lr=7e-5, decay=True, weight_decay=1e-4,
-    clip=1.0, ema=0.98, eval_every=50, patience=3, stop_early=False, save_every=50, keep=2, log=[], bf16=False,
-    lean=False, lora=None, lora_alpha=None,
-)  # fmt: skip
 
-
-def test_a_run_from_before_flags_were_grouped_goes_on(tmp_path):
+def test_a_resumed_run_must_find_its_experiment_and_its_method_unchanged(tmp_path):
     cfg = Config(out=tmp_path, resume=True, updates=200, lr=7e-5, eval_every=50)
-    paths = dict(model=cfg.model, prompts=str(cfg.prompts), eval_prompts=str(cfg.eval_prompts))
-    (tmp_path / "config.json").write_text(json.dumps(OLDER | paths))
+    hashes = dict(prompts_read=[prompts_hash(["a"]), prompts_hash(["b"])])
+    (tmp_path / "config.json").write_text(json.dumps(recorded_flags(cfg) | hashes))
 
     def check(cfg: Config) -> None:
-        check_folder(cfg, tmp_path, recorded_flags(cfg), recorded_flags(Config(method=cfg.method)), resume_flags(cfg))
+        check_folder(cfg, tmp_path, recorded_flags(cfg), resume_flags(cfg))
 
     check(cfg)
     check(replace(cfg, alpha=0.3, device="cuda", micro_batch=4))
@@ -224,8 +213,24 @@ def test_a_run_from_before_flags_were_grouped_goes_on(tmp_path):
     with pytest.raises(ValueError, match=r"--resume with --method refl, but .* was started with leapalign"):
         check(replace(cfg, method="refl"))
     check_prompts(tmp_path, ["a"], ["b"], (cfg.prompts, cfg.eval_prompts))
-    with pytest.raises(ValueError, match=r"--eval-prompts other\.txt, which says something else"):  # by its name
-        check_prompts(tmp_path, ["a"], ["b"], (cfg.prompts, Path("other.txt")))
+    with pytest.raises(ValueError, match=r"--eval-prompts other\.txt, which says something else"):
+        check_prompts(tmp_path, ["a"], ["c"], (cfg.prompts, Path("other.txt")))
+
+
+def logs_step(s: leaps.Samples) -> baselines.Log:
+    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))
+    return dict(step=s.sigmas[0])
+
+
+def test_two_values_of_one_name_are_refused_before_anything_is_loaded():
+    names = try_method(logs_step, LEVELS, 1).logged_names
+    with pytest.raises(ValueError, match="--method logs 'step', and so does the run"):
+        check_log_names(Config(), names, {}, [])
+    with pytest.raises(ValueError, match="--reward or --watch logs 'k', and so does --method"):
+        check_log_names(Config(reward=("mine.py:k",)), {"k"}, {}, [])
+    tasks = {"judge": Reward(None, task_of=lambda prompt: prompt, name="judge")}
+    with pytest.raises(ValueError, match="--reward or --watch logs 'color', and so does the judge"):
+        check_log_names(Config(reward=("mine.py:color",)), set(), tasks, ["color"])
 
 
 def test_signals_are_noted_within_and_handled_as_before_after():
@@ -281,11 +286,5 @@ def test_every_file_in_the_readmes_tree_is_there_and_none_of_the_root_is_left_ou
     tree = README.split("## The files")[1].split("##")[0]
     names = set(re.findall(r"\b[\w/]+\.py\b", tree))
     root = {f.name for f in ROOT.glob("*.py")}
-    assert root <= names and len(root) <= 9
+    assert root <= names and len(root) <= 10
     assert all((ROOT / n).exists() or list(ROOT.glob(f"*/{n}")) for n in names)
-
-
-def test_a_training_step_is_read_in_five_files():
-    """From the loop to the method, the text, the VAE and the network; the fifth is the reward's own."""
-    files = ["train.py", "leaps.py", "sample.py", "model.py"]
-    assert sum(len((ROOT / f).read_text().splitlines()) for f in files) <= 1250

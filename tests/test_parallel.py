@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -21,13 +20,11 @@ from infra.distributed import (
     full_tensor,
     gathered_tensors,
     join,
-    keep_gathered,
     swapped,
 )
 from infra.meter import Meter
 from leaps import rollout
 from sample import encode, sample, token_grid, velocity_of
-from start import prepare
 from tests.processes import spread
 
 ROOT = Path(train.__file__).parent
@@ -51,18 +48,18 @@ def base(tmp_path_factory) -> Config:
 
 
 def gradient_of(cfg: Config) -> Tensor:
-    with join("cpu", cfg.shard) as world:
-        setup = prepare(cfg, world)
-        train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
+    with join("cpu", cfg.shard) as process:
+        setup = train.set_up(cfg, process)
+        train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
         return torch.cat([full_tensor(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
 
 
 def plain_gradient(cfg: Config) -> Tensor:
     """The gradient without any of this: a whole Flux, one batch."""
     pipe = load_pipeline(cfg.model)
-    with join("cpu") as world:
-        setup = prepare(cfg, world)
-        train.batch_gradient(cfg, replace(setup, pipe=pipe), world, 0, Meter(world.device))
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
+        train.batch_gradient(cfg, replace(setup, pipe=pipe), process, 0, Meter(process.device))
     return torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
 
 
@@ -84,12 +81,10 @@ SPLITS = {
     "two ranks, sample by sample": (2, dict(rollout_batch=2, micro_batch=1)),
     "two ranks, recomputing": (2, dict(recompute=True)),
     "two ranks that are copies": (2, dict(shard=1)),
-    "two ranks, gathered once": (2, dict(keep_gathered=True)),
     "two ranks, recomputing, in pairs": (2, dict(recompute=True, micro_batch=2)),
-    "two ranks, frozen parts cut too": (2, dict(shard_frozen=True)),
     "two ranks, encoders elsewhere": (2, dict(offload_encoders=True)),
     "four ranks": (4, {}),
-    "two copies of two ranks": (4, dict(shard=2, micro_batch=1, keep_gathered=True)),
+    "two copies of two ranks": (4, dict(shard=2, micro_batch=1)),
 }
 
 
@@ -126,33 +121,33 @@ def gradients_in_double(cfg: Config, changes: list[dict]) -> list[Tensor]:
     gradients = []
     for change in changes:
         now = replace(cfg, **change)
-        with join("cpu") as world:
-            setup = prepare(now, world)
+        with join("cpu") as process:
+            setup = train.set_up(now, process)
         pipe = load_pipeline(now.model)
         pipe.compute, pipe.flux.recompute = torch.float64, now.recompute
         for model in (pipe.flux, pipe.vae, pipe.clip, pipe.t5, setup.rewards[0].model):
             model.double()
-        setup = replace(setup, pipe=pipe, sizes=[replace(s, levels=s.levels.double()) for s in setup.sizes])
-        train.batch_gradient(now, setup, world, 0, Meter(world.device))
+        setup = replace(setup, pipe=pipe, sizes=[replace(s, sigmas=s.sigmas.double()) for s in setup.sizes])
+        train.batch_gradient(now, setup, process, 0, Meter(process.device))
         gradients.append(torch.cat([p.grad.flatten() for p in pipe.flux.parameters()]))
     return gradients
 
 
 def test_in_float64_the_split_leaves_no_trace(base):
     changes = [dict(), dict(micro_batch=3), dict(micro_batch=1), dict(recompute=True), dict(weight="none")]
-    ((full_tensor, *same, other),) = spread(1, gradients_in_double, base, changes)
+    ((whole, *same, other),) = spread(1, gradients_in_double, base, changes)
     for gradient in same:
-        assert (gradient - full_tensor).norm() < 1e-12 * full_tensor.norm()
-    assert (other - full_tensor).norm() > 0.1 * full_tensor.norm()
+        assert (gradient - whole).norm() < 1e-12 * whole.norm()
+    assert (other - whole).norm() > 0.1 * whole.norm()
 
 
 def weights_after(cfg: Config) -> Tensor:
-    with join("cpu", cfg.shard) as world:
-        setup = prepare(cfg, world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+    with join("cpu", cfg.shard) as process:
+        setup = train.set_up(cfg, process)
+        run = train.make_state(cfg, setup.pipe.flux)
         for step in range(5):
-            train.update(cfg, setup, world, run, step)
-        return torch.cat([full_tensor(p).detach().flatten() for p in (*run.params, *run.averaged)])
+            train.one_update(cfg, setup, run, process, step)
+        return torch.cat([full_tensor(p).detach().flatten() for p in (*run.params.values(), *run.averages.values())])
 
 
 def test_five_steps_of_training_are_the_same_on_one_two_and_four_ranks(base):
@@ -178,43 +173,36 @@ class Gathers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def gathers(cfg: Config) -> list[int]:
-    """All-gathers of a rollout of 3 evaluations: weights let go after each block, kept, and let go again."""
-    counts = []
-    with join("cpu") as world:
-        setup = prepare(cfg, world)
+def gathers_of_a_rollout(cfg: Config) -> int:
+    """All-gathers of a rollout of 3 evaluations of the network."""
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
         pipe = setup.pipe
         text = encode(pipe, ["a photo of a circle"] * 8)
-        velocity, noise = (
-            velocity_of(pipe.flux, text, *token_grid(pipe, 64, 64), None, pipe.compute),
-            torch.randn(8, 16, 32),
-        )
-        for keep in (False, True, False):
-            keep_gathered(pipe.flux, keep)
-            with Gathers() as seen:
-                rollout(velocity, noise, setup.sizes[0].levels)
-            counts.append(seen.count)
-    return counts
+        velocity = velocity_of(pipe.flux, text, *token_grid(pipe, 64, 64), None, pipe.compute)
+        with Gathers() as gathers:
+            rollout(velocity, torch.randn(8, 16, 32), setup.sizes[0].sigmas)
+        return gathers.count
 
 
-def test_a_rollout_gathers_the_weights_once_instead_of_once_an_evaluation(base):
-    parts, evaluations = 2 + 4 + 1, 3  # double blocks, single blocks, and what is outside of them
-    assert spread(2, gathers, base) == [[evaluations * parts, parts, evaluations * parts]] * 2
+def test_each_evaluation_gathers_each_block_once(base):
+    blocks, evaluations = 2 + 4 + 1, 3  # double blocks, single blocks, and the layers outside of them
+    assert spread(2, gathers_of_a_rollout, base) == [evaluations * blocks] * 2
 
 
 # ------------------------------------------------------------------------------------------- precision
 
 
 def precisions(cfg: Config) -> dict[str, set]:
-    with join("cpu") as world:
-        setup = prepare(replace(cfg, bf16=True), world)
+    with join("cpu") as process:
+        setup = train.set_up(replace(cfg, bf16=True), process)
         seen = {"inside": set(), "times": set()}
         flux = setup.pipe.flux
         flux.double_blocks[0].img_mlp[0].register_forward_hook(
             lambda m, x, y: seen["inside"].add((x[0].dtype, m.weight.dtype))
         )
         flux.register_forward_pre_hook(lambda m, x: seen["times"].add((x[1].dtype, x[4].dtype)))
-        measured, _ = train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
+        measured = train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
         seen["gradients"] = {p.grad.dtype for p in flux.parameters()}
         seen["weights"] = {p.dtype for p in flux.parameters()}
         seen["finite"] = {measured["loss"].isfinite().all().item()}
@@ -231,27 +219,29 @@ def test_bf16_is_inside_the_network_only(base):
 # ------------------------------------------------------------------------------------------- agreement
 
 
-def disagreement(world: Process, everywhere: dict, params: list[Tensor]) -> str | None:
+def disagreement(process: Process, everywhere: dict, params: list[Tensor]) -> str | None:
     try:
-        return check_agreement(world, everywhere, params)
+        return check_agreement(process, everywhere, params)
     except Stop as stop:
         assert stop.code == 1
         return stop.message
 
 
 def disagreements(cfg: Config) -> list[str | None]:
-    with join("cpu", shard=1) as world:
-        params = list(prepare(cfg, world).pipe.flux.parameters())
-        found = [disagreement(world, {"step": 3}, params), disagreement(world, {"step": 3 + world.rank}, params)]
-        if world.rank == 1:
+    with join("cpu", shard=1) as process:
+        params = list(train.set_up(cfg, process).pipe.flux.parameters())
+        found = [disagreement(process, {"step": 3}, params), disagreement(process, {"step": 3 + process.rank}, params)]
+        if process.rank == 1:
             with torch.no_grad():
                 params[5].to_local().view(-1)[0] += 1e-4
-        return [*found, disagreement(world, {"step": 3}, params)]
+        return [*found, disagreement(process, {"step": 3}, params)]
 
 
 def disagreement_within_a_group(cfg: Config) -> str | None:
-    with join("cpu") as world:  # every rank holds pieces of its own
-        return disagreement(world, {"step": 3 + world.rank}, list(prepare(cfg, world).pipe.flux.parameters()))
+    with join("cpu") as process:  # every rank holds pieces of its own
+        return disagreement(
+            process, {"step": 3 + process.rank}, list(train.set_up(cfg, process).pipe.flux.parameters())
+        )
 
 
 def test_ranks_that_differ_are_named(base):
@@ -266,10 +256,10 @@ def test_ranks_that_differ_are_named(base):
 
 
 def loaded(cfg: Config) -> dict[str, Tensor]:
-    with join("cpu") as world:
-        flux = prepare(cfg, world).pipe.flux
+    with join("cpu") as process:
+        flux = train.set_up(cfg, process).pipe.flux
         assert all(p.to_local().numel() < p.numel() for p in flux.parameters() if p.shape[0] > 1)
-        return dict(gathered_tensors(flux, torch.float32, world.rank))
+        return dict(gathered_tensors(flux, torch.float32, process.rank))
 
 
 def test_no_rank_holds_the_network_whole_and_together_they_hold_it_exactly(base):
@@ -279,30 +269,18 @@ def test_no_rank_holds_the_network_whole_and_together_they_hold_it_exactly(base)
     assert all(torch.equal(first[k], theirs[k]) for k in theirs)
 
 
-def cut_after_use(cfg: Config) -> bool:
-    with join("cpu") as world:
-        setup = prepare(replace(cfg, shard_frozen=True), world)
-        train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
-        layers = [setup.pipe.t5.encoder.block, setup.rewards[0].model.vision_model.encoder.layers]
-        return all(isinstance(p, DTensor) for blocks in layers for p in blocks.parameters())
-
-
-def test_frozen_parts_are_in_pieces_before_and_after_their_use(base):
-    assert all(spread(2, cut_after_use, base))
-
-
 def averages(cfg: Config) -> list[tuple[Tensor, Tensor]]:
     """The averaged weights after 4 updates, and sum_i (1 - ema) ema^(4 - i) theta_i + ema^4 theta_0."""
-    with join("cpu") as world:
-        setup = prepare(cfg, world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
-        closed = [cfg.ema**4 * full_tensor(p).detach().double() for p in run.params]
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
+        run = train.make_state(cfg, setup.pipe.flux)
+        closed = [cfg.ema**4 * full_tensor(p).detach().double() for p in run.params.values()]
         for step in range(4):
-            train.update(cfg, setup, world, run, step)
-            for c, p in zip(closed, run.params):
+            train.one_update(cfg, setup, run, process, step)
+            for c, p in zip(closed, run.params.values()):
                 c += (1 - cfg.ema) * cfg.ema ** (3 - step) * full_tensor(p).detach().double()
-        with swapped(run.params, run.averaged):
-            inside = [full_tensor(p).detach().clone() for p in run.params]
+        with swapped(run.params.values(), run.averages.values()):
+            inside = [full_tensor(p).detach().clone() for p in run.params.values()]
         return list(zip(inside, closed))
 
 
@@ -312,22 +290,24 @@ def test_the_average_is_its_closed_form(base):
 
 
 def swaps(cfg: Config) -> bool:
-    with join("cpu") as world:
-        setup = prepare(cfg, world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
-        train.update(cfg, setup, world, run, 0)
-        assert not any(a.requires_grad for a in run.averaged)
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
+        run = train.make_state(cfg, setup.pipe.flux)
+        train.one_update(cfg, setup, run, process, 0)
+        assert not any(a.requires_grad for a in run.averages.values())
         draw = (setup.pipe, ["a photo of a circle"], [0], 2, 64, 64)
         first = sample(*draw)
         with torch.no_grad():
-            run.averaged[0].mul_(3)
-        with swapped(run.params, run.averaged):
+            next(iter(run.averages.values())).mul_(3)
+        with swapped(run.params.values(), run.averages.values()):
             assert not torch.equal(sample(*draw), first)
         assert torch.equal(sample(*draw), first)  # nothing gathered before is used after
-        before = [t.to_local().detach().clone() for t in (*run.params, *run.averaged)]
-        with swapped(run.params, run.averaged):
-            moved = any(not torch.equal(t.to_local(), b) for t, b in zip(run.params, before))
-        return moved and all(torch.equal(t.to_local(), b) for t, b in zip((*run.params, *run.averaged), before))
+        before = [t.to_local().detach().clone() for t in (*run.params.values(), *run.averages.values())]
+        with swapped(run.params.values(), run.averages.values()):
+            moved = any(not torch.equal(t.to_local(), b) for t, b in zip(run.params.values(), before))
+        return moved and all(
+            torch.equal(t.to_local(), b) for t, b in zip((*run.params.values(), *run.averages.values()), before)
+        )
 
 
 def test_averages_are_swapped_in_and_back_bit_for_bit(base):

@@ -265,7 +265,7 @@ def test_a_pipeline_around_the_callers_network_leaves_that_network_alone(dev, pi
     description = describe(dev)
     with torch.device("meta"):
         flux = Flux(description.weights.config)
-    loaded = load_parts(description, flux, dtype=torch.bfloat16, text_length=7)
+    loaded = load_parts(description, flux, "cpu", torch.bfloat16, text_length=7)
     assert loaded.flux is flux and all(p.is_meta and p.dtype == torch.float32 for p in flux.parameters())
     assert (loaded.compute, loaded.text_length, loaded.t5.dtype) == (torch.bfloat16, 7, torch.bfloat16)
     assert_same_weights(loaded.vae, pipe.vae)

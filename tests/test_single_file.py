@@ -22,7 +22,7 @@ from formats.weights import WEIGHTS
 from infra.checks import check_flags, check_folder
 from infra.distributed import join
 from sample import sample
-from start import check_model, prepare
+from start import describe_model
 from tests.processes import spread
 
 ROOT = Path(train.__file__).parent
@@ -144,7 +144,7 @@ def test_a_file_without_a_base_names_the_flag_and_a_base_that_is_a_file_is_refus
     with pytest.raises(ValueError, match=r"--base .* must be a model folder"):
         load_pipeline(file, base=str(file))
     with pytest.raises(ValueError, match=r"--base .* is for a LoRA or a transformer's file, and --model .* is neither"):
-        check_model(Config(model=str(dev), base=str(dev), guidance=3.5))
+        describe_model(Config(model=str(dev), base=str(dev), guidance=3.5))
     with pytest.raises(ValueError, match=f"cannot read {base / 'transformer' / WEIGHTS}.*: copy or download it"):
         load_pipeline(base)
 
@@ -206,7 +206,7 @@ def train_and_export(cfg: Config, folder: Path) -> None:
     exports = [replace(cfg, resume=True, export=folder / name) for name in ("folder", "one.safetensors")]
     with join("cpu") as process:
         for run_cfg in (cfg, *exports):
-            train.train(run_cfg, prepare(run_cfg, process), process)
+            train.run(run_cfg, train.set_up(run_cfg, process), process)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -250,5 +250,5 @@ def test_an_export_that_cannot_be_one_file_is_refused_and_an_existing_file_is_sp
         write_model(cfg.export, whole, world)
     contents = cfg.export.read_bytes()
     with pytest.raises(ValueError, match="is there already: give a folder or file that is not"):
-        check_folder(cfg, cfg.out, {}, {}, [])
+        check_folder(cfg, cfg.out, {}, [])
     assert cfg.export.read_bytes() == contents and [p.name for p in tmp_path.iterdir()] == ["one.safetensors"]

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import sample
-import start
 import train
 from config import PRESETS, Config
 from formats.folders import load_pipeline
@@ -35,9 +34,9 @@ SHORT = ["--steps", "8", "--batch", "24", "--eval-every", "4", "--lr", "1e-4", "
 
 def trained(cfg: Config) -> Setup:
     """Train in this process, and return what was trained."""
-    with join("cpu") as world:
-        setup = prepare(cfg, world)
-        train.train(cfg, setup, world)
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
+        train.run(cfg, setup, process)
     return setup
 
 
@@ -94,9 +93,9 @@ def test_a_short_run_writes_all_its_files(short_run):
     ],
 )
 def test_what_cannot_be_is_told_before_any_weights_are_read(flags, words, monkeypatch):
-    monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(ValueError, match=words), join("cpu") as world:
-        prepare(Config(**{"out": Path("nonexistent")} | flags), world)
+    monkeypatch.setattr(train, "build_network", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=words), join("cpu") as process:
+        prepare(Config(**{"out": Path("nonexistent")} | flags), process)
 
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -159,7 +158,7 @@ def test_the_first_evaluation_precedes_the_first_update_and_the_last_follows_the
     evals = read_log(short_run / "eval.jsonl")
     assert [e["step"] for e in evals] == [0, 4, 8]
     for e in evals:
-        assert e.keys() - {"kept"} == {"step", "judge", *TASKS, "reward", "tiny", "seconds", "by_prompt"}
+        assert e.keys() - {"saved_to"} == {"step", "judge", *TASKS, "reward", "tiny", "seconds", "by_prompt"}
         assert e["judge"] == pytest.approx(sum(e[t] for t in TASKS) / 6)
         assert e["reward"] == e["tiny"]
 
@@ -187,9 +186,9 @@ def test_sample_draws_from_the_final_folder(short_run, tmp_path):
 
 def gradient_of_a_step(cfg: Config) -> torch.Tensor:
     cfg = replace(cfg, out=Path("nonexistent"), batch=4)
-    with join("cpu") as world:
-        setup = prepare(cfg, world)
-        train.batch_gradient(cfg, setup, world, 4, Meter(world.device))  # two long leaps, from steps 0 and 2 of 5
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
+        train.batch_gradient(cfg, setup, process, 4, Meter(process.device))  # two long leaps, from steps 0 and 2 of 5
     return torch.cat([p.grad.flatten() for p in setup.pipe.flux.parameters()])
 
 
@@ -205,38 +204,38 @@ def test_the_same_step_has_the_same_gradient():
 
 def test_a_method_that_asks_for_the_reward_several_times_logs_one_value_a_sample():
     cfg = Config(out=Path("nonexistent"), batch=4, rollout_steps=2, method="draft_lv", micro_batch=2)
-    with join("cpu") as world:
-        own, prompts = train.batch_gradient(cfg, prepare(cfg, world), world, 0, Meter(world.device))
-    assert {len(values) for values in own.values()} == {len(prompts)} == {4}
+    with join("cpu") as process:
+        values = train.batch_gradient(cfg, train.set_up(cfg, process), process, 0, Meter(process.device))
+    assert {len(value) for value in values.values()} == {4}
 
 
 def test_updates_are_adamws_of_the_clipped_gradient_at_a_rate_that_falls_to_zero():
     """Two of four updates against AdamW written out in float64."""
     cfg = Config(batch=4, rollout_steps=2, updates=4, lr=1e-3, weight_decay=0.1, clip=0.5, ema=0.75)
     b1, b2 = 0.9, 0.999
-    with join("cpu") as world:
-        setup = prepare(replace(cfg, out=Path("nonexistent")), world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+    with join("cpu") as process:
+        setup = train.set_up(replace(cfg, out=Path("nonexistent")), process)
+        run = train.make_state(cfg, setup.pipe.flux)
 
         def flat(tensors) -> torch.Tensor:
             return torch.cat([t.detach().flatten() for t in tensors]).double()
 
-        weights = averages = flat(run.params)
+        weights = averages = flat(run.params.values())
         first = second = torch.zeros_like(weights)
         for step in range(2):
-            train.batch_gradient(cfg, setup, world, step, Meter(world.device))
-            g = flat(p.grad for p in run.params)
-            run.optimizer.zero_grad()
+            train.batch_gradient(cfg, setup, process, step, Meter(process.device))
+            g = flat(p.grad for p in run.params.values())
+            train.zero_gradients(run)
             assert g.norm() > 2 * cfg.clip
             g, lr = g * cfg.clip / g.norm(), cfg.lr * (1 - step / 4)
             first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
             scaled = first / (1 - b1 ** (step + 1)) / ((second / (1 - b2 ** (step + 1))).sqrt() + 1e-8)
             weights = weights - lr * cfg.weight_decay * weights - lr * scaled
             averages = 0.75 * averages + 0.25 * weights
-            train.update(cfg, setup, world, run, step)
-            moved = (flat(run.params) - weights).abs() / lr  # where a gradient is tiny, its sign is rounding's
+            train.one_update(cfg, setup, run, process, step)
+            moved = (flat(run.params.values()) - weights).abs() / lr  # where a gradient is tiny, its sign is rounding's
             assert moved.median() < 1e-3 and moved.mean() < 1e-2
-            assert ((flat(run.averaged) - averages).abs() / lr).mean() < 1e-2
+            assert ((flat(run.averages.values()) - averages).abs() / lr).mean() < 1e-2
 
 
 def test_what_has_reached_its_lambda_has_no_gradient_and_is_satisfied_where_all_rewards_have():
@@ -244,17 +243,17 @@ def test_what_has_reached_its_lambda_has_no_gradient_and_is_satisfied_where_all_
     vivid = f"{ROOT / 'shapes' / 'vivid.py'}:vivid"
     for lam, satisfied in (((-2.0, -2.0), 1.0), ((-2.0, 2.0), 0.0)):
         cfg = Config(out=Path("nonexistent"), batch=4, rollout_steps=2, reward=("tiny", vivid), lam=lam)
-        with join("cpu") as world:
-            own, _ = train.batch_gradient(cfg, prepare(cfg, world), world, 0, Meter(world.device))
-        assert own["satisfied"].mean() == satisfied
+        with join("cpu") as process:
+            values = train.batch_gradient(cfg, train.set_up(cfg, process), process, 0, Meter(process.device))
+        assert values["satisfied"].mean() == satisfied
 
 
 def test_a_policy_gradient_raises_the_weighted_sum_of_the_rewards():
     def gradient(*rewards: str) -> torch.Tensor:
         cfg = Config(method="flow_grpo", reward=rewards, out=Path("nonexistent"), batch=8, rollout_steps=2)
-        with join("cpu") as world:
-            setup = prepare(cfg, world)
-            train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
+        with join("cpu") as process:
+            setup = train.set_up(cfg, process)
+            train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
         return torch.cat([p.grad.flatten() for p in setup.pipe.flux.parameters()])
 
     vivid = f"{ROOT / 'shapes' / 'vivid.py'}:vivid"
@@ -343,8 +342,8 @@ def test_a_watched_reward_catches_a_hackable_one(tmp_path, few_prompts, capfd):
     assert best["judge"] > evals[-1]["judge"] and best["step"] < evals[-1]["step"]
     assert "use best/, not final/" in said.out + said.err
     again = replace(cfg, model=str(cfg.out / "best"), out=tmp_path / "again")
-    with join("cpu") as world:
-        after, _ = train.evaluate(again, prepare(again, world), world)
+    with join("cpu") as process:
+        after, _ = train.evaluate(again, train.set_up(again, process), process)
     assert after["tiny"] == pytest.approx(best["tiny"], abs=1e-4)
 
 
@@ -441,7 +440,6 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
         (["--at", "3"], ["--at", "--resume"]),
         (["--lora", "0"], ["--lora", "0"]),
         (["--shard", "2"], ["--shard 2", "1 ranks"]),
-        (["--shard-frozen", "--offload-encoders"], ["--shard-frozen", "--offload-encoders"]),
         (["--reward", "tiny", "tiny"], ["two are named 'tiny'"]),
         (["--watch", "tiny"], ["two are named 'tiny'"]),
         (["--lam", "0.1", "0.2"], ["--lam", "2 values for 1"]),
@@ -465,7 +463,7 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
     ],
 )
 def test_train_names_the_bad_flag_before_weights_are_read(arguments, words, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(start, "load_pipeline", None)
+    monkeypatch.setattr(train, "build_network", None)
     nograd = tmp_path.with_suffix(".py")
     nograd.write_text("def nograd(images, prompts): return images.detach().mean((1, 2, 3))\n")
     arguments = [a.format(nograd=nograd) for a in arguments]

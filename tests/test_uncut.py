@@ -20,7 +20,7 @@ from formats.folders import load_pipeline
 from infra.checks import check_flags
 from infra.distributed import Process, full_tensor, join
 from sample import sample
-from start import Setup, prepare
+from start import Setup
 from tests.processes import spread
 
 PROMPTS = ["a photo of a red circle", "a photo of three squares"]
@@ -35,13 +35,13 @@ def cfg(tmp_path) -> Config:
 
 @pytest.fixture
 def unsharded(monkeypatch) -> None:
-    monkeypatch.setattr("infra.distributed.CUT", ())
+    monkeypatch.setattr("infra.distributed.FSDP_DEVICES", ())
 
 
 def trained(cfg: Config) -> tuple[Setup, list[Tensor]]:
     with join("cpu") as process:
-        setup = prepare(cfg, process)
-        train.train(cfg, setup, process)
+        setup = train.set_up(cfg, process)
+        train.run(cfg, setup, process)
         weights = [full_tensor(p) for p in setup.pipe.flux.parameters()]
     return setup, [w.detach().clone() for w in weights]
 
@@ -59,7 +59,7 @@ def weights_of(cfg: Config) -> list[Tensor]:
 def test_a_run_ends_where_that_of_sharded_weights_ends(cfg, ranks, flags, monkeypatch):
     cfg = replace(cfg, **flags)
     sharded = spread(ranks, weights_of, cfg)[0] if ranks > 1 else weights_of(cfg)
-    monkeypatch.setattr("infra.distributed.CUT", ())
+    monkeypatch.setattr("infra.distributed.FSDP_DEVICES", ())
     out = cfg.out.with_name("unsharded")
     setup, unsharded = trained(replace(cfg, out=out))
     assert not any(isinstance(p, DTensor) for p in setup.pipe.flux.parameters())
@@ -105,10 +105,10 @@ def test_an_update_and_an_evaluation_have_no_float64_but_on_the_cpu(cfg, unshard
         monkeypatch.setattr(name, on_the_cpu(resolve_name(name)))
     cfg = replace(cfg, **flags)
     with join("cpu") as process:
-        setup = prepare(cfg, process)
-        state = train.State(setup.pipe.flux, cfg.lr, cfg.weight_decay)
+        setup = train.set_up(cfg, process)
+        state = train.make_state(cfg, setup.pipe.flux)
         with NoFloat64():
-            train.update(cfg, setup, process, state, 0)
+            train.one_update(cfg, setup, state, process, 0)
             train.evaluate(cfg, setup, process)
         with pytest.raises(AssertionError), NoFloat64():
             torch.ones(1).double()

@@ -1,6 +1,7 @@
-"""A user's file imports what is the user's: their packages and the files beside theirs, and ours stay ours."""
+"""A user's file imports our modules, installed packages and the files beside it; our own imports stay ours."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,21 +12,37 @@ import pytest
 from infra.user_code import load_function
 
 ROOT = Path(__file__).parent.parent
-OURS = ("clip", "hpsv2", "logs", "config", "model", "rewards", "leaps", "infra", "scorers", "shapes")
 REWARD = """
 import torch
 {imports}
 
 def mine(images, prompts):
-    {inside}
+    {body}
     return images.mean((1, 2, 3)) * 0 + torch.tensor([float({value})] * len(images))
 """
 
+# Runs a user's reward, then tiny and the other modules of ours.
+PROGRAM = """
+import sys
+assert not {{"clip", "hpsv2", "rewards", "infra", "scorers"}} & sys.modules.keys()
+import torch
+{first}
+from rewards import open_reward
+users = open_reward({spec!r})
+tiny = open_reward("tiny")
+images = torch.rand(2, 3, 64, 64)
+prompts = ["a photo of a circle"] * 2
+assert tiny.score(images, prompts).isfinite().all()
+import config, leaps, model, infra.logs, scorers.clip
+modules = [config, leaps, model, infra.logs, scorers.clip, sys.modules["rewards"]]
+assert all(module.__file__.startswith({root!r}) for module in modules), modules
+print(users.score(images, prompts)[0].item(), flush=True)
+"""
 
-# Answers each line of code with a line, from a process in which nothing of ours or of the user's was imported before.
+# Answers each line of code with a line, from a process in which nothing of ours or of the user's is imported yet.
 FORKS = """
 import json, os, sys, traceback
-from transformers import AutoTokenizer, CLIPModel  # what takes seconds, once for all of them
+from transformers import AutoTokenizer, CLIPModel  # seconds, but once for all processes
 for line in sys.stdin:
     if os.fork() == 0:
         try:
@@ -38,40 +55,22 @@ for line in sys.stdin:
 """
 
 
-def scored(folder: Path, python: subprocess.Popen, imports: str, value: str, inside: str = "pass", first: str = ""):
-    """What a reward in folder/my_file.py scores, in a process that opens `tiny` too."""
-    folder.mkdir(exist_ok=True)
-    (folder / "my_file.py").write_text(REWARD.format(imports=imports, value=value, inside=inside))
-    code = f"""
-import sys
-assert not {{"clip", "hpsv2", "rewards", "infra", "scorers"}} & sys.modules.keys()
-import torch
-{first}
-from rewards import open_reward
-theirs = open_reward({str(folder / "my_file.py") + ":mine"!r})
-tiny = open_reward("tiny")
-images = torch.rand(2, 3, 64, 64)
-assert tiny.score(images, ["a photo of a circle"] * 2).isfinite().all()
-import config, leaps, model, infra.logs, scorers.clip
-ours = [config, leaps, model, infra.logs, scorers.clip, sys.modules["rewards"]]
-assert all(module.__file__.startswith({str(ROOT)!r}) for module in ours), ours
-print(theirs.score(images, ["a photo of a circle"] * 2)[0].item(), flush=True)
-"""
-    print(json.dumps(code), file=python.stdin, flush=True)
-    answer = json.loads(python.stdout.readline())
-    assert isinstance(answer, float), answer
-    return answer
+@pytest.fixture
+def sys_path(monkeypatch) -> None:
+    """The test may add folders to the path."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory) -> Path:
-    """A path with packages that are installed there: clip and hpsv2, as people have them."""
-    path = tmp_path_factory.mktemp("site")
+    """A folder of installed packages: clip and hpsv2, as people have them."""
+    folder = tmp_path_factory.mktemp("site")
     for number, name in enumerate(("clip", "hpsv2"), start=1):
-        (path / name).mkdir()
-        (path / name / "__init__.py").write_text(f"from {name}.inner import value\n")
-        (path / name / "inner.py").write_text(f"value = {number}\n")
-    return path
+        package = folder / name
+        package.mkdir()
+        (package / "__init__.py").write_text(f"from {name}.inner import value\n")
+        (package / "inner.py").write_text(f"value = {number}\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -87,46 +86,119 @@ def python(packages) -> Iterator[subprocess.Popen]:
         yield process
 
 
-def test_an_installed_package_is_what_a_reward_file_imports(python, tmp_path):
-    assert scored(tmp_path, python, "import clip, hpsv2", "10 * clip.value + hpsv2.value") == 12
+def answer(
+    file: Path,
+    python: subprocess.Popen,
+    imports: str,
+    value: str,
+    body: str = "pass",
+    first: str = "",
+) -> float | str:
+    """What a reward in `file` scores in a new process, or the traceback."""
+    file.write_text(REWARD.format(imports=imports, value=value, body=body))
+    code = PROGRAM.format(spec=f"{file}:mine", root=str(ROOT), first=first)
+    print(json.dumps(code), file=python.stdin, flush=True)
+    return json.loads(python.stdout.readline())
 
 
-def test_so_it_is_when_our_scorers_of_those_names_were_imported_before(python, tmp_path):
-    assert scored(tmp_path, python, "import clip", "clip.value", first="import scorers.clip, scorers.hpsv2") == 1
+def test_a_file_imports_installed_packages(python, tmp_path):
+    value = "10 * clip.value + hpsv2.value"
+    assert answer(tmp_path / "my_file.py", python, "import clip, hpsv2", value) == 12
 
 
-def test_files_beside_the_users_file_are_the_users_whatever_they_are_called(python, tmp_path):
-    for number, name in enumerate(OURS):
-        (tmp_path / f"{name}.py").write_text(f"value = {number}\n")
-    total = "+".join(f"{name}.value" for name in OURS)
-    assert scored(tmp_path, python, f"import {', '.join(OURS)}", total) == sum(range(len(OURS)))
+def test_a_file_imports_installed_packages_though_our_scorers_have_their_names(python, tmp_path):
+    first = "import scorers.clip, scorers.hpsv2"
+    assert answer(tmp_path / "my_file.py", python, "import clip", "clip.value", first=first) == 1
 
 
-def test_a_package_beside_it_is_the_users_too(python, tmp_path):
-    (tmp_path / "infra").mkdir()
-    (tmp_path / "infra" / "__init__.py").write_text("from infra.logs import value\n")
-    (tmp_path / "infra" / "logs.py").write_text("value = 7\n")
-    assert scored(tmp_path, python, "from infra import logs", "logs.value") == 7
+@pytest.mark.parametrize("name", ["clip", "rewards"])
+def test_a_file_of_any_name_imports_the_modules_and_packages_beside_it(name, python, tmp_path):
+    (tmp_path / "utils.py").write_text("value = 20\n")
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").write_text("")
+    (tmp_path / "my_package" / "logs.py").write_text("value = 3\n")
+    imports = "import utils\nfrom my_package import logs"
+    assert answer(tmp_path / f"{name}.py", python, imports, "utils.value + logs.value") == 23
 
 
-def test_what_is_imported_only_when_the_function_is_called_is_found_beside_it(python, tmp_path):
-    (tmp_path / "helper_of_mine.py").write_text("value = 5\n")
-    assert scored(tmp_path, python, "", "helper_of_mine.value", inside="import helper_of_mine") == 5
-    assert scored(tmp_path, python, "", "clip.value", inside="import clip") == 1
+def test_a_file_called_as_an_installed_package_imports_the_package(python, tmp_path):
+    assert answer(tmp_path / "clip.py", python, "import clip", "clip.value") == 1
 
 
-def test_so_is_one_that_is_called_as_ours_and_it_is_read_once(python, tmp_path):
-    (tmp_path / "config.py").write_text("calls = []\n")
-    inside = "import config; config.calls.append(0)"
-    calls = scored(tmp_path, python, "", "len(config.calls)", inside=inside)
-    assert calls == 3  # two that try it, and this one
+def test_an_import_within_the_function_finds_the_module_beside_the_file(python, tmp_path):
+    (tmp_path / "helper.py").write_text("calls = []\n")
+    body = "import helper; helper.calls.append(0)"
+    calls = answer(tmp_path / "my_file.py", python, "", "len(helper.calls)", body=body)
+    assert calls == 3  # open_reward tries the function twice
 
 
-def test_two_files_with_helpers_of_one_name_have_each_their_own(tmp_path):
-    values = []
+def test_a_module_beside_the_file_may_have_any_name_if_the_file_does_not_import_it(python, tmp_path):
+    for name in ("config", "rewards", "clip"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit\n")
+    assert answer(tmp_path / "my_file.py", python, "from leaps import rollout", "1") == 1
+
+
+def test_a_dataclass_of_a_file_finds_its_annotations(tmp_path, sys_path):
+    lines = ["from __future__ import annotations", "from dataclasses import dataclass", ""]
+    lines += ["@dataclass", "class Reward:", "    scale: float"]
+    (tmp_path / "file.py").write_text("\n".join(lines))
+    reward = load_function(f"{tmp_path / 'file.py'}:Reward", "reward")
+    assert reward(3.0).scale == 3.0
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("statement", ["import {name}", "def f():\n    from {name}.inner import value"])
+@pytest.mark.parametrize(
+    "name, neighbour, origin",
+    [
+        ("config", "config.py", ROOT / "config.py"),
+        ("model", "model/__init__.py", ROOT / "model.py"),
+        ("infra", "infra.py", ROOT / "infra" / "__init__.py"),
+        ("pytest", "pytest.py", Path(pytest.__file__)),
+    ],
+)
+def test_an_import_that_would_miss_the_module_beside_the_file(name, neighbour, origin, statement, tmp_path, sys_path):
+    file, hidden = tmp_path / "my_file.py", tmp_path / neighbour
+    hidden.parent.mkdir(exist_ok=True)
+    hidden.write_text("")
+    file.write_text(statement.format(name=name))
+    message = f"{file} imports {name}: Python finds {origin}, not {hidden}. Rename yours"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_function(f"{file}:f", "reward")
+
+
+def test_the_second_of_two_helpers_of_one_name(tmp_path, sys_path):
+    specs = []
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.py").write_text(f"value = {name!r}\n")
-        (tmp_path / name / "file.py").write_text("import config\n\ndef f():\n    return config.value\n")
-        values.append(load_function(f"{tmp_path / name / 'file.py'}:f", "reward"))
-    assert [f() for f in values] == ["one", "two"]
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "my_helper.py").write_text(f"value = {name!r}\n")
+        (folder / "file.py").write_text("import my_helper\n\ndef f():\n    return my_helper.value\n")
+        specs.append(f"{folder / 'file.py'}:f")
+    assert load_function(specs[0], "reward")() == "one"
+    with pytest.raises(ValueError, match=r"one/my_helper\.py, not .*two/my_helper\.py\. Rename yours"):
+        load_function(specs[1], "reward")
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("1 / 0", r"does not run: ZeroDivisionError: .*file.py, line 1\)"),
+        ("\nraise SystemExit(3)", r"does not run: SystemExit: 3 .*file.py, line 2\)"),
+        ("x = 1\ny = = 2", r"does not run: SyntaxError: .*file.py, line 2\)"),
+        ("import no_such_module", r"does not run: ModuleNotFoundError: .*file.py, line 1\)"),
+        ("f = 1", r"defines no function 'f'"),
+    ],
+)
+def test_a_file_that_does_not_run_or_lacks_the_function(code, message, tmp_path, sys_path):
+    file = tmp_path / "file.py"
+    file.write_text(code)
+    with pytest.raises(ValueError, match=message):
+        load_function(f"{file}:f", "reward")
+
+
+def test_a_file_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"no file 'none\.py' for the method 'none\.py:f'"):
+        load_function("none.py:f", "method")

@@ -1,0 +1,270 @@
+"""What a method is given: this file is the one place where `Samples` are built.
+
+A method (leaps.py, baselines.py, or yours) knows noise, noise levels, a velocity, a vector-Jacobian product and the
+reward of a latent. Everything else about a batch is hidden here: the prompts, the VAE, the dtype of the network,
+several rewards with their weights and lambdas, and micro-batches. The mathematics comes first; counting and logging
+stand at the end of the file, not between its lines.
+
+Legend as in leaps.py: b samples, n tokens, c channels.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from formats.folders import Pipeline
+from formats.lora import without_lora
+from infra.meter import Flops, Meter
+from infra.seeds import generator_of
+from leaps import Samples, Velocity, hinge, vjp_of
+from model import Flux
+from rewards import Reward
+from sample import Text, decode, encode, velocity_of
+
+
+@dataclass
+class Size:
+    """The size of an image, and what follows from it."""
+
+    height: int  # in pixels, as width
+    width: int
+    rows: int  # of tokens, as columns
+    columns: int
+    sigmas: Tensor  # noise levels of a rollout, (T + 1,), from 1 down to 0
+    flops: Flops | None = None  # of one evaluation of the network
+
+
+# ------------------------------------------------------------------------------------------- noise
+
+
+def draw_x_1(seed: int, update: int, shape: Sequence[int]) -> tuple[Tensor, torch.Generator]:
+    """The noise x_1 of a whole batch, (batch, n, c) on the CPU, and the generator that drew it.
+
+    The noise is a function of (seed, update) alone. It does not depend on the number of ranks or on how the batch is
+    split, so a run resumes bitwise and any update can be repeated.
+    """
+    generator = generator_of(seed, update)
+    return torch.randn(*shape, generator=generator), generator
+
+
+def noise_of(x_1: Tensor, rows: slice, seed: int, update: int, like: Tensor) -> Callable[[int], Tensor]:
+    """`Samples.noise` for some rows of a batch whose x_1 is (batch, n, c): the i-th Gaussian of each sample."""
+
+    def noise(i: int) -> Tensor:
+        if i == 0:
+            return x_1[rows].to(like)
+        # The 2 keeps these keys apart from the keys of other random numbers of an update.
+        gaussian = torch.randn(x_1.shape, generator=generator_of(seed, update, 2, i))
+        return gaussian[rows].to(like)
+
+    return noise
+
+
+# ----------------------------------------------------------------------------------------- samples
+
+
+def build_samples(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    size: Size,
+    rewards: Sequence[Reward],
+    noise: Callable[[int], Tensor],
+    generator: torch.Generator,
+    guidance: float | None = None,
+    base: Flux | None = None,
+    total: int | None = None,
+    update: int = 0,
+    micro_batch: int | None = None,
+) -> tuple[Samples, "RewardLog"]:
+    """The samples of some prompts, and the log of what the rewards give while a method runs.
+
+    `base` is the untuned network, or the trained one whose LoRA is switched off while the base is evaluated. `total` is
+    the number of samples that the mean of Eq. 13 is over, if these are only some of a rank's. Activations are kept for
+    `micro_batch` samples at a time (None: all).
+    """
+    b = len(prompts)
+    total = total or b
+    micro_batch = micro_batch or b
+    micro_batches = [slice(i, i + micro_batch) for i in range(0, b, micro_batch)]
+    text = encode(pipe, prompts)
+    log = RewardLog(rewards)
+
+    def network(flux: Flux, rows: slice) -> Velocity:
+        """The velocity of some of the samples, differentiable in the weights and in x."""
+        text_of_rows = Text(text.txt[rows], text.vec[rows])
+        return velocity_of(flux, text_of_rows, size.rows, size.columns, guidance, pipe.compute)
+
+    @torch.no_grad()
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        return network(pipe.flux, slice(0, b))(x, sigma)
+
+    @torch.no_grad()
+    def base_velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        with without_lora(base):
+            return network(base, slice(0, b))(x, sigma)
+
+    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
+        levels = torch.as_tensor(sigma).expand(b)  # a method gives one noise level, or one per sample
+        gradients = []
+        for rows in micro_batches:
+            vjp_of_rows = vjp_of(network(pipe.flux, rows))
+            gradients.append(vjp_of_rows(x[rows], levels[rows], u[rows], wrt_x))
+        return torch.cat(gradients) if wrt_x else None
+
+    reward, score = reward_functions(pipe, prompts, size, rewards, total, micro_batches, log)
+    samples = Samples(
+        noise=noise,
+        sigmas=size.sigmas,
+        generator=generator,
+        velocity=velocity,
+        base=base_velocity if base else None,
+        vjp=vjp,
+        reward=reward,
+        score=score,
+        total=total,
+        update=update,
+    )
+    return samples, log
+
+
+def reward_functions(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    size: Size,
+    rewards: Sequence[Reward],
+    total: int,
+    micro_batches: list[slice],
+    log: "RewardLog",
+) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+    """`Samples.reward` and `Samples.score`: from latents (b, n, c) through the VAE and the rewards."""
+
+    def reward(x_0: Tensor, weight: Tensor | None = None) -> Tensor:
+        """dL/dx_0, (b, n, c), of the loss L = mean over the batch of weight x hinge (Eq. 11 to 13)."""
+        if weight is None:
+            weight = torch.ones_like(x_0[:, 0, 0])
+        gradients = []
+        for rows in micro_batches:
+            latents = x_0[rows].detach().requires_grad_()
+            images = decode(pipe, latents, size.height, size.width)
+            scores = [r.score(images, prompts[rows]) for r in rewards]
+            losses = []
+            for r, score_of_rows in zip(rewards, scores):
+                hinges = r.weight * hinge(score_of_rows, r.lam)  # Eq. 11
+                losses.append(weight[rows] * hinges)  # the weight of Eq. 12
+            # Each reward is differentiated down to the image, and its activations are freed before the VAE's are used.
+            image_gradients = [torch.autograd.grad(loss.sum(), images)[0] for loss in losses]
+            images.backward(sum(image_gradients) / total)  # Eq. 13: a mean. VAE and rewards are frozen
+            gradients.append(latents.grad)
+            log.add_scores(scores)
+            log.add_losses(losses, image_gradients)
+        return torch.cat(gradients)
+
+    @torch.no_grad()
+    def score(x_0: Tensor) -> Tensor:
+        """The weighted sum of the rewards, (b,), for methods that need no gradient of them."""
+        sums = []
+        for rows in micro_batches:
+            images = decode(pipe, x_0[rows], size.height, size.width)
+            scores = [r.score(images, prompts[rows]) for r in rewards]
+            weighted = [r.weight * score_of_rows for r, score_of_rows in zip(rewards, scores)]
+            sums.append(sum(weighted))
+            log.add_scores(scores)
+        return torch.cat(sums)
+
+    return reward, score
+
+
+def zero_samples(sigmas: Tensor, size: int, generator: torch.Generator, update: int = 0) -> tuple[Samples, Counter]:
+    """Samples of zeros without a network, to try a method on, and a counter of which function it calls how often.
+
+    A method that fails on them fails in milliseconds, before any weights are read. The counts tell what a method needs
+    (the reward's gradient, the untuned network) and how many evaluations of the network an update takes.
+    """
+    x_1 = torch.zeros(size, 1, 1)
+    calls: Counter[str] = Counter()
+
+    @contextmanager
+    def count(name: str) -> Iterator[None]:
+        calls[name] += 1
+        yield
+
+    samples = Samples(
+        noise=lambda i: x_1,
+        sigmas=sigmas,
+        generator=generator,
+        velocity=lambda x, sigma: torch.zeros_like(x),
+        base=lambda x, sigma: torch.zeros_like(x),
+        vjp=lambda x, sigma, u, wrt_x=False: torch.zeros_like(x) if wrt_x else None,
+        reward=lambda x_0, weight=None: torch.zeros_like(x_0),
+        score=lambda x_0: torch.zeros_like(x_0[:, 0, 0]),
+        total=size,
+        update=update,
+    )
+    return observed(samples, count), calls
+
+
+# ------------------------------------------------------------------------------- counting and logging
+
+
+def observed(samples: Samples, around: Callable[[str], AbstractContextManager]) -> Samples:
+    """The same samples, each call of one of their functions inside of `around(name of the function)`."""
+
+    def wrap(name: str) -> Callable:
+        function = getattr(samples, name)
+
+        def call(*args, **options):
+            with around(name):
+                return function(*args, **options)
+
+        return call
+
+    names = ("velocity", "vjp", "reward", "score", *(["base"] if samples.base else []))
+    return samples._replace(**{name: wrap(name) for name in names})
+
+
+def metered(samples: Samples, meter: Meter, b: int) -> Samples:
+    """The same b samples; the meter counts seconds and evaluations of the network in each part of an update."""
+
+    def around(name: str) -> AbstractContextManager:
+        if name in ("velocity", "base"):
+            return meter("rollout", forwards=b)
+        if name == "vjp":
+            return meter("leaps", backwards=b)
+        return meter("reward")
+
+    return observed(samples, around)
+
+
+class RewardLog:
+    """Collects, sample by sample, what the rewards give while a method runs."""
+
+    def __init__(self, rewards: Sequence[Reward]) -> None:
+        self.rewards = rewards
+        self.values: dict[str, list[Tensor]] = {}  # name -> tensors (b,), one per micro-batch and call
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.values.setdefault(name, []).append(value.detach())
+
+    def add_scores(self, scores: Sequence[Tensor]) -> None:
+        """The reported scores, and whether a sample has reached every lambda."""
+        satisfied = torch.ones_like(scores[0], dtype=torch.bool)
+        for reward, score in zip(self.rewards, scores):
+            self.add(reward.name, reward.scale * score)
+            lam = torch.inf if reward.lam is None else reward.lam
+            satisfied &= score >= lam
+        self.add("satisfied", satisfied.float())
+
+    def add_losses(self, losses: Sequence[Tensor], image_gradients: Sequence[Tensor]) -> None:
+        """The loss, and of several rewards the norm of each one's gradient in the image: which one dominates?"""
+        self.add("loss", sum(losses))
+        if len(self.rewards) > 1:
+            for reward, gradient in zip(self.rewards, image_gradients):
+                self.add(f"{reward.name}_grad", gradient.float().flatten(1).norm(dim=1))
+
+    def means(self, size: int) -> dict[str, Tensor]:
+        """Each value per sample, (size,): a mean over calls, because a method may call the rewards several times."""
+        return {name: torch.cat(values).view(-1, size).mean(0) for name, values in self.values.items()}
