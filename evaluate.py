@@ -1,31 +1,35 @@
-"""Compare checkpoints side by side: the same prompts and noise, any rewards, with error bars.
+"""Compare models side by side: the same prompts and noise, any rewards, with error bars.
 
-    python evaluate.py --model shapes/tiny-flux runs/leapalign-seed0/final --rewards judge tiny
-    torchrun --nproc-per-node 8 -- evaluate.py --model weights/FLUX.1-dev runs/flux/final --prompts F --rewards hpsv2
+    python evaluate.py --model shapes/tiny-flux runs/leapalign-seed0/final --reward judge tiny
+    torchrun --nproc-per-node 8 -- evaluate.py --model weights/FLUX.1-dev runs/flux/final --prompts F --reward hpsv2
     # the -- keeps torchrun from reading --num as one of its own flags
 
 Prints means with 95% intervals, and the differences to the first model, paired by prompt.  Writes to --out:
 
     results.json                            all of the printed numbers, and the scores of every prompt
     best.png  worst.png  changed.png        by the first reward: of the last model, and its change from the first
-    MODEL/00000.json  00000.png             a prompt's scores and its first image, small; what is there is kept
+    config.json                             the flags that the numbers depend on; a command with others is refused
+    MODEL/00000.json  00000.png             a prompt's scores and a thumbnail of its first image
+
+The same command again goes on where the last one ended: prompts that have scores are not drawn again.
 
 The interval is Student's over prompts: images of one prompt are averaged first, as they are not independent.  So the
 judge's mean is over prompts, where a run's own evaluations have the mean over tasks: the same with as many of each.
 """
 
 import gc
+import hashlib
 import itertools
 import json
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,49 +38,42 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import sides
-from formats.folders import describe, load_pipeline
-from formats.lora_files import lora_file, read_lora
+from formats.folders import Description, describe, load_pipeline
+from formats.locations import Location
+from formats.lora_files import read_lora
 from infra.distributed import Process, all_gather_objects, join, on_first_rank
 from infra.files import check_writable, replacing
+from infra.flags import flags
 from infra.pictures import save_png, to_pil
-from infra.prompts import read_entries, rows_of_rank
+from infra.prompts import prompts_hash, read_entries, rows_of_rank
 from infra.summary import format_table, summarize, write_sheets
 from infra.user_code import file_hashes
 from rewards import Reward, check_rewards, open_reward, reward_name, score_all
-from sample import Pipeline, sample, token_grid, truncation_warning
+from sample import DrawFlags, Pipeline, sample, token_grid, truncation_warning
 
 HERE = Path(__file__).parent
-THUMB = 256  # pixels, the longest side of the images that are always kept
+THUMBNAIL = 256  # pixels, the longest side
+WEIGHTS_HASH = "weights.sha256"  # beside a model's scores: which weights they are of
+Entry = dict[str, Any]  # a prompt, under "prompt", and all else that its file says of it
 
 
-@dataclass(frozen=True)
-class Config:
-    """Score models on the same prompts and noise."""
+@flags
+class EvaluateFlags(DrawFlags):
+    """Score models on the same prompts and noise, and compare them with the first."""
 
     model: tuple[str, ...] = (str(HERE / "shapes" / "tiny-flux"),)
-    """Model folders or hub ids, LoRAs, or files of a transformer as flux1-dev.safetensors; the others are compared with
-    the first."""
-    base: str | None = None
-    """Model folder or hub id that LoRAs and tuned weights were trained from; our LoRAs name their own. A transformer's
-    file takes all else from it."""
-    strength: float = 1.0
-    """How much of the tuning to apply: 1 is all of it, 0 the base. Of a LoRA, or with --base of tuned weights."""
+    """Model folders or hub ids, LoRAs, or files of a transformer as flux1-dev.safetensors; all are compared with the
+    first."""
     prompts: Path = HERE / "shapes" / "eval-prompts.txt"
     """Prompts, one per line; or JSON lines, a JSON array, a .csv or .tsv table with a "prompt" in each."""
-    rewards: tuple[str, ...] = ("judge", "tiny")
+    reward: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--rewards",))] = ("judge", "tiny")
     """NAME[=PATH] or my_file.py:function: tiny, clip, pickscore, hpsv2, hpsv3, imagereward, or judge, the rules of the
     shapes world."""
-    num: int = 4
-    """Images per prompt."""
-    steps: int = 50
+    rollout_steps: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 50
     """Euler steps."""
-    guidance: float = 3.5
-    """Guidance scale, for models that were distilled with guidance; others ignore it."""
     size: tuple[str, ...] = ()
     """Pixels: one number for a square, or HEIGHTxWIDTH; none: the VAE's own. Of several, a prompt's images take turns.
     """
-    text_length: int | None = None
-    """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
     seed: int = 0
     """Another seed is other noise for every image; the same seed is the same noise for every model."""
     out: Path = Path("runs/evaluation")
@@ -86,248 +83,308 @@ class Config:
     INDEX/samples/0000.png. Needs prompts with its tags, such as tools/prompts.py writes."""
     keep_images: bool = False
     """Keep every image at its size, in OUT/MODEL/images."""
-    batch: int = 8
-    """Images at a time."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute: cpu, cuda, or mps."""
-    bf16: bool = False
-    """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published."""
 
 
-RUNTIME = {"model", "out", "batch", "device"}  # flags that an evaluation may go on with changed
+class Model(NamedTuple):
+    """A model to evaluate, before its weights are read."""
 
-
-def label(model: str) -> str:
-    """A model's name in files and tables: runs/a/final is runs_a_final."""
-    path = Path(model)
-    if path.exists():  # and is no hub id
-        home = next((h for h in (Path.cwd(), HERE) if path.resolve().is_relative_to(h)), Path("/"))
-        path = path.resolve().relative_to(home)
-    return str(path).replace("/", "_")
-
-
-# ------------------------------------------------------------------------------------------- images
-
-
-def sizes_of(cfg: Config, pipe: Pipeline) -> list[tuple[int, int]]:
-    """Heights and widths that --size names, or the VAE's own."""
-    return [sides(size) for size in cfg.size or [str(pipe.vae.config.sample_size)]]
-
-
-def evaluate(
-    pipe: Pipeline, rewards: list[Reward], entries: list[dict], todo: Sequence[int], cfg: Config, folder: Path
-):
-    """Draw and score the prompts `todo`; what each has is written when it is whole, so nothing is lost."""
-    sizes = sizes_of(cfg, pipe)
-    name, together = folder.name, max(1, cfg.batch // cfg.num)
-    for start in tqdm(range(0, len(todo), together), desc=name, file=sys.stderr, disable=not todo):
-        chunk = [(i, n) for i in todo[start : start + together] for n in range(cfg.num)]
-        texts = [entries[i]["prompt"] for i, _ in chunk]
-        seeds = [(cfg.seed * len(entries) + i) * cfg.num + n for i, n in chunk]
-        images, scores = [None] * len(chunk), {r.name: torch.empty(len(chunk)) for r in rewards}
-        for turn, size in enumerate(sizes):
-            own = [k for k, (_, n) in enumerate(chunk) if n % len(sizes) == turn]
-            prompts = [texts[k] for k in own]
-            drawn = sample(pipe, prompts, [seeds[k] for k in own], cfg.steps, *size, cfg.guidance, cfg.batch)
-            for k, image in zip(own, drawn, strict=True):
-                images[k] = image
-            for r in rewards:
-                scores[r.name][own] = score_all(r, drawn, prompts, pipe.device, cfg.batch).float()
-        scores = {name: values.view(-1, cfg.num) for name, values in scores.items()}
-        for row, i in enumerate(todo[start : start + together]):
-            drawn = images[row * cfg.num : (row + 1) * cfg.num]
-            if cfg.keep_images:
-                for n, image in enumerate(drawn):
-                    save_png(to_pil(image), folder / "images" / f"{i:05d}_{n}.png")
-            if cfg.geneval:
-                write_geneval(cfg.geneval / name / f"{i:05d}", entries[i], drawn)
-            small = to_pil(drawn[0])
-            small.thumbnail((THUMB, THUMB))
-            save_png(small, folder / f"{i:05d}.png")
-            entry = {"prompt": entries[i]["prompt"], **{k: s[row].tolist() for k, s in scores.items()}}
-            with replacing(folder / f"{i:05d}.json") as part:
-                part.write_text(json.dumps(entry) + "\n")
-
-
-def read_scores(folder: Path, i: int, rewards: list[Reward], cfg: Config) -> dict[str, list[float]] | None:
-    """What a prompt scored; None if it was not drawn yet, or what is there is not whole."""
-    try:
-        entry = json.loads((folder / f"{i:05d}.json").read_text())
-        scores = {r.name: entry[r.name] for r in rewards}
-    except (OSError, ValueError, KeyError):
-        return None
-    needed = [folder / f"{i:05d}.png"]
-    if cfg.geneval:
-        needed.append(cfg.geneval / folder.name / f"{i:05d}" / "metadata.jsonl")
-    return scores if all(path.exists() for path in needed) else None
-
-
-def missing(folder: Path, count: int, rewards: list[Reward], cfg: Config) -> list[int]:
-    """Those of the prompts that have no scores yet."""
-    return [i for i in range(count) if read_scores(folder, i, rewards, cfg) is None]
-
-
-def write_geneval(folder: Path, entry: dict[str, Any], images: Sequence[Tensor]) -> None:
-    """One prompt as GenEval's evaluate_images.py reads it: all of the pictures there count."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for n, image in enumerate(images):
-        save_png(to_pil(image), folder / "samples" / f"{n:04d}.png")
-    (folder / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
-
-
-# --------------------------------------------------------------------------------------------- main
-
-
-def prepare(cfg: Config) -> tuple[list[dict[str, Any]], list[str] | None]:
-    """Check all but the weights: the prompts' entries and their tags. Raises ValueError naming the flag."""
-    if not cfg.model or not cfg.rewards:
-        raise ValueError("give at least one --model and one of --rewards")
-    if min(cfg.num, cfg.steps, cfg.batch) < 1:
-        raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
-    if len([sides(size) for size in cfg.size]) > cfg.num:
-        raise ValueError(f"--num {cfg.num}: a prompt's images take turns at {len(cfg.size)} sizes, so give as many")
-    labels = [label(m) for m in cfg.model]
-    if twice := [m for m in cfg.model if labels.count(label(m)) > 1]:
-        raise ValueError(f"--model {' '.join(twice)}: these would all be called {label(twice[0])}")
-    entries = read_entries(cfg.prompts)
-    tags = [e["tag"] if isinstance(e.get("tag"), str) else None for e in entries]  # a list of them is no task
-    if cfg.geneval and not all(tags):
-        raise ValueError(
-            f"--geneval needs prompts with GenEval's tags, and {cfg.prompts} has some without: python -m tools.prompts"
-        )
-    if "judge" in map(reward_name, cfg.rewards):
-        task_of = open_reward("judge").task_of
-        try:
-            tags = [task_of(e["prompt"]) for e in entries]
-        except ValueError as error:
-            raise ValueError(f"--prompts {cfg.prompts}: {error}; --rewards without judge takes any") from error
-    return entries, tags if all(tags) else None
-
-
-def flags_of(cfg: Config, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """What an evaluation's numbers depend on, as config.json has it."""
-    flags = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in RUNTIME}, default=str))
-    return flags | dict(prompts=[e["prompt"] for e in entries], rewards_read=file_hashes(cfg.rewards))
-
-
-def weights_of(source: Path) -> list[list[Any]]:
-    """Names, sizes and times of a model's or a transformer's files, by which one sees that it was written again."""
-    inner = sorted((source / "transformer").glob("*.safetensors"))
-    files = [source] if source.is_file() else inner or sorted(source.glob("*.safetensors"))
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-
-
-def check_out(cfg: Config, flags: dict[str, Any], sources: dict[str, Path], weights: dict[str, list]) -> None:
-    """Raise ValueError if the folder holds results of other flags or weights, or something else."""
-    check_writable(f"--out {cfg.out}", cfg.out)
-    file = cfg.out / "config.json"
-    if file.exists():
-        try:
-            before = flags | asdict(Config()) | json.loads(file.read_text())  # what it did not know yet
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}): remove {cfg.out}, or choose another --out") from None
-        other = next((k for k in flags if flags[k] != before[k]), "").replace("_", "-")
-        if other == "rewards-read":
-            raise ValueError(f"--out {cfg.out} holds an evaluation by {', '.join(flags['rewards_read'])} as it was: "
-                             "remove it, or choose another --out")  # fmt: skip
-        if other:
-            raise ValueError(f"--out {cfg.out} holds an evaluation with another --{other}")
-    elif cfg.out.exists() and any(cfg.out.iterdir()):
-        raise ValueError(f"--out {cfg.out} is occupied by something else")
-    for name, source in sources.items():
-        file = cfg.out / name / "weights"
-        if file.exists() and json.loads(file.read_text()) != weights[name]:
-            raise ValueError(f"{source} was written again since {cfg.out / name} was evaluated: remove that folder")
-    if cfg.geneval:
-        check_geneval(cfg.geneval, list(sources), len(flags["prompts"]))
-
-
-def check_geneval(out: Path, models: list[str], count: int) -> None:
-    """Raise ValueError if GenEval would count folders of an earlier evaluation, of more prompts, too."""
-    check_writable(f"--geneval {out}", out)
-    ours = {f"{i:05d}" for i in range(count)}
-    for folder in (out / model for model in models):
-        if others := {path.name for path in folder.glob("*")} - ours:
-            raise ValueError(f"--geneval: {folder} holds {min(others)} of other prompts, which counts too: remove it")
-
-
-def claim(cfg: Config, flags: dict[str, Any], weights: dict[str, list]) -> None:
-    """Take the folder for these flags and weights."""
-    with replacing(cfg.out / "config.json") as part:
-        part.write_text(json.dumps(flags, indent=2) + "\n")
-    for name, files in weights.items():
-        with replacing(cfg.out / name / "weights") as part:
-            part.write_text(json.dumps(files))
-
-
-def run(cfg: Config, process: Process) -> None:
-    entries, tags = prepare(cfg)
-    rewards: list[Reward] = []
-    check_rewards(cfg.rewards)
-    found = {m: describe(m, cfg.base) for m in cfg.model}  # all are checked before one is read
-    for location, weights, *_ in found.values():
-        if location.lora:  # small beside its model: it is read to see that it fits
-            read_lora(location.lora, weights.config)
-    for size, description in itertools.product(map(sides, cfg.size), found.values()):
-        token_grid(description, *size)
-        check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
-    if cfg.strength != 1 and not cfg.base and (whole := [m for m in cfg.model if not lora_file(m)]):
-        raise ValueError(f"--strength {cfg.strength} needs --base FOLDER: {whole[0]} is no LoRA")
-    places = {m: Path(m) if Path(m).exists() else d.location.folder for m, d in found.items()}  # the latter a hub id's
-    sources, flags = {label(m): place for m, place in places.items()}, flags_of(cfg, entries)
-    weights = {name: weights_of(place) for name, place in sources.items()}
-    for m, (location, *_) in found.items():
-        weights[label(m)] += weights_of(location.transformer) if location.lora else []
-    on_first_rank(partial(check_out, cfg, flags, sources, weights))
-    for name, source in sources.items():
-        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-        pipe = load_pipeline(source, process.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
-        sizes = sizes_of(cfg, pipe)
-        for size in sizes:
-            token_grid(pipe, *size)
-            check_rewards(cfg.rewards, [entry["prompt"] for entry in entries], size)
-        if not rewards:
-            of = (pipe.device, pipe.clip_tokenizer, False, sizes[0], [entry["prompt"] for entry in entries])
-            rewards = [open_reward(s, *of) for s in cfg.rewards]
-            on_first_rank(partial(claim, cfg, flags, weights))
-        if process.rank == 0 and (warning := truncation_warning(pipe, [entry["prompt"] for entry in entries])):
-            print(warning, file=sys.stderr)
-        folder = cfg.out / name
-        todo = on_first_rank(partial(missing, folder, len(entries), rewards, cfg))  # others may not see all files yet
-        evaluate(pipe, rewards, entries, rows_of_rank(todo, process.rank, process.world_size), cfg, folder)
-        del pipe
-        gc.collect()  # the next model needs the room
-        all_gather_objects(None)
-    if process.rank == 0:
-        report(cfg, entries, tags, rewards, list(sources))
-
-
-def report(
-    cfg: Config, entries: list[dict[str, Any]], tags: list[str] | None, rewards: list[Reward], models: list[str]
-) -> None:
-    """Print the tables and write results.json and the contact sheets."""
-    read = {m: [read_scores(cfg.out / m, i, rewards, cfg) for i in range(len(entries))] for m in models}
-    if lacking := [f"{m}/{i:05d}" for m in models for i, scores in enumerate(read[m]) if scores is None]:
-        raise ValueError(f"{cfg.out} lacks {len(lacking)} of the prompts, such as {lacking[0]}: give the command again")
-    scores = {m: {r.name: np.array([e[r.name] for e in read[m]]) for r in rewards} for m in models}
-    summary = summarize(scores, tags, cfg.size)
-    results = {"summary": summary, "scores": {m: {k: v.tolist() for k, v in scores[m].items()} for m in scores}}
-    (cfg.out / "results.json").write_text(json.dumps(results).replace("NaN", "null") + "\n")
-    write_sheets(scores, [e["prompt"] for e in entries], cfg.out)
-    print(f"{len(entries)} prompts, {cfg.num} images each, {cfg.steps} steps; ± is half of a 95% interval\n")
-    print(format_table(summary))
-    print(f"wrote {cfg.out}: results.json {' '.join(sorted(p.name for p in cfg.out.glob('*.png')))}")
+    label: str  # its name in files and tables
+    source: str  # its path or hub id, as in --model
+    description: Description
+    sizes: list[tuple[int, int]]  # heights and widths, at which the images of a prompt take turns
+    weights_hash: str
 
 
 def main() -> None:
-    rank = int(os.environ.get("RANK", 0))
-    cfg = tyro.cli(Config, description=__doc__, console_outputs=rank == 0)
+    rank = int(os.environ.get("RANK", 0))  # torchrun sets it
+    cfg = tyro.cli(EvaluateFlags, console_outputs=rank == 0)
     try:
-        with join(cfg.device, patience=timedelta(days=1)) as process:  # ranks wait for the slowest
-            run(cfg, process)
+        # Ranks that are done wait for the slowest one, up to a day.
+        with join(cfg.device, timeout=timedelta(days=1)) as process:
+            evaluate_models(cfg, process)
     except ValueError as error:
-        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        prefix = f"rank {rank}: " if rank else ""
+        print(f"error: {prefix}{error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:
+    """Check everything, draw and score the images of each model, and report. Raises ValueError naming the flag."""
+    check_values(cfg)
+    entries = read_entries(cfg.prompts)
+    prompts = [entry["prompt"] for entry in entries]
+    models = describe_models(cfg, prompts)
+    tags = tags_of(cfg, entries)
+    record = config_record(cfg, prompts)
+    on_first_rank(partial(check_out, cfg, record, models, len(prompts)))
+    # hpsv2 needs FLUX's CLIP tokenizer. A user's function is tried on random images of the first size.
+    first = models[0]
+    clip_tokenizer, _ = first.description.tokenizers
+    rewards = []
+    for spec in cfg.reward:
+        rewards.append(open_reward(spec, process.device, clip_tokenizer, False, first.sizes[0], prompts))
+    # Only now is the folder made: after a mistake above, the next try finds nothing in its way.
+    on_first_rank(partial(claim_out, cfg, record, models))
+
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    for model in models:
+        # Every rank holds the whole model and draws its own prompts: nothing is sharded.
+        pipe = load_pipeline(model.source, process.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
+        warning = truncation_warning(pipe, prompts)
+        if warning and process.rank == 0:
+            print(warning, file=sys.stderr)
+        # Rank 0 decides for all ranks: on a network disk the others may not see every file yet.
+        unscored = on_first_rank(partial(unscored_prompts, cfg.out / model.label, len(prompts)))
+        indices = rows_of_rank(unscored, process.rank, process.world_size)
+        draw_and_score(cfg, model, pipe, rewards, entries, indices)
+        # The next model needs the memory.
+        del pipe
+        gc.collect()
+        all_gather_objects(None)  # wait until the other ranks have written their scores
+    if process.rank == 0:
+        report_scores(cfg, prompts, tags, models)
+
+
+# -------------------------------------------------------------------------------------------- check
+
+
+def check_values(cfg: EvaluateFlags) -> None:
+    """Raise ValueError for flags that are wrong whatever the files hold."""
+    if not cfg.model or not cfg.reward:
+        raise ValueError("give at least one --model and one --reward")
+    if min(cfg.num, cfg.rollout_steps, cfg.batch) < 1:
+        raise ValueError(f"--num {cfg.num}, --rollout-steps {cfg.rollout_steps}, --batch {cfg.batch}: give 1 or more")
+    if len(cfg.size) > cfg.num:
+        raise ValueError(f"--num {cfg.num}: a prompt's images take turns at {len(cfg.size)} sizes, so give as many")
+
+
+def describe_models(cfg: EvaluateFlags, prompts: Sequence[str]) -> list[Model]:
+    """Read the small files of all models, so that a fault of the last one is found before the first one is drawn."""
+    check_rewards(cfg.reward)
+    models = {}
+    for source in cfg.model:
+        label = model_label(source)
+        if label in models:
+            raise ValueError(f"--model {models[label].source} {source}: both would be called {label}")
+        description = describe(source, cfg.base)
+        location = description.location
+        if location.lora:
+            read_lora(location.lora, description.weights.config)  # raises ValueError where it does not fit
+        elif cfg.strength != 1 and not cfg.base:
+            # What tuning changed is its difference to the base.
+            raise ValueError(f"--strength {cfg.strength} needs --base FOLDER: {source} is no LoRA")
+        sizes = image_sizes(cfg, location.folder)
+        for height, width in sizes:
+            token_grid(description, height, width)
+            check_rewards(cfg.reward, prompts, (height, width), f"--prompts {cfg.prompts}")
+        models[label] = Model(label, source, description, sizes, hash_of_weights(location))
+    return list(models.values())
+
+
+def model_label(source: str) -> str:
+    """A model's name in files and tables: runs/a/final is runs_a_final."""
+    path = Path(source)
+    if path.exists():  # else it is a hub id
+        path = path.resolve()
+        for home in (Path.cwd(), HERE, Path("/")):
+            if path.is_relative_to(home):
+                path = path.relative_to(home)
+                break
+    return str(path).replace("/", "_")
+
+
+def image_sizes(cfg: EvaluateFlags, folder: Path) -> list[tuple[int, int]]:
+    """Heights and widths of images: those of --size, or the size that the VAE in a model folder was trained at."""
+    sizes = cfg.size
+    if not sizes:
+        vae_config = json.loads((folder / "vae" / "config.json").read_text())
+        sizes = [str(vae_config["sample_size"])]
+    return [sides(size) for size in sizes]
+
+
+def hash_of_weights(location: Location) -> str:
+    """A hash that changes when a model is trained further: every tensor does, so the end of each file is enough."""
+    digest = hashlib.sha256()
+    # Both of a LoRA: its scores depend on the transformer beneath, too.
+    for path in filter(None, (location.transformer, location.lora)):
+        # A folder holds one or more files. A single file has nothing to glob in it.
+        for file in sorted(path.glob("*.safetensors")) or [path]:
+            with file.open("rb") as stream:
+                # 64 kB: FLUX.1-dev has 24 GB, which would take a minute to read.
+                stream.seek(max(0, file.stat().st_size - 2**16))
+                digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def tags_of(cfg: EvaluateFlags, entries: Sequence[Entry]) -> list[str] | None:
+    """The group of each prompt, for means by group: the judge's task, or the "tag" of GenEval's files; else None.
+
+    Raises ValueError if --geneval is given and a prompt has no tag.
+    """
+    tags = [entry.get("tag") for entry in entries]
+    # A list of tags, which some files have, names no single group.
+    is_tagged = all(isinstance(tag, str) and tag for tag in tags)
+    if cfg.geneval and not is_tagged:
+        raise ValueError(
+            f"--geneval needs prompts with GenEval's tags, and {cfg.prompts} has some without: python -m tools.prompts"
+        )
+    if "judge" in map(reward_name, cfg.reward):
+        task_of = open_reward("judge").task_of  # by the words of a prompt
+        return [task_of(entry["prompt"]) for entry in entries]
+    return tags if is_tagged else None
+
+
+def config_record(cfg: EvaluateFlags, prompts: Sequence[str]) -> dict[str, Any]:
+    """config.json: what the numbers depend on, by the names of the flags."""
+    record = asdict(cfg)
+    for name in ("model", "out", "batch", "device"):
+        del record[name]  # an evaluation may go on with more models, in a folder that was moved, on another machine
+    record["prompts"] = prompts_hash(prompts)
+    record["reward_files"] = file_hashes(cfg.reward)
+    # As it will be read back: tuples become lists, and paths strings.
+    return json.loads(json.dumps(record, default=str))
+
+
+def check_out(cfg: EvaluateFlags, record: dict[str, Any], models: Sequence[Model], count: int) -> None:
+    """Raise ValueError if --out or --geneval holds anything that is not of this evaluation of `count` prompts."""
+    check_writable(f"--out {cfg.out}", cfg.out)
+    file = cfg.out / "config.json"
+    if file.exists():
+        recorded = json.loads(file.read_text())
+        for name, value in record.items():
+            if recorded.get(name) != value:
+                change = f"another {name}, {recorded.get(name)} and not {value}"
+                raise ValueError(f"--out {cfg.out} holds an evaluation with {change}: choose another --out")
+    elif cfg.out.exists() and any(cfg.out.iterdir()):
+        raise ValueError(f"--out {cfg.out} is occupied by something else")
+    for model in models:
+        file = cfg.out / model.label / WEIGHTS_HASH
+        if file.exists() and file.read_text() != model.weights_hash:
+            raise ValueError(f"{model.source} was written again since it was evaluated: remove {file.parent}")
+    if cfg.geneval:
+        check_writable(f"--geneval {cfg.geneval}", cfg.geneval)
+        for model in models:
+            # GenEval counts every folder that it finds, also those that an evaluation of more prompts has left.
+            folder = cfg.geneval / model.label
+            if (folder / f"{count:05d}").exists():
+                raise ValueError(f"--geneval: {folder} holds {count:05d} of other prompts: remove it")
+
+
+def claim_out(cfg: EvaluateFlags, record: dict[str, Any], models: Sequence[Model]) -> None:
+    """Note in --out which flags and weights the scores will be of."""
+    write_whole(cfg.out / "config.json", json.dumps(record, indent=2) + "\n")
+    for model in models:
+        # In the model's folder, so that who removes its scores removes the hash, too.
+        write_whole(cfg.out / model.label / WEIGHTS_HASH, model.weights_hash)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that a kill leaves all of it or nothing."""
+    with replacing(file) as temporary:
+        temporary.write_text(text)
+
+
+# ---------------------------------------------------------------------------------- draw and score
+
+
+def unscored_prompts(folder: Path, count: int) -> list[int]:
+    """Indices of the prompts that have no scores in a model's folder."""
+    return [i for i in range(count) if not (folder / f"{i:05d}.json").exists()]
+
+
+def draw_and_score(
+    cfg: EvaluateFlags,
+    model: Model,
+    pipe: Pipeline,
+    rewards: Sequence[Reward],
+    entries: Sequence[Entry],
+    indices: Sequence[int],
+) -> None:
+    """Draw and score the prompts at `indices`, a few at a time; each is written as soon as it has its scores."""
+    # Whole prompts, so that all scores of a prompt are known, and written, at the same time.
+    chunk_size = max(1, cfg.batch // cfg.num)
+    starts = range(0, len(indices), chunk_size)
+    for start in tqdm(starts, desc=model.label, file=sys.stderr, disable=not indices):
+        chunk = indices[start : start + chunk_size]
+        images = {}  # by (i, n): the n-th image of prompt i
+        scores = {reward.name: {} for reward in rewards}
+        for turn, (height, width) in enumerate(model.sizes):
+            # The images of a prompt take turns at the sizes. Those of one size are drawn together.
+            image_numbers = range(turn, cfg.num, len(model.sizes))
+            keys = list(itertools.product(chunk, image_numbers))
+            prompts = [entries[i]["prompt"] for i, _ in keys]
+            # Seeds count on over images, prompts and --seed, so no two images start from the same noise.
+            seeds = [(cfg.seed * len(entries) + i) * cfg.num + n for i, n in keys]
+            batch = sample(pipe, prompts, seeds, cfg.rollout_steps, height, width, cfg.guidance, cfg.batch)
+            images.update(zip(keys, batch))
+            for reward in rewards:
+                values = score_all(reward, batch, prompts, pipe.device, cfg.batch)
+                scores[reward.name].update(zip(keys, values.float().tolist()))
+        for i in chunk:
+            prompt_images = [images[i, n] for n in range(cfg.num)]
+            write_images(cfg, model, i, entries[i], prompt_images)
+            line = {"prompt": entries[i]["prompt"]}
+            for name in scores:
+                line[name] = [scores[name][i, n] for n in range(cfg.num)]
+            # Last, so that a prompt with scores is complete.
+            write_whole(cfg.out / model.label / f"{i:05d}.json", json.dumps(line) + "\n")
+
+
+def write_images(cfg: EvaluateFlags, model: Model, i: int, entry: Entry, images: Sequence[Tensor]) -> None:
+    """Write the thumbnail of the i-th prompt, and all of its images where --keep-images and --geneval ask for them."""
+    folder = cfg.out / model.label
+    pictures = list(map(to_pil, images))
+    if cfg.keep_images:
+        for n, picture in enumerate(pictures):
+            save_png(picture, folder / "images" / f"{i:05d}_{n}.png")
+    if cfg.geneval:
+        # As GenEval's evaluate_images.py reads it. GenEval counts every picture that it finds, also those of an earlier
+        # evaluation with more images a prompt.
+        geneval = cfg.geneval / model.label / f"{i:05d}"
+        shutil.rmtree(geneval, ignore_errors=True)
+        for n, picture in enumerate(pictures):
+            save_png(picture, geneval / "samples" / f"{n:04d}.png")
+        (geneval / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
+    # The contact sheets are made of these: a thousand FLUX images at full size would be 2 GB.
+    thumbnail = pictures[0]
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    save_png(thumbnail, folder / f"{i:05d}.png")
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+def report_scores(
+    cfg: EvaluateFlags, prompts: Sequence[str], tags: Sequence[str] | None, models: Sequence[Model]
+) -> None:
+    """Print the tables, and write results.json and the contact sheets."""
+    scores = {}
+    for model in models:
+        scores[model.label] = read_scores(cfg, cfg.out / model.label, len(prompts))
+    summary = summarize(scores, tags, cfg.size)
+    results = json.dumps({"summary": summary, "scores": scores}, default=np.ndarray.tolist)
+    # JSON has no NaN, which is the interval of a single prompt.
+    results = results.replace("NaN", "null")
+    (cfg.out / "results.json").write_text(results + "\n")
+    write_sheets(scores, prompts, cfg.out)
+    # The tables come last, where people look.
+    print(f"{len(prompts)} prompts, {cfg.num} images each, {cfg.rollout_steps} steps; ± is half of a 95% interval\n")
+    print(format_table(summary))
+    print(f"wrote {cfg.out}: results.json and contact sheets")
+
+
+def read_scores(cfg: EvaluateFlags, folder: Path, count: int) -> dict[str, np.ndarray]:
+    """A model's scores by each reward, (count, --num). Raises ValueError if prompts have none."""
+    # Every rank has written its own, but a network disk may show them to rank 0 later.
+    unscored = unscored_prompts(folder, count)
+    if unscored:
+        example = f"{folder.name}/{unscored[0]:05d}"
+        raise ValueError(f"{cfg.out} lacks {len(unscored)} of the prompts, such as {example}: give the command again")
+    lines = [json.loads((folder / f"{i:05d}.json").read_text()) for i in range(count)]
+    scores = {}
+    for name in map(reward_name, cfg.reward):
+        scores[name] = np.array([line[name] for line in lines])  # (count, num)
+    return scores
 
 
 if __name__ == "__main__":

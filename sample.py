@@ -1,8 +1,6 @@
-"""From prompts and noise to pictures: encode, sample, decode; and the command that does it.
+"""From prompts and noise to pictures, as FLUX draws them: encode, schedule, velocity, sample, decode; and the command.
 
-    python sample.py --model runs/leapalign-seed0/final --prompt "a photo of two circles" --out grid.png
-
-Of a prompt the transformer sees CLIP's pooled vector, and T5's sequence of embeddings, padded, without a mask.
+    python sample.py --model runs/leapalign-seed0/final --prompt "a photo of two circles" --picture grid.png
 
 Legend: b images, h w pixels, n = (h/16)(w/16) image tokens of c channels, m text tokens.
 """
@@ -10,9 +8,8 @@ Legend: b images, h w pixels, n = (h/16)(w/16) image tokens of c channels, m tex
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
@@ -25,12 +22,16 @@ from config import sides
 from formats.folders import PATCH, Pipeline, load_pipeline
 from infra.distributed import device_of
 from infra.files import check_writable
+from infra.flags import flags
 from infra.pictures import contact_sheet
 from infra.prompts import read_prompts
 from leaps import Velocity, rollout
 from model import Flux
 
 HERE = Path(__file__).parent
+
+
+# ------------------------------------------------------------------------------------------- encode
 
 
 class Text(NamedTuple):
@@ -40,97 +41,69 @@ class Text(NamedTuple):
     vec: Tensor  # CLIP, pooled, (b, vec_in_dim)
 
 
-# --------------------------------------------------------------------------------- text and images
-
-
 @torch.no_grad()
 def encode(pipe: Pipeline, prompts: Sequence[str]) -> Text:
-    """Prompts to T5 and pooled CLIP embeddings, as FluxPipeline.encode_prompt: T5 padded and unmasked."""
-
-    def tokens(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
-        pad = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return tokenizer(list(prompts), **pad).input_ids.to(pipe.device)
-
-    txt = pipe.t5(tokens(pipe.t5_tokenizer, pipe.text_length))[0]
-    vec = pipe.clip(tokens(pipe.clip_tokenizer, clip_length(pipe))).pooler_output
+    """Prompts to the two things that FLUX reads of them: T5's embedding of every token, CLIP's of the whole prompt."""
+    t5_ids = padded_ids(pipe.t5_tokenizer, prompts, pipe.text_length)
+    clip_ids = padded_ids(pipe.clip_tokenizer, prompts, clip_length(pipe))
+    # Neither T5 nor FLUX gets a mask over the padding: FLUX was trained without one, so its image tokens attend to the
+    # padding, too, and a mask would change every picture. For the same reason --text-length changes pictures.
+    txt = pipe.t5(t5_ids.to(pipe.device))[0]  # (b, m, context_in_dim)
+    vec = pipe.clip(clip_ids.to(pipe.device)).pooler_output  # (b, vec_in_dim)
     return Text(txt, vec)
 
 
+def padded_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> Tensor:
+    """Token ids of prompts, padded or truncated to (b, length)."""
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokens.input_ids
+
+
 def clip_length(pipe: Pipeline) -> int:
-    """Tokens that CLIP reads of a prompt, 77 for FLUX."""
+    """Tokens that CLIP reads of a prompt: 77 for FLUX."""
+    # The tokenizer's own limit may be 1e30, which stands for none.
     return min(pipe.clip_tokenizer.model_max_length, pipe.clip.config.max_position_embeddings)
 
 
-def truncation_warning(pipe: Pipeline, prompts: Sequence[str]) -> str | None:
-    """A warning with the numbers if `encode` cuts some of the prompts, else None."""
-    cut = []
-    lengths = {
-        "T5 (--text-length)": (pipe.t5_tokenizer, pipe.text_length),
-        "CLIP": (pipe.clip_tokenizer, clip_length(pipe)),
-    }
-    for name, (tokenizer, most) in lengths.items():
-        parts = (prompts[i : i + 4096] for i in range(0, len(prompts), 4096))  # a long list at once takes gigabytes
-        found = [len(ids) for part in parts for ids in tokenizer(list(part), verbose=False).input_ids]
-        if longer := sum(length > most for length in found):
-            cut.append(f"{name} reads {most} tokens, {longer} of {len(prompts)} have more, up to {max(found)}")
-    return f"warning: prompts are cut: {'; '.join(cut)}" if cut else None
-
-
-def decode(pipe: Pipeline, x: Tensor, height: int, width: int) -> Tensor:
-    """Packed latents (b, n, c) to images in [0, 1], (b, 3, height, width); differentiable, in fp32."""
-    z = unpack(x, height // pipe.cell, width // pipe.cell).to(pipe.vae.dtype)
-    z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    return (pipe.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)  # no gradient past black and white
-
-
-def pack(z: Tensor) -> Tensor:
-    """Latents to tokens: one token a 2x2 patch, channel-major within it."""
-    return rearrange(z, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
-
-
-def unpack(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Tokens to latents: the inverse of `pack`."""
-    return rearrange(x, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH)
-
-
-# --------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- schedule
 
 
 def token_grid(pipe: Any, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of tokens in an image. Raises ValueError for a size that is not whole tokens.
 
-    `pipe` is a Pipeline, or a Description of one: what has a `cell`.
+    `pipe` is a Pipeline or a Description: anything with a `cell`, the pixels that a token spans each way.
     """
-    if height <= 0 or width <= 0 or height % pipe.cell or width % pipe.cell:
+    is_whole = height % pipe.cell == 0 and width % pipe.cell == 0
+    if height <= 0 or width <= 0 or not is_whole:
         raise ValueError(f"image size {height}x{width} is not a positive multiple of {pipe.cell}")
     return height // pipe.cell, width // pipe.cell
 
 
-def draw_noise(pipe: Pipeline, seeds: Sequence[int], rows: int, columns: int) -> Tensor:
-    """x_1, a CPU generator an image: a seed means the same picture in any batch, on any device.
-
-    It is what FluxPipeline in fp32 draws from a CPU generator of that seed, so that pictures can be compared.
-    """
-    shape = (pipe.flux.config.in_channels // PATCH**2, rows * PATCH, columns * PATCH)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return pack(torch.stack(noise)).to(pipe.device)
-
-
 def sigmas(schedule: dict, steps: int, tokens: int) -> Tensor:
-    """Noise levels from 1 to 0, (steps + 1,): FLUX's schedule, shifted towards noise as images grow.
+    """Noise levels of an image of so many tokens, from 1 to 0, (steps + 1,).
 
-    sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the number of image tokens; a fixed shift where the
-    scheduler's config says so.
+    `schedule` is scheduler_config.json: with "use_dynamic_shifting", FLUX.1-dev's, the shift depends on the image's
+    size; without it, FLUX.1-schnell's, the shift is fixed.
     """
     sigma = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    # Neighbouring pixels show nearly the same, so at one level of noise a large image is more legible than a small one
+    # (Stable Diffusion 3, section 5.3.2). The shift gives a larger image more of its steps at high levels.
     if schedule["use_dynamic_shifting"]:
-        low, high = schedule["base_image_seq_len"], schedule["max_image_seq_len"]
+        # mu is a straight line through (256 tokens, 0.5) and (4096 tokens, 1.15).
+        low = schedule["base_image_seq_len"]
+        high = schedule["max_image_seq_len"]
         slope = (schedule["max_shift"] - schedule["base_shift"]) / (high - low)
-        shift = math.exp(schedule["base_shift"] + slope * (tokens - low))
+        mu = schedule["base_shift"] + slope * (tokens - low)
+        shift = math.exp(mu)
     else:
         shift = schedule["shift"]
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)  # the formula above, multiplied through by sigma
-    return torch.cat([sigma, sigma.new_zeros(1)]).float()
+    # FLUX's e^mu / (e^mu + 1/sigma - 1), with numerator and denominator multiplied by sigma.
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    zero = sigma.new_zeros(1)
+    return torch.cat([sigma, zero]).float()
+
+
+# ----------------------------------------------------------------------------------------- velocity
 
 
 def velocity_of(
@@ -141,22 +114,54 @@ def velocity_of(
     guidance: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Velocity:
-    """v_theta(x, sigma) for fixed prompts: latents in their own precision, the network in `dtype`.
+    """v_theta(x, sigma) for fixed prompts and image size; x is (b, n, c), sigma () or (b,).
 
-    `dtype` is that of its weights unless they are kept in another, as FSDP's fp32 masters of a bf16 network.
+    `dtype` is what the network computes in, by default that of its weights. With FSDP the two differ: a bf16 network
+    has fp32 master weights.
     """
-    dtype, device = dtype or flux.img_in.weight.dtype, flux.img_in.weight.device
+    device = flux.img_in.weight.device
+    # What does not depend on x and sigma is made once, not at each of the steps.
+    dtype = dtype or flux.img_in.weight.dtype
+    # Rotary positions: (0, row, column) of an image token, (0, 0, 0) of every text token. They are integers because
+    # a cast of all inputs to bf16 would move positions above 256.
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    img_ids = torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1).to(device)
+    positions = torch.stack([torch.zeros_like(row), row, column], dim=-1)
+    img_ids = rearrange(positions, "h w three -> (h w) three").to(device)
     txt_ids = torch.zeros(text.txt.shape[1], 3, dtype=torch.long, device=device)
-    txt, vec = text.txt.to(dtype), text.vec.to(dtype)
+    txt = text.txt.to(dtype)
+    vec = text.vec.to(dtype)
+    # FLUX.1-dev was distilled with guidance, a number that it reads. FLUX.1-schnell reads none.
+    if not flux.config.guidance_embed:
+        guidance = None
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        # Time and guidance stay fp32: FLUX takes cosines of 1000 t, of which bf16 would lose whole turns.
         t = torch.as_tensor(sigma, dtype=torch.float32, device=device).expand(len(x))
-        g = None if guidance is None or not flux.config.guidance_embed else torch.full_like(t, guidance)
-        return flux(x.to(dtype), img_ids, txt, txt_ids, t, vec, g).to(x.dtype)
+        g = None
+        if guidance is not None:
+            g = torch.full_like(t, guidance)
+        v = flux(x.to(dtype), img_ids, txt, txt_ids, t, vec, g)
+        # Latents stay fp32 between calls: an Euler step adds a small change, most of which bf16 would round away.
+        return v.to(x.dtype)
 
     return velocity
+
+
+# ------------------------------------------------------------------------------------------- sample
+
+
+def draw_noise(pipe: Pipeline, seeds: Sequence[int], rows: int, columns: int) -> Tensor:
+    """x_1 of images, (b, n, c): of a seed, the noise that FluxPipeline draws from a CPU generator of that seed."""
+    channels = pipe.flux.config.in_channels // PATCH**2
+    shape = (channels, rows * PATCH, columns * PATCH)
+    noise = []
+    for seed in seeds:
+        # A generator an image, so that a seed is the same picture in a batch of any size, and on any number of ranks.
+        # On the CPU, because a GPU's generator draws other numbers.
+        generator = torch.Generator().manual_seed(seed)
+        noise.append(torch.randn(shape, generator=generator))
+    # Packed after it was drawn, as in FluxPipeline: noise drawn as tokens would be in another order.
+    return pack(torch.stack(noise)).to(pipe.device)
 
 
 @torch.no_grad()
@@ -173,83 +178,155 @@ def sample(
     """Images in [0, 1] on the CPU, (len(prompts), 3, height, width), one per prompt and seed."""
     rows, columns = token_grid(pipe, height, width)
     levels = sigmas(pipe.schedule, steps, rows * columns).to(pipe.device)
+    # The VAE takes 3 kB of memory a pixel, so it decodes a million pixels at a time.
+    decode_batch = max(1, 2**20 // (height * width))
     images = []
     for i in range(0, len(prompts), batch):
         text = encode(pipe, prompts[i : i + batch])
         velocity = velocity_of(pipe.flux, text, rows, columns, guidance, pipe.compute)
-        x = rollout(velocity, draw_noise(pipe, seeds[i : i + batch], rows, columns), levels).x[-1]
-        at_once = max(1, 2**20 // (height * width))  # the VAE takes 3 kB a pixel
-        images += [decode(pipe, part, height, width).cpu() for part in x.split(at_once)]
+        noise = draw_noise(pipe, seeds[i : i + batch], rows, columns)
+        # The same Euler steps that training differentiates; of all states the last is the image.
+        x_0 = rollout(velocity, noise, levels).x[-1]
+        for latents in x_0.split(decode_batch):
+            images.append(decode(pipe, latents, height, width).cpu())
     return torch.cat(images)
 
 
-# ------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------- decode
 
 
-@dataclass(frozen=True)
-class Config:
-    """Write a captioned grid of images."""
+def decode(pipe: Pipeline, x: Tensor, height: int, width: int) -> Tensor:
+    """Packed latents (b, n, c) to images in [0, 1], (b, 3, height, width); differentiable, in fp32."""
+    z = unpack(x, height // pipe.cell, width // pipe.cell)
+    z = z.to(pipe.vae.dtype)
+    # FLUX's latents are the VAE's, shifted and scaled to about mean 0 and variance 1.
+    z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    images = pipe.vae.decode(z).sample
+    # The VAE's range is [-1, 1], and it overshoots. The clamp stops the gradient of a reward there: no picture can be
+    # whiter than white.
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def pack(z: Tensor) -> Tensor:
+    """Latents to tokens: one token a 2x2 patch, channel-major within it."""
+    return rearrange(z, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
+
+
+def unpack(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Tokens to latents: the inverse of `pack`."""
+    return rearrange(x, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH)
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+@flags
+class DrawFlags:
+    """Flags that sample.py and evaluate.py share: the model, and how and where it draws."""
 
     model: str = str(HERE / "shapes" / "tiny-flux")
     """Model folder in the diffusers layout of FLUX, or a hub id; or a LoRA, a folder or .safetensors file; or a file of
     the transformer alone, as flux1-dev.safetensors, ComfyUI's too."""
     base: str | None = None
-    """Model folder or hub id that --model, a LoRA or tuned weights, was trained from; our LoRAs name their own. A
-    transformer's file takes all else from it."""
+    """Model folder or hub id that a LoRA or tuned weights were trained from; our LoRAs name their own. A transformer's
+    file takes all else from it."""
     strength: float = 1.0
     """How much of the tuning to apply: 1 is all of it, 0 the base. Of a LoRA, or with --base of tuned weights."""
-    prompt: tuple[str, ...] = ()
-    """One or more prompts."""
-    prompts: Path | None = None
-    """A file of prompts, one per line, or JSON, used beside --prompt."""
-    out: Path = Path("grid.png")
-    """The picture to write."""
     num: int = 4
     """Images per prompt."""
-    steps: int = 25
-    """Euler steps."""
     guidance: float = 3.5
     """Guidance scale, for models that were distilled with guidance; others ignore it."""
-    size: str | None = None
-    """Pixels: one number for a square, or HEIGHTxWIDTH; the default is the VAE's own."""
     text_length: int | None = None
-    """T5 tokens a prompt is padded or cut to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
+    """T5 tokens a prompt is padded or truncated to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
     batch: int = 8
     """Images at a time: fewer need less memory, the pictures stay the same."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute: cpu, mps, cuda, or one of several GPUs, cuda:1."""
     bf16: bool = False
     """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published."""
+
+
+@flags
+class SampleFlags(DrawFlags):
+    """Write a captioned grid of images."""
+
+    prompt: tuple[str, ...] = ()
+    """One or more prompts."""
+    prompts: Path | None = None
+    """A file of prompts, one per line, or JSON, used beside --prompt."""
+    picture: Annotated[Path, tyro.conf.arg(aliases=("--out",))] = Path("grid.png")
+    """The picture to write."""
+    rollout_steps: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 25
+    """Euler steps."""
+    size: str | None = None
+    """Pixels: one number for a square, or HEIGHTxWIDTH; the default is the VAE's own."""
     seed: int = 0
-    """The n-th image of every prompt starts from the noise of seed + n, so rows can be compared."""
+    """The n-th image of every prompt starts from the noise of seed + n, so the images of a column can be compared."""
 
 
 def main() -> None:
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = tyro.cli(SampleFlags)
     try:
-        prompts = [*cfg.prompt, *(read_prompts(cfg.prompts) if cfg.prompts else [])]
-        if not prompts:
-            raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
-        if min(cfg.num, cfg.steps, cfg.batch) < 1:
-            raise ValueError(f"--num {cfg.num}, --steps {cfg.steps} and --batch {cfg.batch} must be at least 1")
-        if cfg.out.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"--out {cfg.out}: give a picture's name, such as {cfg.out.with_suffix('.png')}")
-        check_writable(f"--out {cfg.out}", cfg.out.parent)
-        size, device = cfg.size and sides(cfg.size), device_of(cfg.device)
-        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-        pipe = load_pipeline(cfg.model, device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
-        height, width = size or sides(str(pipe.vae.config.sample_size))
-        token_grid(pipe, height, width)
-        if warning := truncation_warning(pipe, prompts):
-            print(warning, file=sys.stderr)
+        draw_picture(cfg)
     except ValueError as error:
+        # What a user can mend is one line, without a traceback.
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    repeated = [p for p in prompts for _ in range(cfg.num)]
-    seeds = [cfg.seed + n for _ in prompts for n in range(cfg.num)]
-    images = sample(pipe, repeated, seeds, cfg.steps, height, width, cfg.guidance, cfg.batch)
-    contact_sheet(images, repeated, cfg.out, columns=cfg.num, side=max(128, min(width, 512)))
-    print(f"wrote {cfg.out}: {len(images)} images of {height}x{width}")
+
+
+def draw_picture(cfg: SampleFlags) -> None:
+    """Write the grid: a row a prompt. Raises ValueError naming the flag at fault."""
+    prompts = list(cfg.prompt)
+    if cfg.prompts:
+        prompts += read_prompts(cfg.prompts)
+    if not prompts:
+        raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
+    if min(cfg.num, cfg.rollout_steps, cfg.batch) < 1:
+        raise ValueError(f"--num {cfg.num}, --rollout-steps {cfg.rollout_steps}, --batch {cfg.batch}: give 1 or more")
+    if cfg.picture.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--picture {cfg.picture}: give a picture's name, such as {cfg.picture.with_suffix('.png')}")
+    check_writable(f"--picture {cfg.picture}", cfg.picture.parent)
+    # A size that is misspelt is found now, not after minutes of reading weights.
+    size = sides(cfg.size) if cfg.size else None
+    device = device_of(cfg.device)
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    pipe = load_pipeline(cfg.model, device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
+    height, width = size or sides(str(pipe.vae.config.sample_size))
+    warning = truncation_warning(pipe, prompts)
+    if warning:
+        print(warning, file=sys.stderr)
+
+    captions, seeds = [], []
+    for prompt in prompts:
+        captions += [prompt] * cfg.num
+        # Seeds begin anew at each prompt.
+        seeds += range(cfg.seed, cfg.seed + cfg.num)
+    images = sample(pipe, captions, seeds, cfg.rollout_steps, height, width, cfg.guidance, cfg.batch)
+    side = max(128, min(width, 512))  # at least the room for a caption
+    contact_sheet(images, captions, cfg.picture, columns=cfg.num, side=side)
+    print(f"wrote {cfg.picture}: {len(images)} images of {height}x{width}")
+
+
+def truncation_warning(pipe: Pipeline, prompts: Sequence[str]) -> str | None:
+    """A warning if some prompts are longer than an encoder reads, with the numbers; else None."""
+    encoders = [
+        ("T5 (--text-length)", pipe.t5_tokenizer, pipe.text_length),
+        ("CLIP", pipe.clip_tokenizer, clip_length(pipe)),
+    ]
+    notes = []
+    for name, tokenizer, limit in encoders:
+        lengths = []
+        # 4096 at a time: the tokens of a list of millions take gigabytes.
+        for i in range(0, len(prompts), 4096):
+            chunk = list(prompts[i : i + 4096])
+            ids = tokenizer(chunk, verbose=False).input_ids
+            lengths += map(len, ids)
+        too_long = sum(length > limit for length in lengths)
+        if too_long:
+            notes.append(f"{name} reads {limit} tokens, {too_long} of {len(prompts)} have more, up to {max(lengths)}")
+    if not notes:
+        return None
+    return f"warning: prompts are cut: {'; '.join(notes)}"
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def base_entries(location: Location) -> dict[str, str]:
 def save_pipeline(folder: Path, source: Path, config: FluxConfig, state: Tensors) -> None:
     """Write a model folder: frozen components copied from `source`, a transformer from `state` (our names)."""
     for component in FROZEN:
-        shutil.copytree(source / component, folder / component, copy_function=link_or_copy)
+        shutil.copytree(source / component, folder / component, dirs_exist_ok=True, copy_function=link_or_copy)
     shutil.copy(source / "model_index.json", folder)
     save_transformer(folder / "transformer", config, state)
 
@@ -81,6 +81,7 @@ def link_or_copy(source: str, target: str) -> None:
     """Copy a file, or link a large one: T5's 9.5 GB, which nobody edits, need not be on the disk for each run."""
     file = Path(source).resolve()  # a hub's cache is made of symbolic links
     if file.stat().st_size > LINK_BYTES:
+        Path(target).unlink(missing_ok=True)
         with suppress(OSError):  # another disk, or one without links
             Path(target).hardlink_to(file)
             return

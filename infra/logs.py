@@ -126,13 +126,13 @@ class Log:
         after = torch.load(samples / "last.pt", weights_only=True) / 255
         indices = preview_indices(prompts)
         first, last = history.evaluations[0], history.evaluations[-1]
-        is_right = None
+        is_correct = None
         if "judge" in first["by_prompt"] and "judge" in last["by_prompt"]:
             scores = zip(first["by_prompt"]["judge"], last["by_prompt"]["judge"], strict=True)
             pairs = [(score_before > 0.5, score_after > 0.5) for score_before, score_after in scores]
-            is_right = [pairs[i] for i in indices]
+            is_correct = [pairs[i] for i in indices]
         captions = [prompts[i] for i in indices]
-        before_after(before, after, captions, self.out / "before_after.png", right=is_right)
+        before_after(before, after, captions, self.out / "before_after.png", correct=is_correct)
 
     @contextmanager
     def pictures_may_fail(self) -> Iterator[None]:

@@ -1,57 +1,62 @@
 """Pictures for people: captioned grids of images, before and after, and curves of what a run measured."""
 
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from infra.jsonl import read_log
 
-PAD, LINE = 6, 13  # pixels between things, and a line of text
-PAGE, GRID, INK = "#ffffff", "#d8dee4", "#57606a"
-PALETTE = ("#24292f", "#0969da", "#bc4c00", "#1a7f37", "#cf222e", "#8250df", "#7d4e00", "#1b7c83")  # dark on white
-STYLES = ("-", "--")
-FRAME = "#1a7f37"  # of what is right
-ROUND = (1, 2, 5, 10)  # what ticks are apart, times a power of ten
-Lines = dict[str, tuple[Sequence[float], ...]]  # name -> x, y and perhaps half the width of a band
+PADDING = 6  # pixels between the cells of a grid
+LINE_HEIGHT = 13  # pixels of a line of a caption
+CAPTION_LINES = 4
+# GitHub's colors, for a white page. A line's color is also that of its name, so all have a contrast of 4.5 or more.
+GRID = "#d8dee4"
+INK = "#57606a"
+PALETTE = ("#24292f", "#0969da", "#bc4c00", "#1a7f37", "#cf222e", "#8250df", "#7d4e00", "#1b7c83")
+FRAME = "#1a7f37"  # around an image that is correct
+STYLES = ("-", "--")  # lines are dashed where there are more of them than colors
+ROUND = (1, 2, 5, 10)  # distances of ticks, times a power of ten
+Lines = dict[str, tuple[Sequence[float], ...]]  # name -> x, y, and for a band half of its width
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    """(3, h, w) in [0, 1] to a PIL image."""
-    return Image.fromarray(image.detach().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+# ------------------------------------------------------------------------------------------- grids
 
 
 def contact_sheet(
     images: Sequence[Tensor], captions: Sequence[str], path: Path, columns: int = 4, side: int = 128
 ) -> None:
-    """Write images in a grid, each `side` pixels wide (never enlarged smoothly), its caption beneath."""
+    """Write images (3, h, w) in [0, 1] as a grid, each `side` pixels wide with its caption beneath."""
     cells = [[image] for image in images]
     save_png(grid_of(cells, captions, columns, side), path)
 
 
 def before_after(
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
+    first: Sequence[Tensor],
+    last: Sequence[Tensor],
     captions: Sequence[str],
     path: Path,
     side: int = 96,
-    right: Sequence[Sequence[bool]] | None = None,
+    correct: Sequence[Sequence[bool]] | None = None,
 ) -> None:
-    """Write pairs of images of the same prompt and noise: above before, below after, then the caption.
+    """Write pairs of images of the same prompt and noise, the first above the last, then the caption.
 
-    A frame is around those that are `right`, by a judge.
+    `correct` says of each pair which of the two a judge calls right; those get a frame.
     """
-    cells = [list(pair) for pair in zip(before, after, strict=True)]
-    save_png(grid_of(cells, captions, columns=8, side=side, framed=right), path)
+    cells = list(zip(first, last, strict=True))
+    save_png(grid_of(cells, captions, columns=8, side=side, framed=correct), path)
 
 
 def grid_of(
@@ -61,28 +66,54 @@ def grid_of(
     side: int,
     framed: Sequence[Sequence[bool]] | None = None,
 ) -> Image.Image:
-    """A grid of cells; a cell is images one above the other, some framed, and a caption of up to four lines."""
-    font = ImageFont.load_default(11)
-    height = round(side * cells[0][0].shape[1] / cells[0][0].shape[2])
-    texts = [textwrap.wrap(c.removeprefix("a photo of "), width=max(8, side // 6))[:4] for c in captions]
-    stack = (height + 2) * len(cells[0])
-    width, tall = side + PAD, stack + LINE * max(len(t) for t in texts) + PAD
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (width * min(columns, len(cells)) + PAD, tall * rows + PAD), "white")
+    """A grid of cells: images of one size above each other, some with a frame, and a caption of up to four lines."""
+    first = cells[0][0]
+    height = round(side * first.shape[1] / first.shape[2])
+    texts = []
+    for caption in captions:
+        # All prompts of GenEval and of the shapes world begin alike, and a caption has little room.
+        words = caption.removeprefix("a photo of ")
+        lines = textwrap.wrap(words, width=max(8, side // 6))
+        texts.append(lines[:CAPTION_LINES])
+    # Every cell is as high as the one with the longest caption.
+    text_height = LINE_HEIGHT * max(map(len, texts))  # pixels
+    cell_height = (height + 2) * len(cells[0]) + text_height + PADDING
+    cell_width = side + PADDING
+    rows = math.ceil(len(cells) / columns)
+    sheet_width = cell_width * min(columns, len(cells)) + PADDING
+    sheet_height = cell_height * rows + PADDING
+    sheet = Image.new("RGB", (sheet_width, sheet_height), "white")
     draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)  # Pillow's own, so that the sheet is the same on every machine
     for i, (cell, text) in enumerate(zip(cells, texts, strict=True)):
-        x, y = PAD + i % columns * width, PAD + i // columns * tall
+        row, column = divmod(i, columns)
+        x = PADDING + column * cell_width
+        y = PADDING + row * cell_height
         for n, image in enumerate(cell):
-            resample = Image.NEAREST if image.shape[2] < side else Image.LANCZOS
-            sheet.paste(to_pil(image).resize((side, height), resample), (x, y))
+            # Pixels of a small image are enlarged as squares: smoothing would hide what the model draws.
+            is_small = image.shape[2] < side
+            resample = Image.NEAREST if is_small else Image.LANCZOS
+            picture = to_pil(image)
+            picture = picture.resize((side, height), resample)
+            sheet.paste(picture, (x, y))
             if framed and framed[i][n]:
-                draw.rectangle((x, y, x + side - 1, y + height - 1), outline=FRAME, width=3)
-            y += height + 2
+                corners = (x, y, x + side - 1, y + height - 1)
+                draw.rectangle(corners, outline=FRAME, width=3)
+            y += height + 2  # two pixels of white between images
         draw.multiline_text((x, y), "\n".join(text), fill="black", font=font, spacing=1)
     return sheet
 
 
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, h, w) in [0, 1] to a PIL image."""
+    pixels = 255 * image.detach().clamp(0, 1)
+    pixels = pixels.round().byte().cpu()
+    pixels = rearrange(pixels, "c h w -> h w c")
+    return Image.fromarray(pixels.numpy())
+
+
 def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture, and the folder that it is in if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
 
@@ -90,22 +121,111 @@ def save_png(picture: Image.Image, path: Path) -> None:
 # ------------------------------------------------------------------------------------------ curves
 
 
-def line_chart(axes: Axes, lines: Lines, title: str, across: str = "step") -> None:
-    """Draw lines over one x axis, each named, with its last value, at its end.
+def curves(run: Path, path: Path, tasks: Sequence[str] = ()) -> None:
+    """Write the curves of a run: a chart of the trained reward, of each watched one, and of the judge.
 
-    A line is (x, y) or (x, y, half): half is the half-width of a shaded band, such as a 95% interval.  Where there are
-    more lines than colors, the others are dashed.
+    `tasks` names the numbers of eval.jsonl that are the judge's means by task; they share the judge's chart.
+    """
+    # The last line may be half: a killed run has curves, too.
+    updates = read_log(run / "metrics.jsonl")
+    evals = read_log(run / "eval.jsonl")
+    steps = [entry["step"] for entry in evals]  # updates that were done before each evaluation
+
+    def curve(name: str) -> tuple[list[float], list[float]]:
+        return steps, [entry[name] for entry in evals]
+
+    reward_lines = {}
+    if updates:
+        update_steps = [entry["step"] for entry in updates]
+        batch_means = [entry["reward"] for entry in updates]
+        # Every batch has other prompts, so its mean jumps from update to update.
+        reward_lines["batch"] = (update_steps, smooth(batch_means))
+    # Evaluations are always of the same prompts and noise.
+    reward_lines["evaluation"] = curve("reward")
+    charts = [("trained reward", reward_lines)]
+    judge_names = ("judge", *tasks)
+    for name, value in evals[0].items():
+        if not isinstance(value, int | float):
+            continue  # the scores of every prompt
+        if name in ("step", "seconds", *judge_names):
+            continue
+        # "reward" and, of a single trained reward, its own name hold the same numbers: one chart for both.
+        if curve(name) != curve("reward"):
+            charts.append((name, {name: curve(name)}))
+    judge_lines = {name: curve(name) for name in judge_names if name in evals[0]}
+    if judge_lines:
+        charts.append(("judge accuracy, evaluation prompts", judge_lines))
+    save_charts(charts, path)
+
+
+def smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    """Exponential moving average, started at the first value."""
+    averages = [values[0]]
+    for value in values[1:]:
+        averages.append(decay * averages[-1] + (1 - decay) * value)
+    return averages
+
+
+def save_charts(charts: Sequence[tuple[str, Lines]], path: Path) -> None:
+    """Write a row of charts over the updates of a run, (title, lines) each."""
+    row = []
+    for title, lines in charts:
+        row.append(partial(line_chart, lines=lines, title=title))
+    save_row(row, path)
+
+
+def save_row(
+    charts: Sequence[Callable[[Axes], None]], path: Path, height: float = 2.8, left: float = 0.5, right: float = 1.1
+) -> None:
+    """Write a row of charts as a PNG; each chart is a function that draws into the axes it is given.
+
+    Inches: `height` of the picture, `left` of the first axes for their labels, `right` of all axes for legends.
+    """
+    axes_width = 2.8
+    gap = right + 0.5
+    width = left + len(charts) * (axes_width + gap) - 0.5  # the last chart needs no gap, only its legend
+    # A Figure of its own, not pyplot: pyplot would change the backend that a user's notebook draws with.
+    figure = Figure(figsize=(width, height), dpi=110)
+    # matplotlib wants the space around the axes in parts of the figure, and the space between them in parts of one of
+    # the axes. 0.5 inches below are for the x axis, 0.3 above for titles.
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=0.5 / height,
+        top=1 - 0.3 / height,
+        wspace=gap / axes_width,
+    )
+    all_axes = figure.subplots(1, len(charts), squeeze=False)
+    for axes, draw in zip(all_axes[0], charts, strict=True):
+        draw(axes)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    # 64 colors are enough for a few lines, and make a file of 15 kB out of 50.
+    picture = Image.fromarray(pixels).quantize(64, dither=Image.Dither.NONE)
+    save_png(picture, path)
+
+
+def line_chart(axes: Axes, lines: Lines, title: str, across: str = "step") -> None:
+    """Draw lines over one x axis, with a legend of their names and last values.
+
+    A line is (x, y) or (x, y, half); half is the half-width of a shaded band, such as a 95% interval.
     """
     ends = []
-    for (style, color), (name, (x, y, *half)) in zip(
-        itertools.cycle(itertools.product(STYLES, PALETTE)), lines.items()
-    ):
+    # All colors with solid lines, then all again with dashed ones.
+    looks = itertools.cycle(itertools.product(STYLES, PALETTE))
+    for name, (x, y, *half) in lines.items():
+        style, color = next(looks)
         axes.plot(x, y, style, color=color, linewidth=1.6)
         if half:
-            low, high = np.asarray(y) - half[0], np.asarray(y) + half[0]
+            low = np.subtract(y, half[0])
+            high = np.add(y, half[0])
             axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
         digits = 3 if abs(y[-1]) < 1 else 2
-        ends.append((y[-1], f"{name} {y[-1]:.{digits}f}{' ┄┄' * (style == STYLES[1])}", color))
+        text = f"{name} {y[-1]:.{digits}f}"
+        if style == "--":
+            text += " ┄┄"
+        ends.append((y[-1], text, color))
     dress(axes, title, across)
     name_ends(axes, ends)
 
@@ -115,74 +235,30 @@ def dress(axes: Axes, title: str, across: str) -> None:
     axes.set_title(title, loc="left", fontsize=9, color=INK)
     axes.set_xlabel(across, fontsize=8, color=INK)
     axes.tick_params(labelsize=8, colors=INK, length=0)
+    # Steps are whole numbers; half of an update would be a strange tick.
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=across == "step", steps=ROUND))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+    # Of the frame only a grid is left, behind the lines: what was measured is what one sees.
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    axes.set_facecolor(PAGE)
 
 
 def name_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Write names at the right of the axes, at the height of their lines' ends, or one below the other beside them."""
-    low, high = axes.get_ylim()
-    line = 10.5 / (72 * axes.get_position().height * axes.figure.get_figheight())  # of text, as a part of the height
-    ends, places = sorted(ends, reverse=True), [1 + line]
-    for y, _, _ in ends:
-        places.append(min((y - low) / (high - low), places[-1] - line))
-    floor = 0.0
-    for i in range(len(ends), 0, -1):  # and none below the axes
-        places[i] = max(places[i], floor)
-        floor = places[i] + line
-    for (_, text, color), place in zip(ends, places[1:], strict=True):
-        axes.text(1.02, place, text, color=color, fontsize=8, va="center", transform=axes.transAxes)
+    """Write a legend at the right of the axes, the highest line first; `ends` are (last value, text, color) of lines.
 
-
-def save_charts(charts: Sequence[tuple[str, Lines]], path: Path, across: str = "step") -> None:
-    """Write a row of charts, (title, lines) each."""
-    save_row([partial(line_chart, lines=lines, title=title, across=across) for title, lines in charts], path)
-
-
-def save_row(
-    charts: Sequence[Callable[[Axes], None]], path: Path, height: float = 2.8, left: float = 0.5, right: float = 1.1
-) -> None:
-    """Write a row of charts, each drawn by a function of its axes, as a PNG of few kilobytes.
-
-    `height`, `left`, the room for the first chart's names at its left, and `right`, at each one's right, are in inches.
-    The page is white, so that it is read on a dark one too.  No pyplot: what a notebook draws with stays as it is.
+    The text has the color of its line, in place of a sample of the line.
     """
-    gap, wide = right + 0.5, 2.8
-    width = left + len(charts) * (wide + gap) - 0.5
-    figure = Figure(figsize=(width, height), dpi=110, facecolor=PAGE)
-    grid = figure.subplots(1, len(charts), squeeze=False)[0]
-    figure.subplots_adjust(left / width, 0.5 / height, 1 - right / width, 1 - 0.3 / height, wspace=gap / wide)
-    for axes, draw in zip(grid, charts):
-        draw(axes)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-    save_png(picture.quantize(64, dither=Image.Dither.NONE), path)
-
-
-def curves(run: Path, path: Path, tasks: Sequence[str] = ()) -> None:
-    """Write what a run measured: the trained reward, of batches (smoothed) and of evaluations, and all others.
-
-    `tasks` are those keys of eval.jsonl that belong to the judge, whose chart they share.
-    """
-    updates, evals = read_log(run / "metrics.jsonl"), read_log(run / "eval.jsonl")
-    at = [entry["step"] for entry in evals]
-    numbers = {k: [entry[k] for entry in evals] for k, v in evals[0].items() if isinstance(v, int | float)}
-    trained = numbers.pop("reward")
-    lines = {"batch": ([e["step"] for e in updates], smooth([e["reward"] for e in updates]))} if updates else {}
-    charts = [("trained reward", {**lines, "evaluation": (at, trained)})]
-    judged = {k: (at, numbers[k]) for k in ("judge", *tasks) if k in numbers}
-    others = numbers.keys() - judged.keys() - {"step", "seconds"}
-    charts += [(k, {k: (at, ys)}) for k, ys in numbers.items() if k in others and ys != trained]
-    if judged:
-        charts.append(("judge accuracy, evaluation prompts", judged))
-    save_charts(charts, path)
-
-
-def smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Each value's average with those before it, of which an older one counts less."""
-    return list(itertools.accumulate(values, lambda mean, value: keep * mean + (1 - keep) * value))
+    handles = []
+    for _, text, color in sorted(ends, reverse=True):
+        handles.append(Line2D([], [], color=color, label=text))
+    axes.legend(
+        handles=handles,
+        labelcolor="linecolor",
+        handlelength=0,
+        handletextpad=0,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.05),
+        fontsize=8,
+        frameon=False,
+    )

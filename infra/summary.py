@@ -7,72 +7,141 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from scipy import stats
+from torch import Tensor
 
 from infra.pictures import grid_of, save_png
+
+Scores = dict[str, dict[str, np.ndarray]]  # model -> reward -> (prompts, images of a prompt)
+Numbers = dict[str, Any]  # of a model by a reward: mean, half, ...
+Summary = dict[str, dict[str, Numbers]]  # reward -> model -> numbers
+MAX_TAGS = 12  # a line of a table with more columns would wrap
+SHEET_CELLS = 16  # two rows of eight
 
 
 def confidence_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean of independent values, and half the width of its 95% interval (Student's t); NaN for a single one."""
-    values, n = np.asarray(values), len(values)
-    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    values = np.asarray(values)
+    n = len(values)
+    half = math.nan
+    if n > 1:
+        quantile = stats.t.ppf(0.975, n - 1)  # 2.5% of the distribution are above, as many below
+        half = quantile * values.std(ddof=1) / math.sqrt(n)
     return float(values.mean()), float(half)
 
 
-def summarize(
-    scores: dict[str, dict[str, np.ndarray]], tags: list[str] | None, sizes: Sequence[str] = ()
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """reward -> model -> mean, half, change and change_half against the first model, tasks, and sizes if several.
+def summarize(scores: Scores, tags: Sequence[str] | None, sizes: Sequence[str] = ()) -> Summary:
+    """Means over prompts, with 95% intervals, and changes from the first model.
 
-    scores: model -> reward -> (prompts, num), the images at `sizes` in turn.
+    The numbers are `mean`, `half`, the half-width of its interval, and of all models but the first `change` and
+    `change_half`; with `tags`, one a prompt, `tasks`: tag -> mean; with several `sizes`, at which the images of a
+    prompt take turns, `sizes`: size -> mean.
     """
-    summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for reward in next(iter(scores.values())):
-        by_prompt = {model: scores[model][reward].mean(1) for model in scores}
-        first = next(iter(by_prompt.values()))
+    reference, *_ = scores.values()
+    summary = {}
+    for reward in reference:
         summary[reward] = {}
-        for model, values in by_prompt.items():
-            entry = dict(zip(("mean", "half"), confidence_interval(values)))
-            if values is not first:
-                entry |= dict(zip(("change", "change_half"), confidence_interval(values - first)))
+        for model in scores:
+            values = scores[model][reward]  # (prompts, num)
+            # Images of a prompt are not independent, prompts are: the interval is over prompts.
+            by_prompt = values.mean(1)
+            numbers: Numbers = {}
+            numbers["mean"], numbers["half"] = confidence_interval(by_prompt)
+            if scores[model] is not reference:
+                # Paired: a prompt that is hard is so for both models, which their difference does not see.
+                change = by_prompt - reference[reward].mean(1)
+                numbers["change"], numbers["change_half"] = confidence_interval(change)
             if tags:
-                entry["tasks"] = {t: float(values[np.array(tags) == t].mean()) for t in dict.fromkeys(tags)}
+                numbers["tasks"] = means_by_tag(by_prompt, tags)
             if len(sizes) > 1:
-                turns = enumerate(sizes)
-                entry["sizes"] = {s: float(scores[model][reward][:, i :: len(sizes)].mean()) for i, s in turns}
-            summary[reward][model] = entry
+                numbers["sizes"] = means_by_size(values, sizes)
+            summary[reward][model] = numbers
     return summary
 
 
-def format_table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The summary for people; of the tasks only the judge's, and all sizes."""
-    width = max(len(name) for models in summary.values() for name in [*models, *summary])
+def means_by_tag(by_prompt: np.ndarray, tags: Sequence[str]) -> dict[str, float]:
+    """The mean over the prompts of each tag, in the order in which the tags appear."""
+    means = {}
+    for tag in dict.fromkeys(tags):
+        has_tag = np.array(tags) == tag
+        means[tag] = float(by_prompt[has_tag].mean())
+    return means
+
+
+def means_by_size(values: np.ndarray, sizes: Sequence[str]) -> dict[str, float]:
+    """The mean over the images of each size; the n-th image of a prompt has size n, modulo their number."""
+    means = {}
+    for first, size in enumerate(sizes):
+        of_size = values[:, first :: len(sizes)]
+        means[size] = float(of_size.mean())
+    return means
+
+
+def format_table(summary: Summary) -> str:
+    """The summary as text: a table a reward and a line a model, with the means by tag and by size as columns."""
+    # All tables share the width of the first column, so that their numbers are below each other.
+    width = 0
+    for reward, models in summary.items():
+        width = max(width, *map(len, [reward, *models]))
     lines = []
     for reward, models in summary.items():
-        parts = [(e.get("tasks", {}) if reward == "judge" else {}) | e.get("sizes", {}) for e in models.values()]
-        wide = max(9, *(2 + len(name) for name in parts[0])) if parts[0] else 9
-        lines.append(f"{reward:{width}}  {'mean':17}{'change':19}" + "".join(f"{name:>{wide}}" for name in parts[0]))
-        for (model, e), values in zip(models.items(), parts):
-            change = f"{e['change']:+.4f} ±{e['change_half']:.4f}" if "change" in e else ""
-            cells = "".join(f"{value:{wide}.3f}" for value in values.values())
-            lines.append(f"{model:{width}}  {e['mean']:8.4f} ±{e['half']:.4f}  {change:19}{cells}".rstrip())
+        first, *_ = models.values()
+        columns = column_means(first)
+        column_width = 9  # of a number between -999.999 and 999.999
+        for name in columns:
+            column_width = max(column_width, len(name) + 2)
+        line = f"{reward:{width}}  {'mean':17}{'change':19}"
+        for name in columns:
+            line += f"{name:>{column_width}}"
+        lines.append(line)
+        for model, numbers in models.items():
+            line = f"{model:{width}}  {numbers['mean']:8.4f} ±{numbers['half']:.4f}  "
+            change = ""
+            if "change" in numbers:
+                change = f"{numbers['change']:+.4f} ±{numbers['change_half']:.4f}"
+            line += f"{change:19}"
+            for mean in column_means(numbers).values():
+                line += f"{mean:{column_width}.3f}"
+            lines.append(line.rstrip())
         lines.append("")
     return "\n".join(lines)
 
 
-def write_sheets(scores: dict[str, dict[str, np.ndarray]], prompts: list[str], out: Path) -> None:
-    """Write best.png, worst.png and, for two models or more, changed.png: a cell per prompt, models top to bottom."""
-    reward = next(iter(next(iter(scores.values()))))
-    by_prompt = [scores[model][reward].mean(1) for model in scores]
-    order = by_prompt[-1].argsort(kind="stable")
-    shown = {"best": order[::-1], "worst": order}
-    if len(by_prompt) > 1:
-        shown["changed"] = (-np.abs(by_prompt[-1] - by_prompt[0])).argsort(kind="stable")
-    for name, indices in shown.items():
+def column_means(numbers: Numbers) -> dict[str, float]:
+    """The means that have a column: by size, and by tag unless there are too many tags."""
+    by_tag = numbers.get("tasks", {})
+    if len(by_tag) > MAX_TAGS:  # results.json has them all the same
+        by_tag = {}
+    return by_tag | numbers.get("sizes", {})
+
+
+def write_sheets(scores: Scores, prompts: Sequence[str], out: Path) -> None:
+    """Write best.png, worst.png and, of several models, changed.png, by the first reward.
+
+    A cell is a prompt: its first image by each model, the first model on top, and its scores.
+    """
+    reference, *_ = scores.values()
+    reward, *_ = reference  # the first of --reward, the one that matters most
+    means = [scores[model][reward].mean(1) for model in scores]  # (prompts,), a model each
+    # A stable sort: prompts of equal score, which the judge gives most, stay in the order of their file.
+    worst_first = means[-1].argsort(kind="stable")
+    sheets = {"best": worst_first[::-1], "worst": worst_first}
+    if len(means) > 1:
+        # By the size of the change, so that what became worse is on the sheet, too.
+        distance = np.abs(means[-1] - means[0])
+        sheets["changed"] = (-distance).argsort(kind="stable")
+    for name, order in sheets.items():
         cells, captions = [], []
-        for i in indices[:16].tolist():
-            files = [out / model / f"{i:05d}.png" for model in scores]
-            cells.append([torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1) / 255 for f in files])
-            captions.append(" to ".join(f"{values[i]:.2f}" for values in by_prompt) + f": {prompts[i]}")
+        for i in order[:SHEET_CELLS].tolist():
+            cells.append([read_png(out / model / f"{i:05d}.png") for model in scores])
+            numbers = " to ".join(f"{of_model[i]:.2f}" for of_model in means)
+            captions.append(f"{numbers}: {prompts[i]}")
         save_png(grid_of(cells, captions, columns=8, side=128), out / f"{name}.png")
+
+
+def read_png(file: Path) -> Tensor:
+    """A picture as a tensor (3, h, w) in [0, 1]."""
+    pixels = torch.from_numpy(np.array(Image.open(file)))
+    return rearrange(pixels, "h w c -> c h w") / 255

@@ -27,7 +27,6 @@ from infra.distributed import join
 from infra.meter import Meter
 from infra.pictures import line_chart
 from sample import sigmas
-from start import prepare
 from tests.test_methods import ROOT, blocks
 
 SMALL = "--rollout-steps 5 --batch 8"
@@ -95,7 +94,7 @@ def counted():
     """What the training loop's meter counts in one update: method -> evaluations."""
     cfg = cells.config_of("leapalign", SMALL)
     with join("cpu") as world:
-        setup = prepare(replace(cfg, out=Path("nonexistent")), world)
+        setup = train.set_up(replace(cfg, out=Path("nonexistent")), world)
 
         def count(spec: str, step: int = 0) -> int:
             meter = Meter(world.device)

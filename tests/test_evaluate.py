@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import evaluate
+from evaluate import EvaluateFlags, evaluate_models, model_label, tags_of
 from formats.folders import load_pipeline
+from formats.saving import save_pipeline
 from infra.distributed import join
-from infra.summary import confidence_interval, summarize
+from infra.summary import MAX_TAGS, confidence_interval, format_table, summarize
 from rewards import open_reward, score_all
 from sample import sample
 from tests.processes import script, start
@@ -29,140 +31,175 @@ from tools.prompts import generate
 
 ROOT = Path(evaluate.__file__).parent
 TINY = ROOT / "shapes" / "tiny-flux"
-FLAGS = ["--num", "2", "--steps", "3", "--batch", "8"]
+FLAGS = ["--num", "2", "--rollout-steps", "3", "--batch", "8"]
+ONE_STEP = ["--num", "1", "--rollout-steps", "1"]
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory) -> Path:
+def prompt_file(tmp_path_factory) -> Path:
+    """Twelve prompts, of every task."""
     lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
-    file = tmp_path_factory.mktemp("prompts") / "few.txt"
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("\n".join(lines[5::30]) + "\n")
     return file
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory) -> Path:
+def disturbed(tmp_path_factory) -> Path:
     """A second model: the shipped one, disturbed."""
-    from formats.saving import save_pipeline
-
-    pipe = load_pipeline(TINY)
-    torch.manual_seed(0)
-    state = {k: v + 0.02 * torch.randn_like(v) for k, v in pipe.flux.state_dict().items()}
-    folder = tmp_path_factory.mktemp("models") / "other" / "final"
-    save_pipeline(folder, TINY, pipe.flux.config, state.items())
+    folder = tmp_path_factory.mktemp("models") / "disturbed" / "final"
+    save_disturbed(folder, seed=0)
     return folder
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return script("evaluate.py", *arguments)
-
-
-def run_on_two_ranks(*arguments: str | Path) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    launcher += ["--rdzv-endpoint=localhost:0", "--"]
-    return subprocess.run(
-        [*launcher, "evaluate.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def save_disturbed(folder: Path, seed: int) -> None:
+    pipe = load_pipeline(TINY)
+    torch.manual_seed(seed)
+    state = {name: weight + 0.02 * torch.randn_like(weight) for name, weight in pipe.flux.state_dict().items()}
+    save_pipeline(folder, TINY, pipe.flux.config, state.items())
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory, few, other) -> tuple[Path, str]:
+def evaluated(tmp_path_factory, prompt_file, disturbed) -> tuple[Path, str]:
+    """An evaluation of two models: its folder, and what it printed."""
     out = tmp_path_factory.mktemp("evaluation") / "out"
-    done = run("--model", TINY, other, "--prompts", few, "--out", out, "--keep-images", *FLAGS)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    process = script(
+        "evaluate.py", "--model", TINY, disturbed, "--prompts", prompt_file, "--out", out, "--keep-images", *FLAGS
+    )
+    assert process.returncode == 0, process.stderr
+    return out, process.stdout
+
+
+def scores_in(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())["scores"]
+
+
+def output_of(monkeypatch, capsys, *arguments: str | Path) -> str:
+    """What evaluate.py writes to stderr; its exit code is 0, or 2 after a line that says what is wrong."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    try:
+        evaluate.main()
+    except SystemExit as error:
+        assert error.code == 2
+    output = capsys.readouterr().err
+    assert "Traceback" not in output
+    return output
+
+
+def refusal_of(monkeypatch, capsys, *arguments: str | Path) -> str:
+    """What evaluate.py writes to stderr where it ends before any weights are read."""
+    with monkeypatch.context() as without_weights:
+        without_weights.chdir(ROOT)
+        without_weights.setattr(evaluate, "load_pipeline", None)
+        output = output_of(without_weights, capsys, *arguments)
+    assert "error: " in output
+    return output
 
 
 # --------------------------------------------------------------------------------------- the command
 
 
-def test_the_table_shows_both_models_and_the_paired_change(evaluated, other):
-    out, said = evaluated
-    for word in (
-        "judge",
-        "tiny",
-        "single",
-        "attr",
-        evaluate.label(str(TINY)),
-        evaluate.label(str(other)),
-        "±",
-        str(out),
-    ):
-        assert word in said
-    changes = [line for line in said.splitlines() if line.startswith(evaluate.label(str(other)))]
-    assert len(changes) == 2 and all(line.count("±") == 2 for line in changes)
+def test_the_tables_show_both_models_and_the_paired_change(evaluated, disturbed):
+    out, printed = evaluated
+    label = model_label(str(disturbed))
+    for word in ("judge", "tiny", model_label(str(TINY)), label, str(out)):
+        assert word in printed
+    rows = [line for line in printed.splitlines() if line.startswith(label)]
+    assert len(rows) == 2
+    assert all(row.count("±") == 2 for row in rows)
 
 
-def test_the_scores_are_those_of_the_same_images_drawn_by_hand(evaluated, few):
+def test_each_reward_has_a_column_for_every_task(evaluated):
+    _, printed = evaluated
+    headers = [line.split() for line in printed.splitlines() if " change " in line]
+    tasks = ["single", "two", "count", "color", "position", "attr"]
+    assert [header[0] for header in headers] == ["judge", "tiny"]
+    assert all(sorted(header[3:]) == sorted(tasks) for header in headers)
+
+
+def test_the_scores_are_those_of_the_same_images_drawn_by_hand(evaluated, prompt_file):
     out, _ = evaluated
-    prompts = few.read_text().splitlines()
-    texts = [p for p in prompts for _ in range(2)]
-    images = sample(load_pipeline(TINY), texts, range(24), 3, 64, 64)  # seeds count on over prompts and images
-    results = json.loads((out / "results.json").read_text())
+    prompts = np.repeat(prompt_file.read_text().splitlines(), 2).tolist()
+    images = sample(load_pipeline(TINY), prompts, range(24), 3, 64, 64)  # seeds count on over prompts and images
+    scores = scores_in(out)["shapes_tiny-flux"]
     for name in ("judge", "tiny"):
-        expected = score_all(open_reward(name), images, texts, "cpu").view(-1, 2)
-        torch.testing.assert_close(
-            torch.tensor(results["scores"]["shapes_tiny-flux"][name]), expected, atol=1e-4, rtol=0
-        )
-    kept = np.array(Image.open(out / "shapes_tiny-flux" / "images" / "00003_1.png")) / 255
-    np.testing.assert_allclose(kept, images[7].permute(1, 2, 0).numpy(), atol=0.6 / 255)
+        expected = score_all(open_reward(name), images, prompts, "cpu").view(-1, 2)
+        torch.testing.assert_close(torch.tensor(scores[name]), expected, atol=1e-4, rtol=0)
+    picture = np.array(Image.open(out / "shapes_tiny-flux" / "images" / "00003_1.png"))
+    np.testing.assert_allclose(picture / 255, images[7].permute(1, 2, 0).numpy(), atol=0.6 / 255)
 
 
 def test_seeds_count_on_over_seeds_prompts_and_images(tmp_path, monkeypatch):
-    seen: list[int] = []
+    seeds_drawn: list[int] = []
 
-    def drawn(pipe, prompts, seeds, *_) -> torch.Tensor:
-        seen.extend(seeds)
+    def fake_sample(pipe, prompts, seeds, *_) -> torch.Tensor:
+        seeds_drawn.extend(seeds)
         return torch.zeros(len(seeds), 3, 16, 16)
 
-    monkeypatch.setattr(evaluate, "sample", drawn)
-    cfg = evaluate.Config(num=2, seed=3, size=("16",), batch=4)
-    evaluate.evaluate(None, [], [{"prompt": "a cat"}] * 5, range(5), cfg, tmp_path)
-    assert seen == list(range(30, 40))  # those of seeds 0, 1 and 2 lie before
+    monkeypatch.setattr(evaluate, "sample", fake_sample)
+    cfg = EvaluateFlags(num=2, seed=3, batch=4, out=tmp_path)
+    model = evaluate.Model("model", "", None, [(16, 16)], "")
+    evaluate.draw_and_score(cfg, model, None, [], [{"prompt": "a cat"}] * 5, range(5))
+    assert seeds_drawn == list(range(30, 40))  # those of seeds 0, 1 and 2 lie before
 
 
 def test_contact_sheets_are_written(evaluated):
+    out, _ = evaluated
     for name in ("best", "worst", "changed"):
-        assert Image.open(evaluated[0] / f"{name}.png").size[0] > 500
+        assert Image.open(out / f"{name}.png").width > 500
 
 
-def test_two_ranks_find_what_one_finds(evaluated, few, other, tmp_path):
-    done = run_on_two_ranks("--model", TINY, other, "--prompts", few, "--out", tmp_path / "out", *FLAGS)
-    assert done.returncode == 0, done.stderr
-    one, two = (json.loads((f / "results.json").read_text()) for f in (evaluated[0], tmp_path / "out"))
-    for model in one["scores"]:
+def test_two_ranks_find_what_one_finds(evaluated, prompt_file, disturbed, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    launcher += ["--rdzv-endpoint=localhost:0", "--"]
+    command = ["evaluate.py", "--model", TINY, disturbed, "--prompts", prompt_file, "--out", tmp_path / "out", *FLAGS]
+    process = subprocess.run(
+        [*launcher, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("wrote") == 1
+    of_one, of_two = scores_in(evaluated[0]), scores_in(tmp_path / "out")
+    for model in of_one:
         for name in ("judge", "tiny"):
-            np.testing.assert_allclose(two["scores"][model][name], one["scores"][model][name], atol=1e-4)
-    assert done.stdout.count("wrote") == 1
+            np.testing.assert_allclose(of_two[model][name], of_one[model][name], atol=1e-4)
 
 
-def killed_after(cfg: evaluate.Config, count: int) -> None:
-    """Evaluate, and die by SIGKILL where the scores of one prompt more would be put in place."""
-    written = itertools.count()
+def evaluate_and_die(cfg: EvaluateFlags, count: int) -> None:
+    """Evaluate, and die by SIGKILL where the scores of one more than `count` prompts would be put in place."""
+    score_files = itertools.count()
 
     def hook(event: str, args: tuple) -> None:
-        scores = event == "os.rename" and re.fullmatch(r"\d+\.json", Path(args[1]).name)
-        if scores and next(written) == count:
+        is_scores = event == "os.rename" and re.fullmatch(r"\d+\.json", Path(args[1]).name)
+        if is_scores and next(score_files) == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    with join("cpu") as world:
-        evaluate.run(cfg, world)
+    with join("cpu") as process:
+        evaluate_models(cfg, process)
 
 
-def test_killed_it_goes_on_where_it_was(evaluated, few, other, tmp_path):
+def test_after_a_kill_it_goes_on_where_it_was(evaluated, prompt_file, disturbed, tmp_path):
     out = tmp_path / "out"
-    cfg = evaluate.Config(model=(str(TINY), str(other)), prompts=few, out=out, num=2, steps=3, batch=2)
-    (process,) = start(1, killed_after, cfg, 5)
-    process.join()
-    before = {f: f.stat().st_mtime_ns for f in out.glob("*/*.json")}
-    assert process.exitcode == -signal.SIGKILL and len(before) == 5 and not (out / "results.json").exists()
-    assert run("--model", TINY, other, "--prompts", few, "--out", out, *FLAGS).returncode == 0
-    assert all(f.stat().st_mtime_ns == t for f, t in before.items())
-    one, two = (json.loads((f / "results.json").read_text())["scores"] for f in (evaluated[0], out))
-    for model in one:
-        np.testing.assert_allclose(two[model]["tiny"], one[model]["tiny"], atol=1e-4)
+    cfg = EvaluateFlags(
+        model=(str(TINY), str(disturbed)), prompts=prompt_file, out=out, num=2, rollout_steps=3, batch=2
+    )
+    (killed,) = start(1, evaluate_and_die, cfg, 5)
+    killed.join()
+    times = {file: file.stat().st_mtime_ns for file in out.glob("*/*.json")}
+    assert killed.exitcode == -signal.SIGKILL
+    assert len(times) == 5 and not (out / "results.json").exists()
+    process = script("evaluate.py", "--model", TINY, disturbed, "--prompts", prompt_file, "--out", out, *FLAGS)
+    assert process.returncode == 0, process.stderr
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    whole, resumed = scores_in(evaluated[0]), scores_in(out)
+    for model in whole:
+        np.testing.assert_allclose(resumed[model]["tiny"], whole[model]["tiny"], atol=1e-4)
 
 
 def test_geneval_folders_are_what_its_evaluator_reads_and_hold_no_prompts_of_an_earlier_evaluation(
@@ -170,156 +207,153 @@ def test_geneval_folders_are_what_its_evaluator_reads_and_hold_no_prompts_of_an_
 ):
     entries = generate(6, (1, 1, 1, 1, 1, 1), seed=0)
     file = tmp_path / "metadata.jsonl"
-    file.write_text("".join(json.dumps(e) + "\n" for e in entries))
-    flags = ["--prompts", str(file), "--rewards", "tiny", "--geneval", str(tmp_path / "g")]
-    done = run(*flags, "--out", tmp_path / "out", *FLAGS)
-    assert done.returncode == 0, done.stderr
-    root = tmp_path / "g" / "shapes_tiny-flux"
-    assert sorted(p.name for p in root.iterdir()) == [f"{i:05d}" for i in range(6)]
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    flags = ["--prompts", file, "--reward", "tiny", "--geneval", tmp_path / "geneval"]
+    assert "error" not in output_of(monkeypatch, capsys, *flags, "--out", tmp_path / "out", *FLAGS)
+    folder = tmp_path / "geneval" / "shapes_tiny-flux"
+    assert sorted(path.name for path in folder.iterdir()) == [f"{i:05d}" for i in range(6)]
     for i, entry in enumerate(entries):
-        with open(root / f"{i:05d}" / "metadata.jsonl") as fp:
-            assert json.load(fp) == entry
-        samples = sorted((root / f"{i:05d}" / "samples").iterdir())
-        assert [s.name for s in samples] == ["0000.png", "0001.png"]
-        assert all(Image.open(s).size == (64, 64) for s in samples)
+        assert json.loads((folder / f"{i:05d}" / "metadata.jsonl").read_text()) == entry
+        samples = sorted((folder / f"{i:05d}" / "samples").iterdir())
+        assert [path.name for path in samples] == ["0000.png", "0001.png"]
+        assert all(Image.open(path).size == (64, 64) for path in samples)
 
-    file.write_text("".join(json.dumps(e) + "\n" for e in entries[:5]))
-    assert "shapes_tiny-flux holds 00005 of other prompts" in refused(
-        monkeypatch, capsys, *flags, "--out", str(tmp_path / "new")
-    )
-
-
-def refused(monkeypatch, capsys, *arguments: str) -> str:
-    """What the command says where it ends before any weights are read."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(evaluate, "load", None)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        evaluate.main()
-    said = capsys.readouterr().err
-    assert exit_.value.code == 2 and "Traceback" not in said
-    return said
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries[:5]))
+    refusal = refusal_of(monkeypatch, capsys, *flags, "--out", tmp_path / "new")
+    assert "shapes_tiny-flux holds 00005 of other prompts" in refusal
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--model", "no/such/model"], ["no/such/model"]),
-        (["--model", str(TINY), str(TINY)], ["would all be called shapes_tiny-flux"]),
-        (["--rewards", "hpsv9"], ["hpsv9", "hpsv2"]),
+        (["--model", TINY, TINY], ["both would be called shapes_tiny-flux"]),
+        (["--reward", "hpsv9"], ["hpsv9", "hpsv2"]),
         (["--rewards", "clip=./no/such"], ["./no/such"]),
         (["--prompts", "no-such.txt"], ["no-such.txt"]),
-        (["--prompts", "prompts.txt"], ["fisherman", "judge"]),
+        (["--prompts", "prompts.txt"], ["--prompts prompts.txt", "fisherman", "judge"]),
         (["--num", "0"], ["--num", "0"]),
+        (["--steps", "0"], ["--rollout-steps", "0"]),
         (["--geneval", "x"], ["--geneval", "tags"]),
         (["--size", "96"], ["--size 96", "64x64"]),
         (["--out", f"{__file__}/x"], ["--out", "nothing can be written in", "test_evaluate.py"]),
     ],
 )
 def test_a_bad_flag_is_named(arguments, words, tmp_path, monkeypatch, capsys):
-    said = refused(monkeypatch, capsys, "--out", str(tmp_path / "out"), *arguments)
-    assert all(word in said for word in words)
+    refusal = refusal_of(monkeypatch, capsys, "--out", tmp_path / "out", *arguments)
+    assert all(word in refusal for word in words)
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_lora_that_cannot_be_read_is_told_before_the_models_before_it_are_drawn(tmp_path, monkeypatch, capsys):
-    save_file({"lora_te1_x.lora_down.weight": torch.ones(1, 1)}, lora := tmp_path / "kohya.safetensors")
-    flags = ["--model", str(TINY), str(lora), "--base", str(TINY), "--out", str(tmp_path / "out")]
-    assert "kohya.safetensors: this LoRA changes text encoders too" in refused(monkeypatch, capsys, *flags)
+def test_a_lora_that_cannot_be_read_is_reported_before_the_models_before_it_are_drawn(tmp_path, monkeypatch, capsys):
+    lora = tmp_path / "kohya.safetensors"
+    save_file({"lora_te1_x.lora_down.weight": torch.ones(1, 1)}, lora)
+    flags = ["--model", TINY, lora, "--base", TINY, "--out", tmp_path / "out"]
+    assert "kohya.safetensors: this LoRA changes text encoders too" in refusal_of(monkeypatch, capsys, *flags)
 
 
-def test_a_folder_of_other_settings_or_of_a_model_since_rewritten_is_not_mixed_in(
-    few, other, tmp_path, monkeypatch, capsys
+# ------------------------------------------------------------------------ what is in the folder already
+
+
+def test_a_folder_of_other_flags_is_refused_and_one_that_ended_early_is_completed(
+    prompt_file, tmp_path, monkeypatch, capsys
 ):
-    model, out = shutil.copytree(other, tmp_path / "model"), tmp_path / "out"
+    out = tmp_path / "out"
+    flags = ["--reward", "tiny", "--prompts", prompt_file, "--out", out, *ONE_STEP]
+    assert "error" not in output_of(monkeypatch, capsys, *flags)
+    assert "error" not in output_of(monkeypatch, capsys, *flags, "--batch", "3")
+    refusal = refusal_of(monkeypatch, capsys, *flags, "--steps", "2")
+    assert "another rollout_steps, 1 and not 2" in refusal
+    assert "another seed, 0 and not 1" in refusal_of(monkeypatch, capsys, *flags, "--seed", "1")
 
-    def again(*changes: str) -> str:
-        flags = [
-            "--model",
-            str(model),
-            "--prompts",
-            str(few),
-            "--out",
-            str(out),
-            "--num",
-            "1",
-            "--steps",
-            "1",
-            *changes,
-        ]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--rewards", "tiny", *flags])
-        try:
-            evaluate.main()
-        except SystemExit:
-            return capsys.readouterr().err
-        return ""
-
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--rewards", "tiny", "hpsv2", "--out", str(out)])
-    with pytest.raises(SystemExit):  # a mistake leaves nothing behind that the next try would stumble over
-        evaluate.main()
-    assert again() == "" and again("--batch", "3") == ""
-    with monkeypatch.context() as refusing:
-        refusing.setattr(evaluate, "load", None)  # no weights are read before
-        assert "another --steps" in again("--steps", "2") and "another --seed" in again("--seed", "1")
-    (out / evaluate.label(str(model)) / "00001.json").write_text('{"prompt": "a ph')
-    assert again() == "" and json.loads((out / "results.json").read_text())["summary"]["tiny"]
-    (weights,) = (model / "transformer").glob("*.safetensors")
-    os.utime(weights)
-    assert "was written again" in again()
+    expected = scores_in(out)["shapes_tiny-flux"]["tiny"]
+    for file in ("results.json", "shapes_tiny-flux/00001.json"):
+        (out / file).unlink()
+    assert "error" not in output_of(monkeypatch, capsys, *flags)
+    np.testing.assert_allclose(scores_in(out)["shapes_tiny-flux"]["tiny"], expected, atol=1e-4)
 
 
-def test_nor_is_one_by_a_reward_file_that_was_changed_since(few, tmp_path, monkeypatch, capsys):
-    (file := tmp_path / "mine.py").write_text("def f(images, prompts): return images.mean((1, 2, 3))")
-    flags = [
-        "--rewards",
-        f"{file}:f",
-        "--prompts",
-        str(few),
-        "--num",
-        "1",
-        "--steps",
-        "1",
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
-    evaluate.main()
-    file.write_text("def f(images, prompts): return 100 * images.mean((1, 2, 3))")
-    assert "mine.py as it was" in refused(monkeypatch, capsys, *flags)
-    (tmp_path / "o" / "config.json").write_text("")
-    assert "config.json is damaged" in refused(monkeypatch, capsys, *flags)
+def test_a_model_that_was_trained_further_is_refused_until_its_folder_is_removed(
+    prompt_file, disturbed, tmp_path, monkeypatch, capsys
+):
+    model = shutil.copytree(disturbed, tmp_path / "model")
+    out = tmp_path / "out"
+    flags = ["--model", model, "--reward", "lattice", "--prompts", prompt_file, "--out", out, *ONE_STEP]
+    assert "error" not in output_of(monkeypatch, capsys, *flags)
+    shutil.rmtree(model)
+    shutil.copytree(disturbed, model)  # the same weights
+    assert "error" not in output_of(monkeypatch, capsys, *flags)
+    save_disturbed(model, seed=1)
+    assert f"{model} was written again" in refusal_of(monkeypatch, capsys, *flags)
+    shutil.rmtree(out / model_label(str(model)))
+    assert "error" not in output_of(monkeypatch, capsys, *flags)
 
 
-def test_nor_is_one_of_a_lora_whose_base_was_written_again(few, tmp_path, monkeypatch, capsys):
+def test_a_lora_is_refused_when_its_base_was_trained_further(prompt_file, tmp_path, monkeypatch, capsys):
     base = shutil.copytree(TINY, tmp_path / "base")
-    (weights,) = (base / "transformer").glob("*.safetensors")
-    width, channels = load_file(weights)["x_embedder.weight"].shape
-    a, b = (f"transformer.x_embedder.lora_{x}.weight" for x in "AB")
-    save_file({a: torch.zeros(1, channels), b: torch.zeros(width, 1)}, lora := tmp_path / "lora.safetensors")
-    flags = ["--model", str(lora), "--base", str(base), "--rewards", "lattice", "--prompts", str(few), "--num", "1"]
-    flags += ["--steps", "1", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
-    evaluate.main()
-    os.utime(weights)
-    assert "was written again" in refused(monkeypatch, capsys, *flags)
+    (file,) = (base / "transformer").glob("*.safetensors")
+    width, channels = load_file(file)["x_embedder.weight"].shape
+    lora = tmp_path / "lora.safetensors"
+    name = "transformer.x_embedder.lora_{}.weight"
+    save_file({name.format("A"): torch.zeros(1, channels), name.format("B"): torch.zeros(width, 1)}, lora)
+    flags = ["--model", lora, "--base", base, "--reward", "lattice", "--prompts", prompt_file, *ONE_STEP]
+    flags += ["--out", tmp_path / "out"]
+    assert "error" not in output_of(monkeypatch, capsys, *flags)
+    save_disturbed(base, seed=0)
+    assert "was written again" in refusal_of(monkeypatch, capsys, *flags)
 
 
-def test_tags_that_are_no_words_are_no_tasks(tmp_path):
-    (file := tmp_path / "tags.json").write_text(json.dumps([{"prompt": "a cat", "tag": ["shape", "easy"]}]))
-    assert evaluate.prepare(evaluate.Config(prompts=file, rewards=("tiny",))) == (
-        [{"prompt": "a cat", "tag": ["shape", "easy"]}], None
-    )  # fmt: skip
+def test_a_folder_by_a_reward_file_that_was_changed_since_is_refused(prompt_file, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text("def f(images, prompts): return images.mean((1, 2, 3))")
+    flags = ["--reward", f"{file}:f", "--prompts", prompt_file, "--out", tmp_path / "out", *ONE_STEP]
+    assert "error" not in output_of(monkeypatch, capsys, *flags)
+    file.write_text("def f(images, prompts): return 100 * images.mean((1, 2, 3))")
+    refusal = refusal_of(monkeypatch, capsys, *flags)
+    assert "another reward_files" in refusal and "mine.py" in refusal
+
+
+def test_a_folder_of_something_else_is_refused(prompt_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.tex").touch()
+    flags = ["--prompts", prompt_file, "--out", tmp_path]
+    assert f"--out {tmp_path} is occupied by something else" in refusal_of(monkeypatch, capsys, *flags)
 
 
 def test_scores_that_this_machine_does_not_see_yet_are_named_in_place_of_a_report(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "00000.json").write_text('{"prompt": "a", "lattice": [0.0]}\n')
-    (tmp_path / "m" / "00000.png").touch()
-    cfg, entries = evaluate.Config(out=tmp_path, num=1), [{"prompt": "a"}, {"prompt": "b"}]
+    cfg = EvaluateFlags(out=tmp_path, num=1, reward=("lattice",))
     with pytest.raises(ValueError, match=r"lacks 1 of the prompts, such as m/00001: give the command again"):
-        evaluate.report(cfg, entries, None, [open_reward("lattice")], ["m"])
+        evaluate.read_scores(cfg, tmp_path / "m", count=2)
 
 
 # ----------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    "tags, expected",
+    [
+        (["shape", "color"], ["shape", "color"]),
+        (["shape", None], None),
+        (["shape", ""], None),
+        (["shape", ["shape", "easy"]], None),  # a list names no single group
+    ],
+)
+def test_tags_are_used_where_every_prompt_has_a_word(tags, expected):
+    entries = [{"prompt": "a cat", "tag": tag} for tag in tags]
+    assert tags_of(EvaluateFlags(reward=("tiny",)), entries) == expected
+
+
+@pytest.mark.parametrize("count", [2, MAX_TAGS, MAX_TAGS + 1])
+def test_the_table_has_the_mean_of_each_tag_unless_there_are_too_many(count):
+    tags = [f"tag{i % count}" for i in range(2 * count)]
+    values = np.arange(2.0 * count)[:, None]
+    summary = summarize({"a": {"mine": values}}, tags)
+    assert summary["mine"]["a"]["tasks"] == {f"tag{i}": i + count / 2 for i in range(count)}
+    header, row, *_ = format_table(summary).splitlines()
+    columns = [f"tag{i}" for i in range(count)] if count <= MAX_TAGS else []
+    assert header.split() == ["mine", "mean", "change", *columns]
+    assert row.split()[3:] == [f"{i + count / 2:.3f}" for i in range(len(columns))]
 
 
 def test_the_interval_is_students():
@@ -332,15 +366,21 @@ def test_the_interval_is_students():
 
 
 def test_the_interval_covers_the_truth_95_times_of_100():
-    rng = np.random.default_rng(0)
-    hits = [abs(mean) <= half for mean, half in (confidence_interval(rng.normal(size=12)) for _ in range(4000))]
-    assert np.mean(hits) == pytest.approx(0.95, abs=0.011)  # 3 standard errors
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(4000):
+        mean, half = confidence_interval(generator.normal(size=12))
+        hits += abs(mean) <= half
+    assert hits / 4000 == pytest.approx(0.95, abs=0.011)  # 3 standard errors
 
 
 def test_changes_are_paired_by_prompt_and_images_of_a_prompt_averaged_first():
-    rng = np.random.default_rng(1)
-    hard, noise = rng.normal(size=(50, 1)), rng.normal(scale=0.01, size=(2, 50, 4))
-    scores = {"a": {"r": hard + noise[0]}, "b": {"r": hard + noise[1] + 0.1}}
-    a, b = summarize(scores, None)["r"].values()
-    assert b["change"] == pytest.approx(0.1, abs=0.01) and b["change_half"] < 0.01 < 0.1 < b["half"]
-    assert (a["mean"], a["half"]) == confidence_interval(scores["a"]["r"].mean(1)) and "change" not in a
+    generator = np.random.default_rng(1)
+    difficulty = generator.normal(size=(50, 1))
+    noise = generator.normal(scale=0.01, size=(2, 50, 4))
+    scores = {"a": {"r": difficulty + noise[0]}, "b": {"r": difficulty + noise[1] + 0.1}}
+    first, second = summarize(scores, None)["r"].values()
+    assert second["change"] == pytest.approx(0.1, abs=0.01)
+    assert second["change_half"] < 0.01 < 0.1 < second["half"]
+    assert (first["mean"], first["half"]) == confidence_interval(scores["a"]["r"].mean(1))
+    assert "change" not in first

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import evaluate
+import train
 from config import Config
 from formats import locations
 from formats.folders import load_pipeline
 from formats.locations import COMPONENTS, locate
 from formats.weights import INDEX, WEIGHTS
 from infra.distributed import join
-from start import prepare
 from tests.tiny_folders import edit_json, shard
 
 TINY_FLUX = Path(evaluate.__file__).parent / "shapes" / "tiny-flux"
@@ -173,7 +173,7 @@ def test_a_folder_mixed_from_different_models_is_named(broken):
 @pytest.fixture
 def no_weights(monkeypatch) -> None:
     """Reading weights fails."""
-    for name in ("formats.folders.build_flux", "formats.folders.load_frozen", "start.load_parts"):
+    for name in ("formats.folders.build_flux", "formats.folders.load_frozen", "start.load_parts", "evaluate.load_pipeline"):
         monkeypatch.setattr(name, None)
 
 
@@ -187,9 +187,10 @@ def test_the_other_encoders_tokenizer_is_named_before_weights_are_read(folder, s
         load_pipeline(broken)
     with join("cpu") as process:
         with pytest.raises(ValueError, match=message):
-            prepare(Config(model=str(broken), guidance=3.5, out=tmp_path / "run"), process)
+            train.set_up(Config(model=str(broken), guidance=3.5, out=tmp_path / "run"), process)
         with pytest.raises(ValueError, match=message):
-            evaluate.run(evaluate.Config(model=(str(TINY_FLUX), str(broken)), out=tmp_path / "evaluation"), process)
+            flags = evaluate.EvaluateFlags(model=(str(TINY_FLUX), str(broken)), out=tmp_path / "evaluation")
+            evaluate.evaluate_models(flags, process)
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 

@@ -18,7 +18,7 @@ from infra.distributed import Process, full_tensor, join, local_shard
 from infra.fp8 import Linear8, rounded, up_cast
 from infra.meter import Meter
 from sample import sample
-from start import Setup, prepare
+from start import Setup
 from tools.plan import Plan, kept_bytes, memory, planned_flux
 
 ROOT = Path(train.__file__).parent
@@ -79,7 +79,7 @@ def network(setup: Setup) -> list[Tensor]:
 
 
 def gradient(cfg: Config, world: Process, round_weights: bool = False) -> Tensor:
-    setup = prepare(cfg, world)
+    setup = train.set_up(cfg, world)
     with torch.no_grad():
         for name, p in setup.pipe.flux.named_parameters():
             if ".b." in name:
@@ -103,7 +103,7 @@ def test_the_gradient_is_that_of_a_network_with_rounded_weights_and_near_that_of
 
 def test_frozen_layers_take_a_byte_a_weight(base):
     with join("cpu") as world:
-        frozen = {fp8: [p for p in network(prepare(replace(base, fp8=fp8), world)) if not p.requires_grad]
+        frozen = {fp8: [p for p in network(train.set_up(replace(base, fp8=fp8), world)) if not p.requires_grad]
                   for fp8 in (True, False)}  # fmt: skip
         held = {fp8: sum(p.numel() * p.dtype.itemsize for p in params) for fp8, params in frozen.items()}
         blocks = sum(p.numel() for p in frozen[True] if p.dtype == torch.float8_e4m3fn)
@@ -114,7 +114,7 @@ def test_frozen_layers_take_a_byte_a_weight(base):
 
 def test_the_plan_counts_what_is_held(base):
     with join("cpu") as world:
-        pipe = prepare(base, world).pipe
+        pipe = train.set_up(base, world).pipe
     held = sum(p.numel() * p.dtype.itemsize for p in pipe.flux.parameters())
     with FakeTensorMode():
         flux = planned_flux(pipe.flux.config, base.lora, torch.bfloat16)
@@ -124,8 +124,8 @@ def test_the_plan_counts_what_is_held(base):
 
 def test_a_run_draws_and_saves_a_lora_that_lies_over_the_base_as_it_was(base):
     with join("cpu") as world:
-        setup = prepare(base, world)
-        train.train(base, setup, world)
+        setup = train.set_up(base, world)
+        train.run(base, setup, world)
     assert (base.out / "final" / FILE).exists()
     before, after = (sample(load_pipeline(folder), PROMPTS, [0, 1], 4, 64, 64) for folder in (TINY, base.out / "final"))
     assert torch.isfinite(after).all() and 0 < (after - before).abs().mean() < 0.1

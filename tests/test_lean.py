@@ -12,7 +12,6 @@ from config import Config
 from infra.checks import check_flags
 from infra.distributed import full_tensor, join
 from infra.meter import Meter
-from start import prepare
 from tests.processes import spread
 from tests.test_checkpoint import completed, folders, same_run, slow_save
 
@@ -67,11 +66,11 @@ def test_moments_of_small_tensors_fall_as_they_should():
 def moved(cfg: Config) -> tuple[torch.Tensor, dict[str, float]]:
     """What 6 updates change of the averages, and the bytes a parameter that are held for it."""
     with join("cpu") as world:
-        setup = prepare(cfg, world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay, cfg.lean)
+        setup = train.set_up(cfg, world)
+        run = train.make_state(cfg, setup.pipe.flux)
         before = [a.clone() for a in run.averaged]
         for step in range(cfg.updates):
-            train.update(cfg, setup, world, run, step)
+            train.one_update(cfg, setup, run, world, step)
         changes = [full_tensor(a) - full_tensor(b) for a, b in zip(run.averaged, before)]
         train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
         states = [v for s in run.optimizer.state.values() for k, v in s.items() if k != "step"]

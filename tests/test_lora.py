@@ -17,7 +17,6 @@ from formats.lora import FILE, add_lora, lora_layers
 from formats.lora_files import changes_of, merge_lora
 from infra.distributed import gathered_tensors, join
 from sample import Text, sample, velocity_of
-from start import prepare
 from tests.processes import spread
 
 ROOT = Path(train.__file__).parent
@@ -27,16 +26,16 @@ PROMPTS = ["a photo of a red circle", "a photo of three squares"]
 
 def run(cfg: Config) -> str:
     with join("cpu") as world:
-        train.train(cfg, prepare(cfg, world), world)
+        train.run(cfg, train.set_up(cfg, world), world)
     return ""
 
 
 def as_the_preset(cfg: Config) -> tuple[bool, int, int]:
     """An update in the preset's form; is all finite, and how much a save gathers of how much there is."""
     with join("cpu") as world:
-        setup = prepare(cfg, world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
-        entry = train.update(cfg, setup, world, run, 0)
+        setup = train.set_up(cfg, world)
+        run = train.make_state(cfg, setup.pipe.flux)
+        entry = train.one_update(cfg, setup, run, world, 0)
         gathered = sum(t.numel() for _, t in gathered_tensors(setup.pipe.flux, torch.float32, world.rank))
         every = sum(p.numel() for p in setup.pipe.flux.parameters())
         return entry["grad_norm"] > 0 and entry["loss"] == entry["loss"], gathered, every
@@ -96,13 +95,13 @@ def test_the_file_names_what_published_loras_of_flux_do(trained):
 def test_a_lora_starts_as_the_network_that_it_changes_and_trains_nothing_else():
     with join("cpu") as world:
         cfg = Config(out=Path("nonexistent"), lora=4, bf16=True)
-        flux = prepare(cfg, world).pipe.flux
+        flux = train.set_up(cfg, world).pipe.flux
         trained = [n for n, p in flux.named_parameters() if p.requires_grad]
         assert all(".a." in n or ".b." in n for n in trained)
         dtypes = {n: p.dtype for n, p in flux.named_parameters()}
         assert {dtypes[n] for n in trained} == {torch.float32}
         assert {d for n, d in dtypes.items() if n not in trained} == {torch.bfloat16}
-        plain = prepare(replace(cfg, bf16=False), world).pipe
+        plain = train.set_up(replace(cfg, bf16=False), world).pipe
         x = sample(plain, PROMPTS, [0, 1], 2, 64, 64)
     torch.testing.assert_close(x, sample(load_pipeline(TINY), PROMPTS, [0, 1], 2, 64, 64), atol=1e-5, rtol=0)
 
@@ -124,7 +123,7 @@ def test_the_change_is_alpha_over_rank_times_B_A_in_each_part_of_a_fused_layer()
 
 def start_of(cfg: Config) -> dict[str, Tensor]:
     with join("cpu") as world:
-        return dict(gathered_tensors(prepare(cfg, world).pipe.flux, torch.float32, world.rank))
+        return dict(gathered_tensors(train.set_up(cfg, world).pipe.flux, torch.float32, world.rank))
 
 
 def test_a_run_of_all_weights_goes_on_from_a_lora(trained):
@@ -144,7 +143,7 @@ def velocity_at(flux: torch.nn.Module) -> Tensor:
 def test_a_lora_goes_on_from_a_lora_of_its_rank_or_less(trained, rank, alpha):
     with join("cpu") as world:
         cfg = Config(out=Path("nonexistent"), model=str(trained), lora=rank, lora_alpha=alpha)
-        flux = prepare(cfg, world).pipe.flux
+        flux = train.set_up(cfg, world).pipe.flux
         with torch.no_grad():
             there, base = velocity_at(load_pipeline(trained).flux), velocity_at(load_pipeline(TINY).flux)
             torch.testing.assert_close(velocity_at(flux), there, atol=1e-4, rtol=1e-4)

@@ -214,7 +214,7 @@ def test_strength_is_a_straight_line_through_base_and_tuned_for_loras_and_for_fu
 
 
 def test_evaluate_refuses_a_strength_without_a_base_before_it_reads_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "load", None)
-    cfg = replace(evaluate.Config(), strength=0.5, out=tmp_path / "out", device="cpu")
+    monkeypatch.setattr(evaluate, "load_pipeline", None)
+    cfg = replace(evaluate.EvaluateFlags(), strength=0.5, out=tmp_path / "out", device="cpu")
     with join("cpu") as world, pytest.raises(ValueError, match=r"--strength 0\.5 needs --base"):
-        evaluate.run(cfg, world)
+        evaluate.evaluate_models(cfg, world)

@@ -17,7 +17,6 @@ from infra.distributed import join, local_shard
 from infra.meter import Meter, network_flops
 from model import FLUX_DEV, Flux
 from recipe.models import TINY
-from start import prepare
 from tests.processes import spread
 from tools import plan
 from tools.plan import ENCODERS, LENT, Plan, decode_bytes, flux_inputs, kept_bytes, leap_bytes, planned_flux, traffic
@@ -104,9 +103,9 @@ class Sent(TorchDispatchMode):
 
 def sent(cfg: Config) -> tuple[int, int, int]:
     with join("cpu") as world:
-        setup = prepare(cfg, world)
-        run = train.Run(setup.pipe.flux, cfg.lr, cfg.weight_decay)
-        train.update(cfg, setup, world, run, 0)
+        setup = train.set_up(cfg, world)
+        run = train.make_state(cfg, setup.pipe.flux)
+        train.one_update(cfg, setup, run, world, 0)
         with Sent() as seen:
             train.batch_gradient(cfg, setup, world, 1, Meter(world.device))
         held = sum(local_shard(t).nbytes for p in run.params for t in (p, p.grad))

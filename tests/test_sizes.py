@@ -17,7 +17,6 @@ from config import Config, sides
 from infra.distributed import join
 from infra.meter import Meter
 from rewards import open_reward, score_all
-from start import prepare
 
 ROOT = Path(train.__file__).parent
 TINY = str(ROOT / "shapes" / "tiny-flux")
@@ -47,10 +46,10 @@ def test_anything_else_is_no_size(size):
     ],
 )
 def test_a_size_that_cannot_be_is_told_before_any_weights_are_read(flags, words, monkeypatch, tmp_path):
-    monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("start.load_pipeline", lambda *_: pytest.fail("weights were read"))
     flags = dict(watch=(), eval_prompts=Config().eval_prompts) | flags
     with pytest.raises(ValueError, match=words), join("cpu") as world:
-        prepare(replace(WIDE, out=tmp_path / "run", **flags), world)
+        train.set_up(replace(WIDE, out=tmp_path / "run", **flags), world)
 
 
 def test_a_reward_of_ones_own_is_tried_at_every_size(monkeypatch, tmp_path):
@@ -59,15 +58,15 @@ def square(images, prompts):
     assert images.shape[2] == images.shape[3], "only squares"
     return images.mean((1, 2, 3))
 """)
-    monkeypatch.setattr("start.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("start.load_pipeline", lambda *_: pytest.fail("weights were read"))
     cfg = replace(WIDE, out=tmp_path / "run", size=("64", "32x64"), reward=(f"{tmp_path / 'square.py'}:square",))
     with pytest.raises(ValueError, match=r"fails on images .*32, 64.*only squares"), join("cpu") as world:
-        prepare(cfg, world)
+        train.set_up(cfg, world)
 
 
 def gradients(cfg: Config, step: int) -> list[torch.Tensor]:
     with join("cpu") as world:
-        setup = prepare(cfg, world)
+        setup = train.set_up(cfg, world)
         train.batch_gradient(cfg, setup, world, step, Meter(world.device))
         return [p.grad for p in setup.pipe.flux.parameters()]
 
@@ -82,26 +81,26 @@ def test_sizes_take_turns_and_an_update_is_that_of_a_run_at_its_size_alone(tmp_p
 def test_a_run_over_two_sizes_is_evaluated_at_the_first_and_resumes_only_with_the_same(tmp_path):
     cfg = replace(WIDE, out=tmp_path / "run", size=("32x96", "64"), watch=("lattice",))
     with join("cpu") as world:
-        train.train(cfg, prepare(cfg, world), world)
+        train.run(cfg, train.set_up(cfg, world), world)
     shown = torch.load(cfg.out / "samples" / "last.pt", weights_only=True)
     assert shown.shape[1:] == (3, 32, 96)
     flops = [json.loads(line)["tflops"] for line in (cfg.out / "metrics.jsonl").read_text().splitlines()]
     assert len(flops) == 2
     with pytest.raises(ValueError, match="--resume with --size"), join("cpu") as world:
-        prepare(replace(cfg, resume=True, size=("32x96",)), world)
+        train.set_up(replace(cfg, resume=True, size=("32x96",)), world)
 
 
 def test_a_run_from_when_a_size_was_one_number_goes_on(tmp_path):
     cfg = replace(WIDE, out=tmp_path / "run", size=("64",), updates=1)
     with join("cpu") as world:
-        train.train(cfg, prepare(cfg, world), world)
+        train.run(cfg, train.set_up(cfg, world), world)
     file = cfg.out / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(size=64)))
     with join("cpu") as world:
-        prepare(replace(cfg, resume=True), world)
+        train.set_up(replace(cfg, resume=True), world)
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(size=48)))
     with pytest.raises(ValueError, match="--size"), join("cpu") as world:
-        prepare(replace(cfg, resume=True), world)
+        train.set_up(replace(cfg, resume=True), world)
 
 
 def test_the_sample_command_draws_high_by_wide(tmp_path, monkeypatch, capsys):
@@ -117,11 +116,13 @@ def test_images_of_a_prompt_take_turns_at_the_sizes_of_an_evaluation(tmp_path, c
     """The n-th image has its noise by n, so an evaluation at one size has every other image; each size has its mean."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a circle\na photo of a red square\n")
-    flags = dict(prompts=prompts, rewards=("tiny", "lattice"), num=4, steps=2, keep_images=True)
+    flags = dict(prompts=prompts, reward=("tiny", "lattice"), num=4, rollout_steps=2, keep_images=True)
     found = {}
     for name, sizes in dict(both=("64", "32x96"), square=("64",), wide=("32x96",)).items():
         with join("cpu") as world:
-            evaluate.run(evaluate.Config(model=(TINY,), out=tmp_path / name, size=sizes, **flags), world)
+            evaluate.evaluate_models(
+                evaluate.EvaluateFlags(model=(TINY,), out=tmp_path / name, size=sizes, **flags), world
+            )
         scores = json.loads((tmp_path / name / "results.json").read_text())["scores"]["shapes_tiny-flux"]
         found[name] = {reward: np.array(values) for reward, values in scores.items()}
     for reward in ("tiny", "lattice"):
@@ -140,7 +141,7 @@ def test_images_of_a_prompt_take_turns_at_the_sizes_of_an_evaluation(tmp_path, c
 
 def test_more_sizes_than_images_of_a_prompt_are_refused():
     with pytest.raises(ValueError, match="--num 1: a prompt's images take turns at 2 sizes"):
-        evaluate.prepare(evaluate.Config(num=1, size=("64", "32x96")))
+        evaluate.check_values(evaluate.EvaluateFlags(num=1, size=("64", "32x96")))
 
 
 # --------------------------------------------------------------------------------------- the lattice

@@ -24,7 +24,7 @@ from infra.watch import folder_advice, is_hacked
 from recipe.models import make_tokenizers
 from rewards import LAMBDA, WEIGHTS
 from shapes.world import TASKS
-from start import Setup, prepare
+from start import Setup
 from tests.processes import script
 from tests.tiny_rewards import write_hpsv2, write_hpsv3
 
@@ -95,7 +95,7 @@ def test_a_short_run_writes_all_its_files(short_run):
 def test_what_cannot_be_is_told_before_any_weights_are_read(flags, words, monkeypatch):
     monkeypatch.setattr(train, "build_network", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=words), join("cpu") as process:
-        prepare(Config(**{"out": Path("nonexistent")} | flags), process)
+        train.set_up(Config(**{"out": Path("nonexistent")} | flags), process)
 
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
