@@ -62,6 +62,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
+        # The transformer's: with --offload-encoders T5's layers are on the CPU.
         return self.flux.img_in.weight.device
 
 
@@ -81,17 +82,21 @@ def describe(name: str | Path, base: str | None = None) -> Description:
     clip = parse_json(folder / "text_encoder" / "config.json", CLIPTextConfig.from_dict)
     t5 = parse_json(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
 
+    # Folders may be put together by hand, with a tuned VAE for instance. What does not fit would fail in the first forward.
     outputs = latent_channels * PATCH**2, clip.hidden_size, t5.d_model
     inputs = weights.config.in_channels, weights.config.vec_in_dim, weights.config.context_in_dim
     if outputs != inputs:
         raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {outputs} channels, Flux takes {inputs}")
-    clip_tokenizer = load_tokenizer(folder / "tokenizer", clip.vocab_size)
-    t5_tokenizer = load_tokenizer(folder / "tokenizer_2", t5.vocab_size)
-    return Description(location, weights, schedule, [clip_tokenizer, t5_tokenizer], cell)
+    tokenizers = [
+        load_tokenizer(folder / "tokenizer", clip.vocab_size),
+        load_tokenizer(folder / "tokenizer_2", t5.vocab_size),
+    ]
+    return Description(location, weights, schedule, tokenizers, cell)
 
 
 def parse_schedule(entries: dict[str, Any]) -> dict[str, Any]:
     """scheduler_config.json with its defaults. Raises ValueError for an entry that `sample.sigmas` would ignore."""
+    # An entry that is absent has the default of the installed diffusers, as in FluxPipeline.
     defaults = {"_class_name": "FlowMatchEulerDiscreteScheduler", **FlowMatchEulerDiscreteScheduler().config}
     schedule = defaults | entries
     for name in defaults.keys() - SHIFTS:
@@ -141,7 +146,8 @@ def load_pipeline(
     Raises ValueError as `describe`, and for damaged weights.
     """
     description = describe(name, base)
-    location, weights = description.location, description.weights
+    location, weights, *_ = description
+    # The network is made on the CPU, so that the device holds its weights once.
     if location.lora:
         flux = build_with_lora(weights, read_lora(location.lora, weights.config), strength, dtype)
     elif strength == 1:
@@ -174,7 +180,9 @@ def load_parts(
     Raises ValueError naming the folder of weights that are damaged or incomplete.
     """
     logging.disable_progress_bar()  # transformers shows one for each tiny network
-    folder = description.location.folder
+    location, _, schedule, tokenizers, cell = description
+    folder = location.folder
+    # Images and rewards are fp32, and rewards send gradients through the VAE.
     vae = load_frozen(AutoencoderKL, folder / "vae").float().to(device)
     clip = load_frozen(CLIPTextModel, folder / "text_encoder", dtype=dtype).to(device)
     t5 = load_frozen(T5EncoderModel, folder / "text_encoder_2", dtype=dtype)
@@ -182,8 +190,7 @@ def load_parts(
         lend_layers(t5, device)
     else:
         t5.to(device)
-    location, _, schedule, tokenizers, cell = description
-    return Pipeline(location, flux, vae, clip, t5, *tokenizers, schedule, cell, text_length, compute=dtype)
+    return Pipeline(location, flux, vae, clip, t5, *tokenizers, schedule, cell, text_length, dtype)
 
 
 def load_frozen(network: type, folder: Path, **options: Any) -> Any:
@@ -207,12 +214,14 @@ def load_frozen(network: type, folder: Path, **options: Any) -> Any:
 def lend_layers(t5: T5EncoderModel, device: str | torch.device) -> None:
     """Have each layer of T5 on the device while it computes only: together they are 9.3 GB, which may not fit."""
 
+    # Hooks of torch: these run before and after the forward of a layer.
     def to_device(layer: nn.Module, inputs: Any) -> None:
         layer.to(device)
 
     def to_host(layer: nn.Module, inputs: Any, output: Any) -> None:
         layer.to("cpu")
 
+    # The embedding and the last norm are outside of the layers.
     t5.encoder.embed_tokens.to(device)
     t5.encoder.final_layer_norm.to(device)
     for layer in t5.encoder.block:

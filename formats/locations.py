@@ -23,6 +23,7 @@ from formats.lora_files import lora_file
 from formats.reading import flux_file, parse_file, parse_json, tensor_names
 from infra.files import put_back
 
+# All but the transformer stays as it is in training, and is copied or linked to the folder of a tuned model.
 FROZEN = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 COMPONENTS = (*FROZEN, "transformer")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
@@ -44,14 +45,13 @@ def locate(name: str | Path, base: str | None = None) -> Location:
     Raises ValueError naming what is missing, or what `name` is instead.
     """
     path = Path(name)
-    put_back(path)
+    put_back(path)  # a kill while the folder was replaced may have left it under another name
+    # Headers decide, not file names: a LoRA and a whole transformer are .safetensors both.
     if lora := lora_file(name):
         return locate_base(lora, base)._replace(lora=lora)
     if flux_file(name):
-        if not base:
+        if not base or Path(base).is_file():
             raise ValueError(f"{name} is a transformer alone: give --base FOLDER, which has a VAE and text encoders")
-        if Path(base).is_file():
-            raise ValueError(f"--base {base} must be a model folder, or a hub id: {name} is a transformer alone")
         return Location(find_folder(base, FROZEN), path)
     if path.is_file():
         remedy = "give a FLUX.1 folder, a LoRA, or a transformer with black-forest-labs' names, all of .safetensors"
@@ -66,11 +66,11 @@ def locate(name: str | Path, base: str | None = None) -> Location:
 
 def locate_base(lora: Path, base: str | None) -> Location:
     """The location of the model that a LoRA changes: `base`, or what the NOTE beside the LoRA names."""
-    if base and lora_file(base):
-        raise ValueError(f"--base {base} is a LoRA too: give the whole model that {lora} was trained on")
     if base:
+        if lora_file(base):
+            raise ValueError(f"--base {base} is a LoRA too: give the whole model that {lora} was trained on")
         return locate(base)
-    note = lora.parent / NOTE
+    note = lora.parent / NOTE  # which our own LoRAs have; those of other trainers need --base
     if not note.exists():
         raise ValueError(f"{lora} is a LoRA that does not say what it changes: give --base FOLDER")
 
@@ -105,18 +105,19 @@ def find_folder(name: str | Path, components: tuple[str, ...]) -> Path:
 
 def download_folder(name: str, components: tuple[str, ...]) -> Path:
     """The folder that huggingface_hub keeps of a hub id. Raises ValueError if the download fails, or if it is no id."""
-    # A path misspelt must not go to the network, and a path whose parent exists is no hub id.
+    # A misspelt path must not go to the network. A path whose parent exists is no hub id.
     is_path = Path(name).suffix == ".safetensors" or Path(name).parent.is_dir()
     if is_path or not HUB_ID.fullmatch(name):
         raise ValueError(f"no model at {name!r}: give a folder or file that exists, or a hub id owner/name")
     remedy = "check name and network; for a gated model, accept its licence and `hf auth login`"
+    # The transformer's config.json describes the file that takes the place of its weights.
+    patterns = [*(f"{component}/*" for component in components), "transformer/config.json"]
     # The index is fetched and checked alone: nobody should wait for the weights of a model that cannot be used.
-    index = partial(snapshot_download, allow_patterns=["model_index.json"])
-    check_class(Path(parse_file(name, index, remedy)))
-    # The transformer's config.json is 400 bytes, and describes the file that takes the transformer's place.
-    patterns = [f"{component}/*" for component in components]
-    weights = partial(snapshot_download, allow_patterns=[*patterns, "transformer/config.json"])
-    return Path(parse_file(name, weights, remedy))
+    for allow_patterns in (["model_index.json"], patterns):
+        download = partial(snapshot_download, allow_patterns=allow_patterns)
+        folder = Path(parse_file(name, download, remedy))
+        check_class(folder)
+    return folder
 
 
 def check_class(folder: Path) -> None:

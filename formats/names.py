@@ -16,25 +16,28 @@ from model import FLUX_DEV, Flux, FluxConfig
 # Modules by black-forest-labs' name and by diffusers'. Several names share the rows of one tensor, in that
 # order: hidden_size rows each, and the last has the remaining rows.
 OUTER = {
-    "img_in": ("x_embedder",),
+    "img_in": ("x_embedder",),  # x is the noisy image
     "txt_in": ("context_embedder",),
+    # Time, guidance and the pooled prompt are summed into one vector, `vec`, by one module of diffusers.
     "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
     "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
     "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
     "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    # FLUX.1-schnell has no guidance.
     "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
     "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     "final_layer.linear": ("proj_out",),
 }
 DOUBLE = {
-    "img_mod.lin": ("norm1.linear",),
+    "img_mod.lin": ("norm1.linear",),  # shift, scale and gate, of attention and of the MLP
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn.norm.query_norm": ("attn.norm_q",),
     "img_attn.norm.key_norm": ("attn.norm_k",),
-    "img_attn.proj": ("attn.to_out.0",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
+    "img_attn.proj": ("attn.to_out.0",),  # to_out.1 is a dropout
+    "img_mlp.0": ("ff.net.0.proj",),  # net.0 is linear and GELU in one
+    "img_mlp.2": ("ff.net.2",),  # net.1 is a dropout
+    # The text's weights have the names of attention to a context that is added to the image's.
     "txt_mod.lin": ("norm1_context.linear",),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "txt_attn.norm.query_norm": ("attn.norm_added_q",),
@@ -44,6 +47,7 @@ DOUBLE = {
     "txt_mlp.2": ("ff_context.net.2",),
 }
 SINGLE = {
+    # Attention and MLP run side by side: one product makes the inputs of both, and one joins their outputs.
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "linear2": ("proj_out",),
     "norm.query_norm": ("attn.norm_q",),
@@ -68,6 +72,7 @@ CONFIG_NAMES = {
 def module_names(config: FluxConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every module that holds parameters: our name, and diffusers' name or names for its rows."""
     for module, names in OUTER.items():
+        # Only these modules depend on the configuration.
         if config.guidance_embed or not module.startswith("guidance_in."):
             yield module, names
     stacks = [
@@ -114,7 +119,7 @@ def to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tens
         if key.startswith(SWAPPED):
             tensor = swap_halves(tensor)
         rows = [config.hidden_size] * (len(keys) - 1)
-        rows.append(len(tensor) - sum(rows))
+        rows.append(len(tensor) - sum(rows))  # all rows of a tensor that is not fused; of linear1 the MLP's
         result |= zip(keys, tensor.split(rows), strict=True)
     return result
 
@@ -174,11 +179,13 @@ def config_from_diffusers(entries: dict[str, Any]) -> FluxConfig:
     defaults = config_to_diffusers(FLUX_DEV) | {"out_channels": None, "guidance_embeds": False}
     values = defaults | entries
     for name, value in entries.items():
-        unknown = name not in defaults and not name.startswith("_")  # _diffusers_version and the like do not matter
+        # _diffusers_version and _name_or_path say nothing of the network.
+        unknown = name not in defaults and not name.startswith("_")
         fixed = name in ("_class_name", "patch_size")
+        # An entry that is unknown, a flag of a later diffusers for instance, could change what the network computes.
         if unknown or (fixed and value != defaults[name]):
             raise ValueError(f"this Flux has no {name}={value!r}, which the diffusers config asks for")
     fields = {field: values[name] for field, name in CONFIG_NAMES.items()}
-    fields["out_channels"] = fields["out_channels"] or fields["in_channels"]
-    fields["axes_dim"] = tuple(fields["axes_dim"])
+    fields["out_channels"] = fields["out_channels"] or fields["in_channels"]  # null means: as many as in_channels
+    fields["axes_dim"] = tuple(fields["axes_dim"])  # JSON has lists only
     return FluxConfig(**fields, hidden_size=values["attention_head_dim"] * values["num_attention_heads"])

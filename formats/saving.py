@@ -20,7 +20,7 @@ from infra.distributed import Process, gathered_tensors, on_first_rank
 from infra.files import replacing
 from model import FluxConfig
 
-SHARD_BYTES = 5e9  # of a file of a saved transformer, as FLUX.1-dev is published
+SHARD_BYTES = 5e9  # of a file of a saved transformer, and of memory to save it
 LINK_BYTES = 100e6  # from which on a frozen file is linked, not copied
 
 
@@ -61,6 +61,7 @@ def exhaust(tensors: Tensors) -> None:
 def base_entries(location: Location) -> dict[str, str]:
     """What a LoRA's NOTE says of the model that the LoRA changes: its folder, and its transformer if that is a file."""
     entries = {"base": str(location.folder.resolve())}
+    # A LoRA that lies over a single file needs that file and, for all else, the folder.
     if location.transformer != location.folder / "transformer":
         entries["transformer"] = str(location.transformer.resolve())
     return entries
@@ -81,7 +82,6 @@ def link_or_copy(source: str, target: str) -> None:
     """Copy a file, or link a large one: T5's 9.5 GB, which nobody edits, need not be on the disk for each run."""
     file = Path(source).resolve()  # a hub's cache is made of symbolic links
     if file.stat().st_size > LINK_BYTES:
-        Path(target).unlink(missing_ok=True)
         with suppress(OSError):  # another disk, or one without links
             Path(target).hardlink_to(file)
             return
@@ -94,7 +94,7 @@ def save_transformer(folder: Path, config: FluxConfig, state: Tensors) -> None:
     `state` may be an iterator, so that no more than a file of it is in memory; and it may be mapped from the folder
     that is replaced, which stays until the new one is complete.
     """
-    with replacing(folder) as path:
+    with replacing(folder) as path:  # a new folder, which takes the place of the old one at the end
         path.mkdir()
         shard_keys = []
         for shard in diffusers_shards(config, state):
@@ -109,6 +109,7 @@ def save_transformer(folder: Path, config: FluxConfig, state: Tensors) -> None:
             (path / str(i)).rename(path / name)
             weight_map |= dict.fromkeys(keys, name)
         if len(shard_keys) > 1:
+            # Readers find a tensor's file by the index.
             (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
         (path / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
 
@@ -135,6 +136,7 @@ def save_single_file(file: Path, config: FluxConfig, dtype: torch.dtype, state: 
     safetensors' own function wants all tensors at once, 24 GB of them. The format: 8 bytes, the length of the header;
     the header, JSON of each tensor's dtype, shape and offsets; then the tensors.
     """
+    # The network's order is that of `state`, so every offset is known before a tensor comes.
     dtype_name = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
     header, start = {}, 0
     for name, tensor in empty_state(config).items():
@@ -147,6 +149,6 @@ def save_single_file(file: Path, config: FluxConfig, dtype: torch.dtype, state: 
         out.write(len(text).to_bytes(8, "little") + text)
         for header_name, (name, tensor) in zip(header, state, strict=True):
             # The offsets are written already: a tensor out of order would be read as another one.
-            assert name == header_name and tensor.dtype == dtype, f"{name} where {header_name} belongs"
+            assert name == header_name, f"{name} where {header_name} belongs"
             # numpy has no bf16, so the tensor is written as bytes.
             out.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)

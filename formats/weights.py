@@ -42,9 +42,10 @@ def open_flux(location: Location) -> Weights:
 
     Raises ValueError naming the folder or file, and what is missing or does not fit.
     """
-    if location.transformer.is_file():
-        return open_single_file(location.transformer, location.folder / "transformer" / "config.json")
-    return open_subfolder(location.transformer)
+    path = location.transformer
+    if path.is_file():
+        return open_single_file(path, location.folder / "transformer" / "config.json")
+    return open_subfolder(path)
 
 
 def open_single_file(path: Path, config_file: Path) -> Weights:

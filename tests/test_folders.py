@@ -173,8 +173,14 @@ def test_a_folder_mixed_from_different_models_is_named(broken):
 @pytest.fixture
 def no_weights(monkeypatch) -> None:
     """Reading weights fails."""
-    for name in ("formats.folders.build_flux", "formats.folders.load_frozen", "start.load_parts", "evaluate.load_pipeline"):
+    for name in (
+        "formats.folders.build_flux",
+        "formats.folders.load_frozen",
+        "train.build_network",
+        "start.load_parts",
+    ):
         monkeypatch.setattr(name, None)
+    monkeypatch.setattr("evaluate.load_pipeline", None)
 
 
 @pytest.mark.parametrize("folder, source", [("tokenizer_2", "tokenizer"), ("tokenizer", "tokenizer_2")])
