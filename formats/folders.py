@@ -82,7 +82,7 @@ def describe(name: str | Path, base: str | None = None) -> Description:
     clip = parse_json(folder / "text_encoder" / "config.json", CLIPTextConfig.from_dict)
     t5 = parse_json(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
 
-    # Folders may be put together by hand, with a tuned VAE for instance. What does not fit would fail in the first forward.
+    # Folders may be put together by hand, with another VAE for instance. A misfit would fail in the first forward.
     outputs = latent_channels * PATCH**2, clip.hidden_size, t5.d_model
     inputs = weights.config.in_channels, weights.config.vec_in_dim, weights.config.context_in_dim
     if outputs != inputs:

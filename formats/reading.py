@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from safetensors import safe_open
 
-Source, Result = TypeVar("Source"), TypeVar("Result")
+Source = TypeVar("Source")
+Result = TypeVar("Result")
 
 AGAIN = "copy or download it again"
 FLUX_TENSOR = "vector_in.in_layer.weight"  # which FLUX.2 and Chroma lack, and diffusers names otherwise
@@ -45,5 +46,7 @@ def bfl_prefix(names: Iterable[str]) -> str | None:
 def flux_file(name: str | Path) -> Path | None:
     """The path of a file of FLUX.1's transformer under black-forest-labs' names, as its header says; else None."""
     path = Path(name)
-    is_file = path.suffix == ".safetensors" and path.is_file()
-    return path if is_file and bfl_prefix(tensor_names(path)) is not None else None
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    prefix = bfl_prefix(tensor_names(path))
+    return None if prefix is None else path

@@ -101,16 +101,18 @@ def save_transformer(folder: Path, config: FluxConfig, state: Tensors) -> None:
             # A shard's name contains their number, which is known at the end.
             save_file(shard, path / str(len(shard_keys)), metadata={"format": "pt"})
             shard_keys.append(list(shard))
+        count = len(shard_keys)
         weight_map = {}
         for i, keys in enumerate(shard_keys):
             name = WEIGHTS
-            if len(shard_keys) > 1:
-                name = f"{Path(WEIGHTS).stem}-{i + 1:05d}-of-{len(shard_keys):05d}.safetensors"
+            if count > 1:
+                name = f"{Path(WEIGHTS).stem}-{i + 1:05d}-of-{count:05d}.safetensors"
             (path / str(i)).rename(path / name)
             weight_map |= dict.fromkeys(keys, name)
-        if len(shard_keys) > 1:
+        if count > 1:
             # Readers find a tensor's file by the index.
-            (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+            index = {"metadata": {}, "weight_map": weight_map}
+            (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         (path / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
 
 
@@ -138,7 +140,8 @@ def save_single_file(file: Path, config: FluxConfig, dtype: torch.dtype, state: 
     """
     # The network's order is that of `state`, so every offset is known before a tensor comes.
     dtype_name = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
-    header, start = {}, 0
+    header = {}
+    start = 0
     for name, tensor in empty_state(config).items():
         end = start + tensor.numel() * dtype.itemsize
         header[name] = {"dtype": dtype_name, "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -149,6 +152,6 @@ def save_single_file(file: Path, config: FluxConfig, dtype: torch.dtype, state: 
         out.write(len(text).to_bytes(8, "little") + text)
         for header_name, (name, tensor) in zip(header, state, strict=True):
             # The offsets are written already: a tensor out of order would be read as another one.
-            assert name == header_name, f"{name} where {header_name} belongs"
-            # numpy has no bf16, so the tensor is written as bytes.
-            out.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            assert name == header_name
+            tensor = tensor.detach().cpu().contiguous()
+            out.write(tensor.view(torch.uint8).numpy().data)  # as bytes: numpy has no bf16

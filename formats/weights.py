@@ -67,7 +67,7 @@ def open_single_file(path: Path, config_file: Path) -> Weights:
         notes.append(f"note: {path} has guidance_embed {guidance_embed} instead of {config.guidance_embed}")
         config = replace(config, guidance_embed=guidance_embed)
     shapes = empty_state(config)
-    check_state(state, shapes, source=str(path))
+    check_state(state, shapes, str(path))
     tensors = ((name, state[name]) for name in shapes)  # in the network's order, which `interpolate` relies on
     return Weights(config, upcast(tensors), notes)
 
@@ -81,7 +81,7 @@ def open_subfolder(path: Path) -> Weights:
     state = {}
     for name in files:
         state |= parse_file(path / name, load_file)  # mapped, too
-    tensors = from_diffusers(state, config, source=str(path))
+    tensors = from_diffusers(state, config, str(path))
     return Weights(config, upcast(tensors), fp8_notes(state, path))
 
 
@@ -121,7 +121,8 @@ def build_flux(weights: Weights, dtype: torch.dtype) -> Flux:
 def build_with_lora(weights: Weights, changes: dict[str, list[Change]], strength: float, dtype: torch.dtype) -> Flux:
     """The network of W + strength (alpha / rank) B A, for each weight W that a LoRA changes."""
     if dtype == torch.float32:
-        return build_flux(weights._replace(tensors=merge_lora(weights.tensors, changes, strength)), dtype)
+        tensors = merge_lora(weights.tensors, changes, strength)
+        return build_flux(weights._replace(tensors=tensors), dtype)
     # In bf16 the sum would round small changes away. They are added to what the layers give instead, as in diffusers.
     flux = build_flux(weights, dtype)
     for name, layer_changes in changes.items():
