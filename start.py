@@ -18,7 +18,7 @@ from torch import Tensor
 
 from config import PRESETS, Config, sides
 from formats.folders import Description, Pipeline, describe, load_parts
-from formats.lora import Change, add_lora, first_values, wrapped_name
+from formats.lora import Changes, add_lora, first_values, wrapped_name
 from formats.lora_files import lora_file, merge_lora, read_lora
 from formats.reading import flux_file
 from infra.anchor import anchored
@@ -178,7 +178,7 @@ def empty_flux(cfg: Config, config: FluxConfig) -> Flux:
     return flux
 
 
-def earlier_lora(cfg: Config, config: FluxConfig) -> dict[str, list[Change]] | None:
+def earlier_lora(cfg: Config, config: FluxConfig) -> Changes | None:
     """The changes of the LoRA that --lora continues: --model is that LoRA. None without one."""
     file = lora_file(cfg.model) if cfg.lora else None
     return read_lora(file, config) if file else None

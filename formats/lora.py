@@ -1,15 +1,17 @@
-"""LoRA: a frozen network, and low-rank changes of its linear layers that are trained instead (arXiv 2106.09685).
+"""LoRA: a frozen network, and low-rank changes of its linear layers, which are trained instead (arXiv 2106.09685).
 
     y = W x + (alpha / rank) B A x        A (rank, in) random, B (out, rank) zero at the start
 
-Flux fuses q, k, v, and the MLP of a single block, into one layer; published LoRAs have an A and a B for each.  So do
-these: each part of a fused layer's rows has its own.  The file written is what diffusers' load_lora_weights reads;
-lora_files.py reads it, and those of others.
+Flux fuses q, k, v, and the MLP of a single block, into one layer, and diffusers does not. Published LoRAs have an A and
+a B for each of diffusers' layers. So does `LoRA`: each of diffusers' layers is a block of rows of the fused layer.
+
+diffusers' load_lora_weights reads the file that `save_lora` writes. lora_files.py reads it too, and those of others.
 """
 
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,137 +23,116 @@ from torch import Tensor, nn
 from formats.names import module_names
 from model import Flux, FluxConfig
 
-FILE, NOTE = "pytorch_lora_weights.safetensors", "lora.json"  # the second names the base
-TARGETS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")  # all of a block's but its modulation
+FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
+NOTE = "lora.json"  # names the model that the LoRA lies over
+TARGETS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")  # a block's layers, but not its modulation
 
 
 class Change(NamedTuple):
-    """scale x up @ down, added to the rows of one weight from `start` on."""
+    """What a LoRA adds to a weight: weight += up @ down."""
 
-    start: int
-    up: Tensor  # (rows, rank)
+    up: Tensor  # (out, rank), times alpha / rank
     down: Tensor  # (rank, in)
-    scale: float
+
+
+NamedTensors = Iterator[tuple[str, Tensor]]
+Changes = dict[str, Change]  # by the names of the weights
+
+
+# ------------------------------------------------------------------------------------------- a network with a LoRA
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and its trained change, `scale` x B A for each part of its rows."""
+    """A frozen linear layer plus `scale` x B A, with one A and one B for each of its `block_count` blocks of rows."""
 
-    def __init__(self, linear: nn.Linear, parts: int, rank: int, alpha: float) -> None:
+    def __init__(self, linear: nn.Linear, block_count: int, rank: int, alpha: float) -> None:
         super().__init__()
-        self.linear, self.scale = linear, alpha / rank
-        self.off = False  # whether it is the frozen layer alone
-        device, width = linear.weight.device, linear.in_features
-        rows = [width] * (parts - 1)
-        rows.append(linear.out_features - sum(rows))
-        self.a = nn.ParameterList(torch.empty(rank, width, device=device) for _ in rows)
-        self.b = nn.ParameterList(torch.zeros(n, rank, device=device) for n in rows)
+        self.linear = linear
+        self.scale = alpha / rank
+        self.off = False  # set by without_lora
+        device = linear.weight.device  # often meta: the values come later, as those of all parameters
+        width = linear.in_features
+        # q, k and v are square. The last block is the rest: all rows of a layer that is not fused, or the MLP's.
+        row_counts = [width] * (block_count - 1)
+        row_counts.append(linear.out_features - sum(row_counts))
+        self.a = nn.ParameterList(torch.empty(rank, width, device=device) for _ in row_counts)
+        self.b = nn.ParameterList(torch.zeros(rows, rank, device=device) for rows in row_counts)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if self.off:
             return self.linear(x)
-        change = [F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) for a, b in zip(self.a, self.b)]
-        return self.linear(x) + self.scale * torch.cat(change, dim=-1)
-
-
-class Changed(nn.Module):
-    """A linear layer and, apart, `strength` times what a LoRA adds to it."""
-
-    def __init__(self, linear: nn.Linear, changes: list[Change], strength: float) -> None:
-        super().__init__()
-        self.linear, self.starts = linear, [change.start for change in changes]
-        self.up = nn.ParameterList(strength * change.scale * change.up for change in changes).requires_grad_(False)
-        self.down = nn.ParameterList(change.down for change in changes).requires_grad_(False)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.linear.weight  # by which a Flux tells its precision and its device
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        for start, up, down in zip(self.starts, self.up, self.down):
-            y[..., start : start + len(up)] += F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
-        return y
+        # A and B are kept in fp32 for the optimizer, and used in the network's precision.
+        blocks = []
+        for a, b in zip(self.a, self.b):
+            low_rank_x = F.linear(x, a.to(x.dtype))
+            blocks.append(F.linear(low_rank_x, b.to(x.dtype)))
+        return self.linear(x) + self.scale * torch.cat(blocks, dim=-1)
 
 
 def lora_layers(config: FluxConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The layers that are changed: our name, and diffusers' for the parts of its rows."""
-    for ours, theirs in module_names(config):
-        if "blocks" in ours and ours.endswith(TARGETS):
-            yield ours, theirs
+    """The layers that a LoRA changes: our name, and diffusers' names for its blocks of rows."""
+    for name, diffusers_names in module_names(config):
+        if "blocks" in name and name.endswith(TARGETS):
+            yield name, diffusers_names
 
 
 def add_lora(flux: Flux, rank: int, alpha: float) -> None:
     """Freeze a Flux and put a LoRA around its layers, in place. Parameters `X.weight` become `X.linear.weight`."""
     flux.requires_grad_(False)
-    for ours, theirs in lora_layers(flux.config):
-        parent, _, leaf = ours.rpartition(".")
-        linear = flux.get_submodule(ours)
-        setattr(flux.get_submodule(parent), leaf, LoRA(linear, len(theirs), rank, alpha))
+    for name, diffusers_names in lora_layers(flux.config):
+        linear = flux.get_submodule(name)
+        flux.set_submodule(name, LoRA(linear, len(diffusers_names), rank, alpha))
 
 
-def first_values(flux: Flux, seed: int, changes: dict[str, list[Change]] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """What a LoRA starts from: A as torch draws linear layers, B zero. The same on every rank.
+def wrapped_name(name: str, parameter_names: set[str]) -> str:
+    """The name of a Flux's parameter after `add_lora`, which puts some layers into a LoRA."""
+    layer, _, leaf = name.rpartition(".")
+    return name if name in parameter_names else f"{layer}.linear.{leaf}"
 
-    With `changes` of another LoRA, by our names, it starts as that: in its first rows of A and columns of B.
-    Raises ValueError if its rank is too low for them, or they are of other layers.
+
+def first_values(flux: Flux, seed: int, changes: Changes | None = None) -> NamedTensors:
+    """Names and values that a LoRA starts from: A as torch draws linear layers, B zero. The same on every rank.
+
+    With the `changes` of an earlier LoRA, training goes on from there: they fill the first rows of A and columns of B.
+    Raises ValueError if the rank is too low for them, or if they are of other layers.
     """
-    generator, left = torch.Generator().manual_seed(seed), dict(changes or {})
-    for ours, _ in lora_layers(flux.config):
-        layer, first = flux.get_submodule(ours), 0
-        pieces = left.pop(f"{ours}.weight", [])
-        for i, (a, b) in enumerate(zip(layer.a, layer.b, strict=True)):
+    generator = torch.Generator().manual_seed(seed)
+    changes = dict(changes or {})
+    for name, _ in lora_layers(flux.config):
+        layer = flux.get_submodule(name)
+        change = changes.pop(f"{name}.weight", None)
+        start = 0
+        for i in range(len(layer.a)):
+            a = torch.empty(layer.a[i].shape)  # (rank, in)
+            b = torch.zeros(layer.b[i].shape)  # (rows, rank)
             bound = 1 / math.sqrt(a.shape[1])
-            down, up = torch.empty(a.shape).uniform_(-bound, bound, generator=generator), torch.zeros(b.shape)
-            used = 0
-            for piece in pieces:
-                begin, end = max(first, piece.start), min(first + len(b), piece.start + len(piece.up))
-                if begin >= end:
-                    continue
-                own = slice(used, used := used + len(piece.down))
-                if used > len(a):
-                    raise ValueError(f"rank {len(a)} is too low to go on with a LoRA of rank {used} ({ours})")
-                down[own] = piece.down
-                rows = piece.up[begin - piece.start : end - piece.start]
-                up[begin - first : end - first, own] = piece.scale / layer.scale * rows
-            yield f"{ours}.a.{i}", down
-            yield f"{ours}.b.{i}", up
-            first += len(b)
-    if left:
+            # All of A is drawn, also if most is replaced, so that the draws of later layers do not depend on `changes`.
+            a.uniform_(-bound, bound, generator=generator)
+            if change:
+                # q, k and v often have columns of their own in `up`, which are zero in the rows of the two others.
+                up = change.up[start : start + len(b)]
+                columns = up.any(dim=0)
+                rank = int(columns.sum())
+                if rank > len(a):
+                    raise ValueError(f"rank {len(a)} is too low to go on with a LoRA of rank {rank} ({name})")
+                a[:rank] = change.down[columns]
+                b[:, :rank] = up[:, columns] / layer.scale
+            yield f"{name}.a.{i}", a
+            yield f"{name}.b.{i}", b
+            start += len(b)
+    if changes:
         raise ValueError(
-            f"it changes {min(left)} too, which a LoRA here does not: go on with all weights, without --lora"
+            f"it changes {min(changes)} too, which a LoRA here does not: go on with all weights, without --lora"
         )
 
 
-def wrapped_name(name: str, known: set[str]) -> str:
-    """A parameter's name once its layer may be inside of a LoRA."""
-    layer, _, leaf = name.rpartition(".")
-    return name if name in known else f"{layer}.linear.{leaf}"
-
-
-def save_lora(folder: Path, flux: Flux, tensors: Iterator[tuple[str, Tensor]], base: dict[str, str]) -> None:
-    """Write FILE, with the scale in B, and NOTE, which names what it changes for `locations.find`.
-
-    `tensors` are names and whole tensors of all trained parameters, which come from `flux`, cut or not; `base` is
-    the model folder, and under "transformer" its file if that lies elsewhere.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state, trained = {}, dict(tensors)
-    for ours, theirs in lora_layers(flux.config):
-        scale = flux.get_submodule(ours).scale
-        for i, name in enumerate(theirs):
-            state[f"transformer.{name}.lora_A.weight"] = trained[f"{ours}.a.{i}"].contiguous()
-            state[f"transformer.{name}.lora_B.weight"] = (scale * trained[f"{ours}.b.{i}"]).contiguous()
-    save_file(state, folder / FILE, metadata={"format": "pt"})
-    (folder / NOTE).write_text(json.dumps(base) + "\n")
-
-
-from contextlib import contextmanager
-
-
 @contextmanager
-def without_lora(flux):
-    layers = [layer for layer in flux.modules() if isinstance(layer, LoRA)]
+def without_lora(flux: nn.Module) -> Iterator[None]:
+    """Within the `with` block a network's LoRA layers are off, so that it is the untuned network.
+
+    For use under no_grad: a backward pass that recomputes a layer after the block would find it on.
+    """
+    layers = [module for module in flux.modules() if isinstance(module, LoRA)]
     for layer in layers:
         layer.off = True
     try:
@@ -159,3 +140,39 @@ def without_lora(flux):
     finally:
         for layer in layers:
             layer.off = False
+
+
+# ------------------------------------------------------------------------------------- a finished LoRA: used, saved
+
+
+def add_change(linear: nn.Linear, change: Change, strength: float) -> None:
+    """Make a linear layer add `strength` x a LoRA's change to its output, in place.
+
+    Its weight stays as it is: in bf16 the sum of both would be rounded, and a small change lost.
+    """
+    dtype = linear.weight.dtype
+    # Parameters, so that they move to a GPU with the layer.
+    linear.up = nn.Parameter((strength * change.up).to(dtype), requires_grad=False)
+    linear.down = nn.Parameter(change.down.to(dtype), requires_grad=False)
+    linear.register_forward_hook(lambda layer, args, y: y + F.linear(F.linear(args[0], layer.down), layer.up))
+
+
+def save_lora(folder: Path, flux: Flux, tensors: NamedTensors, base: dict[str, str]) -> None:
+    """Write FILE, with the scale in B, and NOTE, which is `base`: where `locations.locate` finds the base.
+
+    `tensors` are all trained parameters of `flux`, whole; `flux` itself may be sharded. `base` holds the model folder
+    under "base", and under "transformer" its file if that lies elsewhere.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    values = dict(tensors)  # by our names, which end in .a.0, .b.0, .a.1 and so on
+    state = {}
+    for name, diffusers_names in lora_layers(flux.config):
+        scale = flux.get_submodule(name).scale
+        for i, diffusers_name in enumerate(diffusers_names):
+            prefix = f"transformer.{diffusers_name}"
+            a = values[f"{name}.a.{i}"]
+            b = scale * values[f"{name}.b.{i}"]
+            state[f"{prefix}.lora_A.weight"] = a.contiguous()
+            state[f"{prefix}.lora_B.weight"] = b.contiguous()
+    save_file(state, folder / FILE, metadata={"format": "pt"})
+    (folder / NOTE).write_text(json.dumps(base) + "\n")

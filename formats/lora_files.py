@@ -1,178 +1,182 @@
-"""LoRA files of others, read: whichever names a trainer gives its layers, and wherever it keeps alpha.
+"""LoRA files of all trainers, read. Trainers differ in how they name tensors, and in where they keep alpha.
 
-    transformer.X.lora_A.weight  lora_B     diffusers, ai-toolkit, SimpleTuner, and ours; alpha in the file's metadata
-    base_model.model.X.lora_A.weight        PEFT, alpha in adapter_config.json beside adapter_model.safetensors
-    lora_unet_X.lora_down.weight  lora_up   kohya, the dots of X written as _; alpha as a tensor
+    transformer.X.lora_A.weight  lora_B          diffusers, ai-toolkit, SimpleTuner, ours; alpha in the file's metadata
+    base_model.model.X.lora_A.weight  lora_B     PEFT; alpha in adapter_config.json beside adapter_model.safetensors
+    lora_unet_X.lora_down.weight  lora_up        kohya, and OneTrainer with lora_transformer_; alpha is a tensor
+    diffusion_model.X.lora_down.weight  lora_up  ComfyUI; alpha is a tensor
     double_blocks.0.processor.qkv_lora1.down.weight  up     x-flux
 
-X is a layer by diffusers' name or by black-forest-labs'.  Without alpha, it is the rank.
+X is a layer by diffusers' name or by black-forest-labs'. kohya and OneTrainer write _ for each dot. Without an alpha,
+alpha is the rank.
+
+diffusers' converter (0.42) is used for x-flux only. Of kohya's layers it leaves out those outside of the blocks, of
+OneTrainer's it reads attention alone, and it does not read PEFT's files at all.
 """
 
 import json
-import math
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers.loaders import FluxLoraLoaderMixin
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from formats.lora import FILE, NOTE, Change
-from formats.names import SWAPPED, module_names, swap_halves
+from formats.lora import FILE, NOTE, Change, Changes, NamedTensors
+from formats.names import to_diffusers
 from formats.reading import parse_file, tensor_names
+from infra.prompts import print_once
 from model import Flux, FluxConfig
 
 PEFT = "adapter_model.safetensors"
+SIGN = re.compile(r"lora_A|lora[_.]down|\.processor\..*\.down\.weight|lokr_|hada_")  # only LoRAs have such names
 PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)+")
-ROLE = re.compile(
-    r"\.(?P<down>lora_A(\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight|down\.weight)$"
-    r"|\.(?P<up>lora_B(\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight|up\.weight)$"
-    r"|\.(?P<alpha>alpha)$"
-)
-XFLUX = {  # what x-flux calls the layers of a block
-    "double_blocks": {"qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv",
-                      "proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj"},
-    "single_blocks": {"qkv_lora": "linear1", "proj_lora": "linear2"},
-}  # fmt: skip
+DOWN = re.compile(r"\.(lora_A|lora[_.]down)(\.\w+)?\.weight$")  # PEFT at times writes lora_A.default.weight
+TEXT_ENCODERS = ("lora_te", "text_encoder")  # kohya's lora_te1_ and diffusers' text_encoder. for instance
+# Relatives of LoRA: their change of a weight is no product of two factors, or not that alone.
+UNREAD = {"lokr_": "a LoKr", "hada_": "a LoHa", "dora_scale": "a DoRA", "lora_magnitude": "a DoRA"}
 
 
 def is_lora_file(file: Path) -> bool:
-    """Does a safetensors file hold a LoRA, by the names of its tensors? Raises ValueError if it cannot be read."""
-    return any((role := ROLE.search(name)) and role["down"] for name in tensor_names(file))
+    """Whether a safetensors file holds a LoRA, by the names of its tensors. Raises ValueError if it cannot be read."""
+    return any(map(SIGN.search, tensor_names(file)))
 
 
 def lora_file(name: str | Path) -> Path | None:
-    """The file of the LoRA that `name` is, a file or a folder; None if it is no LoRA.
+    """The file of the LoRA at path `name`, a file or a folder; None if there is no LoRA.
 
-    Raises ValueError for a file that cannot be read, and a folder of several of which none has a known name.
+    Raises ValueError for a file that cannot be read, and for a folder of several LoRAs.
     """
     path = Path(name)
-    if path.is_file() and path.suffix == ".safetensors":
-        return path if is_lora_file(path) else None
-    if not path.is_dir() or (path / "model_index.json").exists():
+    if (path / "model_index.json").exists():  # a model folder, whatever lies in it
         return None
-    for known in (FILE, PEFT):
-        if (path / known).exists():
-            return path / known
-    if (path / NOTE).exists():
-        return path / FILE  # which is missing: `locations.find` says so
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) > 1 and all(map(is_lora_file, files)):
+    # With its note alone a LoRA is incomplete: `locations.locate` reports the missing file.
+    if (path / FILE).exists() or (path / NOTE).exists():
+        return path / FILE
+    if (path / PEFT).exists():
+        return path / PEFT
+    is_file = path.is_file() and path.suffix == ".safetensors"
+    # kohya and ai-toolkit leave a LoRA for each checkpoint in one folder.
+    files = [path] if is_file else sorted(path.glob("*.safetensors"))
+    if not files or not all(map(is_lora_file, files)):
+        return None
+    if len(files) > 1:
         raise ValueError(f"{path} holds {len(files)} LoRAs: give one of its files, such as {files[-1]}")
-    return files[0] if len(files) == 1 and is_lora_file(files[0]) else None
+    return files[0]
 
 
-def read_lora(file: Path, config: FluxConfig) -> dict[str, list[Change]]:
-    """What a LoRA file adds to each weight of a Flux. Raises ValueError naming the file and what is not understood."""
+def read_lora(file: Path, config: FluxConfig) -> Changes:
+    """What a LoRA file adds to each weight of a Flux, by our names of the weights.
 
-    def parse(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        with safe_open(file, "pt") as tensors:
-            packed = (tensors.metadata() or {}).get("lora_adapter_metadata", "{}")
-        return load_file(file), {k.removeprefix("transformer."): v for k, v in json.loads(packed).items()}
-
-    state, settings = parse_file(file, parse)
-    if file.name == PEFT and (beside := file.with_name("adapter_config.json")).exists():
-        settings = parse_file(beside, lambda file: dict(json.loads(file.read_text())))
-    try:
-        return changes_of(state, config, settings)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def changes_of(
-    state: dict[str, Tensor], config: FluxConfig, settings: dict[str, Any] | None = None
-) -> dict[str, list[Change]]:
-    """What the tensors of a LoRA add to each weight of a Flux, by our names.
-
-    `settings` are PEFT's: r, lora_alpha, alpha_pattern, rank_pattern, use_rslora.  Raises ValueError for tensors that
-    do not fit.
+    Changes of text encoders are left out, which a line on stderr reports.
+    Raises ValueError naming the file and what is not understood.
     """
-    settings = settings or {}
-    if settings.get("use_dora") or any("magnitude" in name or "dora_scale" in name for name in state):
-        raise ValueError("this is a DoRA, which scales the base's rows too: only plain LoRAs are read")
-    if other := [n for n in state if n.startswith(("lora_te", "text_encoder"))]:
-        raise ValueError(f"this LoRA changes text encoders too ({other[0]}), which stay as they are here")
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        if not (role := ROLE.search(name)):
-            raise ValueError(f"this LoRA has tensors that this code does not: {name}{kind_of(name)}")
-        pairs.setdefault(name[: role.start()], {})[role.lastgroup or ""] = tensor.float()
-    layers, changes = layer_rows(config), {}
-    for theirs, pair in pairs.items():
-        layer = PREFIX.sub("", theirs)
-        if not (rows := layers.get(layer.replace(".", "_"))):
-            raise ValueError(f"this LoRA changes layers that this code does not: {theirs}")
-        ours, start, count, width = rows
-        if not {"down", "up"} <= pair.keys():
-            raise ValueError(f"this is no LoRA of this Flux: {theirs} has {' and '.join(pair)} only")
-        up, down = pair["up"], pair["down"]
-        if up.shape != (count, len(down)) or down.shape != (len(down), width):
-            shapes = f"{tuple(up.shape)} x {tuple(down.shape)}"
-            raise ValueError(f"this is no LoRA of this Flux: {theirs} is {shapes}, its layer {count} x {width}")
-        if ours == f"{SWAPPED}.weight" and "norm_out" in theirs:
-            up = swap_halves(up)
-        changes.setdefault(ours, []).append(Change(start, up, down, scale_of(layer, pair, settings)))
+    state, settings = parse_file(file, read_tensors)
+    check_lora(state, file)
+    table = layer_rows(config)
+    changes = {}
+    # Tensors are taken out of `state`, so that those that nobody understands are left at the end.
+    for down_name in list(filter(DOWN.search, state)):
+        down = state.pop(down_name)  # (rank, in)
+        up = state.pop(down_name.replace("lora_A", "lora_B").replace("down", "up"), None)  # (rows, rank)
+        alpha = state.pop(DOWN.sub(".alpha", down_name), None)  # kohya's and OneTrainer's; a tensor of one number
+        layer = PREFIX.sub("", DOWN.sub("", down_name))
+        if kohya_name(layer) not in table:
+            raise ValueError(f"{file}: {down_name} is of no layer of this Flux")
+        weight, rows, (height, width) = table[kohya_name(layer)]
+        rank = len(down)
+        if up is None or up.shape != (len(rows), rank) or down.shape != (rank, width):
+            raise ValueError(f"{file} is no LoRA of this Flux, whose {layer} is {len(rows)} x {width}")
+
+        # The rows of `up` get their places in the weight, with zeros in all other rows.
+        scaled_up = torch.zeros(height, rank)
+        scaled_up[rows] = up * scale_of(layer, rank, alpha, settings)
+        if weight in changes:  # q, k and v are in one weight
+            scaled_up = torch.cat([changes[weight].up, scaled_up], dim=1)
+            down = torch.cat([changes[weight].down, down])
+        changes[weight] = Change(scaled_up, down)
+    if state:
+        raise ValueError(f"{file}: {min(state)} is not understood")
     if not changes:
-        raise ValueError("this LoRA is empty")
+        raise ValueError(f"{file} changes no layer of the transformer")
     return changes
 
 
-def scale_of(layer: str, pair: dict[str, Tensor], settings: dict[str, Any]) -> float:
-    """alpha / rank; alpha is the tensor beside the pair, else the settings' for this layer, else the rank."""
-    rank = len(pair["down"])
-    if "alpha" in pair:
-        return pair["alpha"].item() / rank
-    patterns = settings.get("alpha_pattern") or {}
-    matching = [a for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)]
-    alpha = matching[0] if matching else settings.get("lora_alpha", rank)
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
+    """The transformer's tensors in a LoRA file, in fp32, and PEFT's settings: lora_alpha, alpha_pattern, use_rslora."""
+    state = {}
+    for name, tensor in load_file(file).items():
+        if name.startswith(TEXT_ENCODERS):
+            note_text_encoders(file)
+        else:
+            state[name] = tensor.float()
+    if any(".processor." in name for name in state):  # x-flux
+        state = FluxLoraLoaderMixin.lora_state_dict(state)
+
+    # diffusers' training scripts write PEFT's settings into the file's metadata, as "transformer.lora_alpha".
+    with safe_open(file, "pt") as header:
+        metadata = header.metadata() or {}
+    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    config_file = file.with_name("adapter_config.json")
+    if file.name == PEFT and config_file.exists():
+        settings = json.loads(config_file.read_text())
+    return state, {key.removeprefix("transformer."): value for key, value in settings.items()}
 
 
-def kind_of(name: str) -> str:
-    """What a file is whose tensors are called so, for an error; empty if that is not known."""
-    kinds = {
-        "lokr_": "a LoKr",
-        "hada_": "a LoHa",
-        "oft_": "an OFT",
-        "lora_mid": "a LoCon of convolutions",
-        "diff_b": "a change of biases",
-    }
-    found = next((kind for part, kind in kinds.items() if part in name), None)
-    return f" ({found}, which is not read)" if found else ""
+@cache  # once a file: it has many such tensors, and is read twice, to check it and to use it
+def note_text_encoders(file: Path) -> None:
+    print_once(f"note: {file} changes text encoders too: only what it changes of the transformer is used")
 
 
-def layer_rows(config: FluxConfig) -> dict[str, tuple[str, int, int, int]]:
-    """A layer by any of its names, dots as _: our weight, its first row and the number of rows, and its width."""
+def check_lora(state: dict[str, Tensor], file: Path) -> None:
+    """Raise ValueError if a file holds a relative of LoRA, or a tensor that is not finite."""
+    for name, tensor in state.items():
+        for sign, kind in UNREAD.items():
+            if sign in name:
+                raise ValueError(f"{file} is {kind}, which is not read: give a plain LoRA")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: tensor {name} is not finite")
+
+
+def scale_of(layer: str, rank: int, alpha: Tensor | None, settings: dict) -> float:
+    """alpha / rank. alpha is the layer's own tensor, or the settings' for this layer, or the rank."""
+    if alpha is not None:
+        return alpha.item() / rank
+    layer_alpha = settings.get("lora_alpha", rank)
+    for pattern, value in settings.get("alpha_pattern", {}).items():
+        # As in PEFT: a pattern is the end of a layer's name, from a dot on, and the first that fits counts.
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            layer_alpha = value
+            break
+    # rsLoRA divides by the root of the rank, so that a higher rank does not learn more slowly.
+    return layer_alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def kohya_name(layer: str) -> str:
+    return layer.replace(".", "_")  # which no two layers share
+
+
+def layer_rows(config: FluxConfig) -> dict[str, tuple[str, Tensor, torch.Size]]:
+    """By each published name of a layer, as kohya writes it: our weight, the layer's rows in it, the weight's shape."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Flux(config).named_parameters() if p.ndim == 2}
+        parameters = dict(Flux(config).named_parameters())
     table = {}
-    for ours, theirs in module_names(config):
-        weight = f"{ours}.weight"
-        if weight not in shapes:
-            continue
-        total, width = shapes[weight]
-        table[ours] = (weight, 0, total, width)
-        for i, name in enumerate(theirs):
-            start = i * config.hidden_size
-            table[name] = (weight, start, config.hidden_size if i < len(theirs) - 1 else total - start, width)
-        stack, _, rest = ours.partition(".")
-        for theirs_x, layer in XFLUX.get(stack, {}).items():
-            if rest.partition(".")[2] == layer:
-                rows = 3 * config.hidden_size if theirs_x.startswith("qkv") else total
-                table[f"{stack}.{rest.partition('.')[0]}.processor.{theirs_x}"] = (weight, 0, rows, width)
-    return {name.replace(".", "_"): rows for name, rows in table.items()}
+    for weight, parameter in parameters.items():
+        if parameter.ndim == 2:
+            # Numbers of rows go where diffusers puts the rows: into several layers, or in another order.
+            numbers = {weight: torch.arange(len(parameter))}
+            for name, rows in (numbers | to_diffusers(numbers, config)).items():
+                table[kohya_name(name.removesuffix(".weight"))] = weight, rows, parameter.shape
+    return table
 
 
-def merge_lora(
-    tensors: Iterator[tuple[str, Tensor]], changes: dict[str, list[Change]], strength: float = 1.0
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a Flux with `strength` times what a LoRA changes added, in fp32."""
+def merge_lora(tensors: NamedTensors, changes: Changes, strength: float = 1.0) -> NamedTensors:
+    """The tensors of a Flux with `strength` x a LoRA's changes added, those in fp32."""
     for name, tensor in tensors:
         if name in changes:
-            tensor = tensor.to(torch.float32, copy=True)
-            for start, up, down, scale in changes[name]:
-                tensor[start : start + len(up)] += strength * scale * (up @ down)
+            up, down = changes[name]
+            # A new tensor: the old one may be a view of a mapped file.
+            tensor = tensor.float() + strength * (up @ down)
         yield name, tensor

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from formats.locations import Location
-from formats.lora import Change, Changed
+from formats.lora import Changes, add_change
 from formats.lora_files import merge_lora
 from formats.names import check_state, config_from_diffusers, empty_state, from_diffusers
 from formats.reading import bfl_prefix, parse_file, parse_json
@@ -118,16 +118,16 @@ def build_flux(weights: Weights, dtype: torch.dtype) -> Flux:
     return flux
 
 
-def build_with_lora(weights: Weights, changes: dict[str, list[Change]], strength: float, dtype: torch.dtype) -> Flux:
+def build_with_lora(weights: Weights, changes: Changes, strength: float, dtype: torch.dtype) -> Flux:
     """The network of W + strength (alpha / rank) B A, for each weight W that a LoRA changes."""
     if dtype == torch.float32:
         tensors = merge_lora(weights.tensors, changes, strength)
         return build_flux(weights._replace(tensors=tensors), dtype)
     # In bf16 the sum would round small changes away. They are added to what the layers give instead, as in diffusers.
     flux = build_flux(weights, dtype)
-    for name, layer_changes in changes.items():
-        layer = name.removesuffix(".weight")
-        flux.set_submodule(layer, Changed(flux.get_submodule(layer), layer_changes, strength))
+    for name, change in changes.items():
+        layer = flux.get_submodule(name.removesuffix(".weight"))
+        add_change(layer, change, strength)
     return flux
 
 

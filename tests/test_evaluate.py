@@ -249,7 +249,7 @@ def test_a_lora_that_cannot_be_read_is_reported_before_the_models_before_it_are_
     lora = tmp_path / "kohya.safetensors"
     save_file({"lora_te1_x.lora_down.weight": torch.ones(1, 1)}, lora)
     flags = ["--model", TINY, lora, "--base", TINY, "--out", tmp_path / "out"]
-    assert "kohya.safetensors: this LoRA changes text encoders too" in refusal_of(monkeypatch, capsys, *flags)
+    assert "kohya.safetensors changes no layer of the transformer" in refusal_of(monkeypatch, capsys, *flags)
 
 
 # ------------------------------------------------------------------------ what is in the folder already

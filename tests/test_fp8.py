@@ -1,4 +1,4 @@
-"""--fp8: what a LoRA changes at a byte a weight, and what that costs."""
+"""--fp8: the frozen network under a LoRA at a byte a weight, and what that costs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +15,63 @@ from formats.folders import load_pipeline
 from formats.lora import FILE
 from infra.checks import check_flags
 from infra.distributed import Process, full_tensor, join, local_shard
-from infra.fp8 import Linear8, rounded, up_cast
+from infra.fp8 import E4M3, Fp8Linear, quantize, up_cast
 from infra.meter import Meter
+from model import Flux
 from sample import sample
-from start import Setup
 from tools.plan import Plan, kept_bytes, memory, planned_flux
 
 ROOT = Path(train.__file__).parent
 TINY = ROOT / "shapes" / "tiny-flux"
 PROMPTS = ["a photo of a red circle", "a photo of three squares"]
+
+
+# ----------------------------------------------------------------------------------------------------- a layer
+
+
+def fp8_and_fp32_layer() -> tuple[Fp8Linear, nn.Linear]:
+    """A layer in fp8, and an fp32 one with the same rounded weights."""
+    torch.manual_seed(0)
+    fp32_layer = nn.Linear(48, 32).requires_grad_(False)
+    layer = Fp8Linear(fp32_layer)
+    layer.weight.data, layer.scale.data = quantize(fp32_layer.weight)
+    fp32_layer.weight.data = layer.weight.float() * layer.scale
+    return layer, fp32_layer
+
+
+def test_the_error_of_a_weight_is_a_sixteenth_at_most_or_nothing_beside_its_row():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 512) * torch.logspace(-4, 2, 64)[:, None]
+    weight[3] = 0
+    row_max = weight.abs().amax(1, keepdim=True)
+    error = (up_cast(*quantize(weight), torch.float32) - weight).abs()
+    bound = torch.maximum(weight.abs() / 16, row_max / 448 / 2**10)
+    assert (error <= bound * 1.001).all()
+    relative_error = (error / weight.abs())[weight.abs() > row_max / 100]
+    assert relative_error.mean() < 1 / 40
+
+
+def test_a_layers_output_and_its_gradient_are_those_of_its_up_cast_weight():
+    layer, fp32_layer = fp8_and_fp32_layer()
+    x = torch.randn(5, 7, 48, requires_grad=True)
+    fp32_x = x.detach().clone().requires_grad_()
+    u = torch.randn(5, 7, 32)
+    y, fp32_y = layer(x), fp32_layer(fp32_x)
+    torch.testing.assert_close(y, fp32_y)
+    y.backward(u)
+    fp32_y.backward(u)
+    torch.testing.assert_close(x.grad, fp32_x.grad)
+
+
+def test_no_up_cast_weight_is_kept_for_the_backward():
+    layer, fp32_layer = fp8_and_fp32_layer()
+    x = torch.randn(2, 48, requires_grad=True)
+    assert kept_bytes(lambda: layer(x), layer.parameters()) == 0
+    weight = fp32_layer.weight  # times 1.0 it is a new tensor, as an up-cast weight is
+    assert kept_bytes(lambda: F.linear(x, weight * 1.0, fp32_layer.bias), fp32_layer.parameters()) == 48 * 32 * 4
+
+
+# ------------------------------------------------------------------------------------------------------- a run
 
 
 @pytest.fixture(scope="module")
@@ -34,104 +82,69 @@ def base(tmp_path_factory) -> Config:
                   fp8=True, eval_prompts=root / "few.txt")  # fmt: skip
 
 
-def small_layer(dtype: torch.dtype = torch.float32) -> tuple[Linear8, nn.Linear]:
-    """One in fp8, and a plain one of the same numbers."""
-    torch.manual_seed(0)
-    plain = nn.Linear(48, 32).to(dtype).requires_grad_(False)
-    small = Linear8(plain)
-    weight, scale = rounded(plain.weight)
-    small.weight.data, small.scale.data = weight, scale
-    plain.weight.data = weight.to(dtype) * scale.to(dtype)
-    return small, plain
+def network(cfg: Config, process: Process) -> Flux:
+    return train.set_up(cfg, process).pipe.flux
 
 
-def test_a_weight_is_off_by_a_sixteenth_at_most_or_by_what_is_nothing_in_its_row():
-    torch.manual_seed(0)
-    weight = torch.randn(64, 512) * torch.logspace(-4, 2, 64)[:, None]
-    weight[3] = 0
-    back = up_cast(*rounded(weight), torch.float32)
-    bound = torch.maximum(weight.abs() / 16, weight.abs().amax(1, keepdim=True) / 448 / 2**10)
-    assert ((back - weight).abs() <= bound * 1.001).all()
-    relative = ((back - weight).abs() / weight.abs())[weight.abs() > weight.abs().amax(1, keepdim=True) / 100]
-    assert relative.mean() < 1 / 40
-
-
-def test_a_layers_output_and_its_gradient_are_those_of_its_up_cast_weight():
-    small, plain = small_layer()
-    x = torch.randn(5, 7, 48, requires_grad=True)
-    other = x.detach().clone().requires_grad_()
-    u = torch.randn(5, 7, 32)
-    torch.testing.assert_close(small(x), plain(other))
-    small(x).backward(u)
-    plain(other).backward(u)
-    torch.testing.assert_close(x.grad, other.grad)
-
-
-def test_the_backward_keeps_no_up_cast_weight():
-    small, plain = small_layer()
-    x = torch.randn(2, 48, requires_grad=True)
-    assert kept_bytes(lambda: small(x), small.parameters()) == 0
-    assert kept_bytes(lambda: F.linear(x, plain.weight * 1.0, plain.bias), plain.parameters()) == 48 * 32 * 4
-
-
-def network(setup: Setup) -> list[Tensor]:
-    return list(setup.pipe.flux.parameters())
-
-
-def gradient(cfg: Config, world: Process, round_weights: bool = False) -> Tensor:
-    setup = train.set_up(cfg, world)
+def gradient(cfg: Config, process: Process, round_weights: bool = False) -> Tensor:
+    """The gradient of all factors of a LoRA. `round_weights` rounds the frozen weights as --fp8 does."""
+    setup = train.set_up(cfg, process)
+    parameters = dict(setup.pipe.flux.named_parameters())
     with torch.no_grad():
-        for name, p in setup.pipe.flux.named_parameters():
+        for name, p in parameters.items():
             if ".b." in name:
                 p.fill_(0.01)  # with B = 0 there is no gradient in A
             if round_weights and "blocks" in name and p.ndim == 2 and not p.requires_grad:
                 weight = local_shard(p)
-                weight.copy_(up_cast(*rounded(weight), weight.dtype))
-    train.batch_gradient(cfg, setup, world, 0, Meter(world.device))
-    trained = [p.grad for p in network(setup) if p.requires_grad]
-    return torch.cat([full_tensor(g).flatten().float() for g in trained])
+                weight.copy_(up_cast(*quantize(weight), weight.dtype))
+    train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
+    return torch.cat([full_tensor(p.grad).flatten().float() for p in parameters.values() if p.requires_grad])
 
 
 def test_the_gradient_is_that_of_a_network_with_rounded_weights_and_near_that_of_bf16(base):
-    with join("cpu") as world:
-        exact = replace(base, bf16=False)
-        small, rounded_ones = gradient(exact, world), gradient(replace(exact, fp8=False), world, round_weights=True)
-        in_bf16 = gradient(replace(base, fp8=False), world)
-    torch.testing.assert_close(small, rounded_ones, atol=1e-5, rtol=1e-3)
-    assert F.cosine_similarity(small, in_bf16, dim=0) > 0.95
+    in_fp32 = replace(base, bf16=False)
+    with join("cpu") as process:
+        fp8 = gradient(in_fp32, process)
+        rounded = gradient(replace(in_fp32, fp8=False), process, round_weights=True)
+        bf16 = gradient(replace(base, fp8=False), process)
+    torch.testing.assert_close(fp8, rounded, atol=1e-5, rtol=1e-3)
+    assert F.cosine_similarity(fp8, bf16, dim=0) > 0.95
+
+
+def count_bytes(params: list[Tensor]) -> int:
+    return sum(p.numel() * p.dtype.itemsize for p in params)
 
 
 def test_frozen_layers_take_a_byte_a_weight(base):
-    with join("cpu") as world:
-        frozen = {fp8: [p for p in network(train.set_up(replace(base, fp8=fp8), world)) if not p.requires_grad]
-                  for fp8 in (True, False)}  # fmt: skip
-        held = {fp8: sum(p.numel() * p.dtype.itemsize for p in params) for fp8, params in frozen.items()}
-        blocks = sum(p.numel() for p in frozen[True] if p.dtype == torch.float8_e4m3fn)
-        scales = sum(p.numel() for p in frozen[True] if p.shape[-1:] == (1,))
-    assert held[False] - held[True] == blocks - 4 * scales
-    assert blocks > 0.9 * sum(p.numel() for p in frozen[False])
+    with join("cpu") as process:
+        frozen = [p for p in network(base, process).parameters() if not p.requires_grad]
+        bf16_frozen = [p for p in network(replace(base, fp8=False), process).parameters() if not p.requires_grad]
+    e4m3_weights = sum(p.numel() for p in frozen if p.dtype == E4M3)
+    scales = sum(p.numel() for p in frozen if p.shape[-1:] == (1,))
+    assert count_bytes(bf16_frozen) - count_bytes(frozen) == e4m3_weights - 4 * scales
+    assert e4m3_weights > 0.9 * sum(p.numel() for p in bf16_frozen)
 
 
 def test_the_plan_counts_what_is_held(base):
-    with join("cpu") as world:
-        pipe = train.set_up(base, world).pipe
-    held = sum(p.numel() * p.dtype.itemsize for p in pipe.flux.parameters())
+    with join("cpu") as process:
+        flux = network(base, process)
     with FakeTensorMode():
-        flux = planned_flux(pipe.flux.config, base.lora, torch.bfloat16)
-        parts = memory(Plan(size="64", text_length=12, lora=base.lora, fp8=True), 1, flux, torch.bfloat16)
-    assert parts["weights"] == held
+        planned = planned_flux(flux.config, base.lora, torch.bfloat16)
+        sizes = memory(Plan(size="64", text_length=12, lora=base.lora, fp8=True), 1, planned, torch.bfloat16)
+    assert sizes["weights"] == count_bytes(list(flux.parameters()))
 
 
 def test_a_run_draws_and_saves_a_lora_that_lies_over_the_base_as_it_was(base):
-    with join("cpu") as world:
-        setup = train.set_up(base, world)
-        train.run(base, setup, world)
-    assert (base.out / "final" / FILE).exists()
-    before, after = (sample(load_pipeline(folder), PROMPTS, [0, 1], 4, 64, 64) for folder in (TINY, base.out / "final"))
-    assert torch.isfinite(after).all() and 0 < (after - before).abs().mean() < 0.1
+    with join("cpu") as process:
+        train.run(base, train.set_up(base, process), process)
+    final = base.out / "final"
+    assert (final / FILE).exists()
+    untuned, tuned = (sample(load_pipeline(folder), PROMPTS, [0, 1], 4, 64, 64) for folder in (TINY, final))
+    assert torch.isfinite(tuned).all()
+    assert 0 < (tuned - untuned).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize("flags", [dict(lora=None), dict(lean=True, lora=None)])
 def test_without_a_lora_it_is_refused(base, flags):
-    with pytest.raises(ValueError, match="--fp8 is for what a LoRA changes"), join("cpu") as world:
-        check_flags(replace(base, **flags), world)
+    with pytest.raises(ValueError, match="--fp8"), join("cpu") as process:
+        check_flags(replace(base, **flags), process)

@@ -449,7 +449,7 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
         (["--size", "40"], ["--size 40", "64x64"]),
         (["--size", "40", "--watch"], ["40", "16"]),
         (["--method", "full", "--nested-only"], ["--nested-only", "full"]),
-        (["--steps", "0"], ["--steps", "0"]),
+        (["--steps", "0"], ["--updates", "0"]),
         (["--text-length", "0"], ["--text-length", "0"]),
         (["--tau", "0"], ["--tau"]),
         (["--method", "drtune", "--active", "0"], ["--active", "0"]),
@@ -514,7 +514,7 @@ def test_a_prompt_that_the_judge_cannot_know_is_named(flags, capsys, monkeypatch
     ],
 )
 def test_sample_names_the_bad_flag_before_weights_are_read(flags, word, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "load", None)
+    monkeypatch.setattr(sample, "load_pipeline", None)
     assert word in told(sample, capsys, monkeypatch, *flags)
 
 
