@@ -1,11 +1,9 @@
-"""Model folders in the diffusers layout of FLUX.1-dev, which the tiny model's is too: read and checked.
+"""Model folders in the layout of FLUX.1-dev, which the tiny model's is too: described, checked and loaded.
 
-locations.py finds the parts, weights.py reads the transformer, of which no rank need ever hold a large one whole.
-Weights come from safetensors only.
+`describe` reads small files and headers, in a second, and finds whatever does not fit. `load_parts` reads the frozen
+networks around a transformer that the caller made: train.py shards its own, `load_pipeline` makes one on one device.
 """
 
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,20 +24,29 @@ from transformers.utils import logging
 
 from formats.locations import Location, locate
 from formats.lora_files import read_lora
-from formats.reading import parse_file
-from formats.weights import Device, Tensors, Weights, load_flux, open_flux
+from formats.reading import parse_file, parse_json
+from formats.weights import Weights, build_flux, build_with_lora, interpolate, open_flux
 from infra.prompts import print_once
-from model import Flux, FluxConfig
+from model import Flux
 
 PATCH = 2  # FLUX sees 2x2 patches of latents
+# What `sample.sigmas` reads of scheduler_config.json. All other entries must have their defaults.
 SHIFTS = {"use_dynamic_shifting", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
-ENDS = {"<|endoftext|>": "CLIP", "</s>": "T5"}  # the last token of a prompt tells their tokenizers apart
-OWN = "copy or download FLUX.1's own"
+
+
+class Description(NamedTuple):
+    """What a model says of itself in its small files, and in the headers of its transformer's files."""
+
+    location: Location
+    weights: Weights  # the transformer's, not read yet
+    schedule: dict[str, Any]  # scheduler_config.json
+    tokenizers: list[PreTrainedTokenizerBase]  # CLIP's and T5's
+    cell: int  # pixels a token spans each way, 16 for FLUX
 
 
 @dataclass
 class Pipeline:
-    """The loaded parts of a model folder. Everything but `flux` is frozen."""
+    """A loaded model. All but `flux` is frozen."""
 
     location: Location
     flux: Flux
@@ -49,172 +56,174 @@ class Pipeline:
     clip_tokenizer: PreTrainedTokenizerBase
     t5_tokenizer: PreTrainedTokenizerBase
     schedule: dict[str, Any]  # scheduler_config.json
-    text_length: int  # T5 tokens a prompt is padded or cut to
+    cell: int  # pixels a token spans each way
+    text_length: int  # T5 tokens that a prompt is padded or truncated to
     compute: torch.dtype  # of the transformer, whatever its weights are kept in
 
     @property
-    def cell(self) -> int:
-        return cell_of(self.vae.config.block_out_channels)
-
-    @property
     def device(self) -> torch.device:
+        # The transformer's: with --offload-encoders T5's layers are on the CPU.
         return self.flux.img_in.weight.device
 
 
-def cell_of(blocks: Sequence[int]) -> int:
-    """Pixels a token spans each way, 16 for FLUX, by the VAE's block_out_channels."""
-    return PATCH * 2 ** (len(blocks) - 1)
-
-
-# ----------------------------------------------------------------------------------------- reading
-
-
-class Description(NamedTuple):
-    """What a model says of itself in its small files, and in the headers of its transformer's."""
-
-    location: Location
-    weights: Weights  # the transformer's, not read yet
-    schedule: dict[str, Any]  # scheduler_config.json
-    tokenizers: list[PreTrainedTokenizerBase]  # CLIP's and T5's
-    cell: int  # pixels a token spans each way
+# ---------------------------------------------------------------------------------------- describing
 
 
 def describe(name: str | Path, base: str | None = None) -> Description:
-    """All of a model but its weights, so that it and the flags are checked before those are read.
+    """All of a model but its weights, so that the model and the flags are checked before a weight is read.
 
     Raises ValueError for a folder, file or tensor that is missing or does not fit.
     """
     location = locate(name, base)
-    folder, weights = location.folder, open_transformer(location)
-    schedule = parse_file(folder / "scheduler" / "scheduler_config.json", parse_schedule, f"{OWN} file")
-    blocks = parse_file(folder / "vae" / "config.json", lambda file: json.loads(file.read_text())["block_out_channels"])
-    tokenize = partial(AutoTokenizer.from_pretrained, local_files_only=True)
-    tokenizers = [parse_file(folder / part, tokenize, f"{OWN} {part}/") for part in ("tokenizer", "tokenizer_2")]
-    check_parts(folder, weights.config, *tokenizers)
-    return Description(location, weights, schedule, tokenizers, cell_of(blocks))
+    folder = location.folder
+    weights = open_flux(location)
+    schedule = parse_json(folder / "scheduler" / "scheduler_config.json", parse_schedule)
+    latent_channels, cell = parse_json(folder / "vae" / "config.json", parse_vae_config)
+    clip = parse_json(folder / "text_encoder" / "config.json", CLIPTextConfig.from_dict)
+    t5 = parse_json(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
+
+    # Folders may be put together by hand, with another VAE for instance. A misfit would fail in the first forward.
+    outputs = latent_channels * PATCH**2, clip.hidden_size, t5.d_model
+    inputs = weights.config.in_channels, weights.config.vec_in_dim, weights.config.context_in_dim
+    if outputs != inputs:
+        raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {outputs} channels, Flux takes {inputs}")
+    tokenizers = [
+        load_tokenizer(folder / "tokenizer", clip.vocab_size),
+        load_tokenizer(folder / "tokenizer_2", t5.vocab_size),
+    ]
+    return Description(location, weights, schedule, tokenizers, cell)
+
+
+def parse_schedule(entries: dict[str, Any]) -> dict[str, Any]:
+    """scheduler_config.json with its defaults. Raises ValueError for an entry that `sample.sigmas` would ignore."""
+    # An entry that is absent has the default of the installed diffusers, as in FluxPipeline.
+    defaults = {"_class_name": "FlowMatchEulerDiscreteScheduler", **FlowMatchEulerDiscreteScheduler().config}
+    schedule = defaults | entries
+    for name in defaults.keys() - SHIFTS:
+        if schedule[name] != defaults[name]:
+            raise ValueError(f"only FLUX's own schedule is implemented, not {name}={schedule[name]!r}")
+    return schedule
+
+
+def parse_vae_config(entries: dict[str, Any]) -> tuple[int, int]:
+    """Channels of a latent, and pixels that a token spans each way."""
+    # Each of the VAE's levels but the first halves height and width: 4 levels make a latent of 8x8 pixels.
+    pixels = 2 ** (len(entries["block_out_channels"]) - 1)
+    return entries["latent_channels"], PATCH * pixels
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """A tokenizer for a text encoder of `vocab_size` embeddings. Raises ValueError naming the folder of any other."""
+    remedy = f"copy or download FLUX.1's own {folder.name}/"
+    load = partial(AutoTokenizer.from_pretrained, trust_remote_code=False, local_files_only=True)
+    tokenizer = parse_file(folder, load, remedy)
+    # FLUX.1's CLIP has 49408 tokens for as many embeddings, its T5 32100 for 32128. Ids beyond the embeddings would
+    # fail in the first forward; a tokenizer of few tokens is the other encoder's. Where files are missing, transformers
+    # invents a tokenizer of few tokens, or one that cannot pad.
+    size, padding = len(tokenizer), tokenizer.pad_token
+    if not 0.9 * vocab_size <= size <= vocab_size or padding is None:
+        raise ValueError(f"{folder} holds {size} tokens, padding {padding}, for an encoder of {vocab_size}: {remedy}")
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------- loading
 
 
 def load_pipeline(
     name: str | Path,
-    device: Device = "cpu",
+    device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     text_length: int | None = None,
     offload: bool = False,
-    place: Callable[[Flux, Tensors], None] | None = None,
     base: str | None = None,
     strength: float = 1.0,
 ) -> Pipeline:
-    """Load a model folder. `dtype` is that of the transformer and the text encoders; the VAE stays fp32.
+    """Load a model, all of it, on one device. `dtype`, `text_length` and `offload` are those of `load_parts`.
 
-    `text_length`, the T5 tokens of a prompt, is the tokenizer's own by default: 512 for FLUX.1-dev. `offload` keeps
-    T5's layers on the CPU but while they compute, and `place` says where the transformer goes: see `load_flux`.
-    `base` is the folder that a LoRA lies over, or of the other parts of a transformer's file, and `strength`
-    multiplies what a LoRA changes; of any other model, its difference to the base.
-    Raises ValueError for a folder, file or tensor that is missing or does not fit, before any weights are read but for
-    damage within them.
+    `text_length` is the tokenizer's own by default, 512 for FLUX.1-dev.
+    `base` is the folder that a LoRA changes, or of all but the transformer for a transformer's file. `strength`
+    multiplies what a LoRA changes; of any other model, its difference to the transformer of `base`.
+    Raises ValueError as `describe`, and for damaged weights.
     """
-    logging.disable_progress_bar()  # transformers shows one for each tiny part
-    location, weights, schedule, tokenizers, _ = describe(name, base)
-    if strength != 1 and not location.lora and not base:
+    description = describe(name, base)
+    location, weights, *_ = description
+    # The network is made on the CPU, so that the device holds its weights once.
+    if location.lora:
+        flux = build_with_lora(weights, read_lora(location.lora, weights.config), strength, dtype)
+    elif strength == 1:
+        flux = build_flux(weights, dtype)
+    elif base:
+        flux = build_flux(interpolate(open_flux(locate(base)), weights, strength), dtype)
+    else:
         raise ValueError(
             f"--strength {strength} needs --base FOLDER: {name} is no LoRA, and what it changed is unknown"
         )
-    lora = read_lora(location.lora, weights.config) if location.lora else None
-    origin = open_transformer(locate(base)) if base and not lora and strength != 1 else None
     for note in weights.notes:
         print_once(note)
+    # A tokenizer without a limit has a model_max_length of 1e30.
+    text_length = text_length or min(description.tokenizers[1].model_max_length, 512)
+    return load_parts(description, flux.to(device), device, dtype, text_length, offload)
 
+
+def load_parts(
+    description: Description,
+    flux: Flux,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    text_length: int,
+    offload: bool = False,
+) -> Pipeline:
+    """Load the VAE and the text encoders around a network that the caller made, which stays as it is.
+
+    `dtype` is that of the text encoders, and what the network computes in; the VAE stays fp32.
+    `text_length` is the T5 tokens of a prompt. `offload` keeps T5's layers on the CPU except while they compute.
+    Raises ValueError naming the folder of weights that are damaged or incomplete.
+    """
+    logging.disable_progress_bar()  # transformers shows one for each tiny network
+    location, _, schedule, tokenizers, cell = description
     folder = location.folder
-    vae = parse_file(folder / "vae", partial(parse_model, AutoencoderKL)).float()
-    clip = parse_file(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
-    t5 = parse_file(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
-    vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
-    flux = load_flux(weights, device, dtype, place, lora, strength, origin)
-    text_length = text_length or min(tokenizers[1].model_max_length, 512)  # of a T5 without limit, 1e30
-    vae.to(device), clip.to(device)
+    # Images and rewards are fp32, and rewards send gradients through the VAE.
+    vae = load_frozen(AutoencoderKL, folder / "vae").float().to(device)
+    clip = load_frozen(CLIPTextModel, folder / "text_encoder", dtype=dtype).to(device)
+    t5 = load_frozen(T5EncoderModel, folder / "text_encoder_2", dtype=dtype)
     if offload:
         lend_layers(t5, device)
     else:
         t5.to(device)
-    return Pipeline(location, flux, vae, clip, t5, *tokenizers, schedule, text_length, dtype)
+    return Pipeline(location, flux, vae, clip, t5, *tokenizers, schedule, cell, text_length, dtype)
 
 
-def lend_layers(t5: T5EncoderModel, device: Device) -> None:
-    """Have each of T5's layers on the device while it computes only: all of them, 9.3 GB, may not fit there at once."""
+def load_frozen(network: type, folder: Path, **options: Any) -> Any:
+    """A network of diffusers or transformers, frozen. Raises ValueError naming the folder."""
+    # Folders come from strangers: no code in them is run, and no pickle, which may hold code, is read.
+    options |= dict(use_safetensors=True, local_files_only=True, output_loading_info=True)
 
-    def there(layer: nn.Module, inputs: Any) -> None:
+    def parse(folder: Path) -> nn.Module:
+        loaded, info = network.from_pretrained(folder, trust_remote_code=False, **options)
+        # Both libraries invent tensors that are missing, with a warning at most.
+        missing_keys = sorted(info["missing_keys"])
+        if missing_keys:
+            raise ValueError(
+                f"{len(missing_keys)} tensors of {network.__name__} are missing, such as {missing_keys[0]}"
+            )
+        return loaded
+
+    return parse_file(folder, parse).eval().requires_grad_(False)
+
+
+def lend_layers(t5: T5EncoderModel, device: str | torch.device) -> None:
+    """Have each layer of T5 on the device while it computes only: together they are 9.3 GB, which may not fit."""
+
+    # Hooks of torch: these run before and after the forward of a layer.
+    def to_device(layer: nn.Module, inputs: Any) -> None:
         layer.to(device)
 
-    def back(layer: nn.Module, inputs: Any, output: Any) -> None:
+    def to_host(layer: nn.Module, inputs: Any, output: Any) -> None:
         layer.to("cpu")
 
-    t5.encoder.embed_tokens.to(device), t5.encoder.final_layer_norm.to(device)
+    # The embedding and the last norm are outside of the layers.
+    t5.encoder.embed_tokens.to(device)
+    t5.encoder.final_layer_norm.to(device)
     for layer in t5.encoder.block:
-        layer.register_forward_pre_hook(there)
-        layer.register_forward_hook(back)
-
-
-def open_transformer(location: Location) -> Weights:
-    """A model's transformer, by its headers."""
-    return open_flux(location.transformer, location.folder / "transformer" / "config.json")
-
-
-def check_parts(
-    folder: Path, flux: FluxConfig, clip_tokenizer: PreTrainedTokenizerBase, t5_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Raise ValueError if the parts of a folder are not of one model, by their configurations and vocabularies."""
-    latents = parse_file(folder / "vae", lambda part: AutoencoderKL.load_config(part)["latent_channels"])
-    clip = parse_file(folder / "text_encoder", CLIPTextConfig.from_pretrained)
-    t5 = parse_file(folder / "text_encoder_2", T5Config.from_pretrained)
-    outputs = latents * PATCH**2, clip.hidden_size, t5.d_model
-    inputs = flux.in_channels, flux.vec_in_dim, flux.context_in_dim
-    if outputs != inputs:
-        raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {outputs} channels, Flux takes {inputs}")
-    check_tokenizer(folder / "tokenizer", clip_tokenizer, "CLIP", clip.vocab_size)
-    check_tokenizer(folder / "tokenizer_2", t5_tokenizer, "T5", t5.vocab_size)
-
-
-def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str, known: int) -> None:
-    """Raise ValueError for a tokenizer other than CLIP's or T5's, as `kind` says, or with more tokens than are known.
-
-    Of another's ids some are beyond the encoder's table, an error once all weights are read, or all mean other words.
-    """
-    found, size = ENDS.get(str(tokenizer.eos_token), type(tokenizer).__name__), len(tokenizer)
-    if found != kind:
-        raise ValueError(
-            f"{folder} holds a tokenizer of {found}, with {size} tokens, where {kind}'s belongs: {OWN} {folder.name}/"
-        )
-    if not len(set(tokenizer.all_special_ids)) < size <= known:  # transformers makes an empty one up where it has none
-        raise ValueError(f"{folder} holds {size} tokens, and its text encoder knows {known}: {OWN} {folder.name}/")
-
-
-def parse_schedule(file: Path) -> dict[str, Any]:
-    """scheduler_config.json with its defaults. Raises ValueError for an entry that `sigmas` would ignore."""
-    plain = {"_class_name": "FlowMatchEulerDiscreteScheduler", **FlowMatchEulerDiscreteScheduler().config}
-    schedule = plain | json.loads(file.read_text())
-    if other := {k: schedule[k] for k in plain if k not in SHIFTS and schedule[k] != plain[k]}:
-        raise ValueError(f"only FLUX's own schedule is implemented, not {other}")
-    return schedule
-
-
-def parse_model(kind: type, folder: Path, **options: Any) -> Any:
-    """`kind.from_pretrained` of safetensors only; where the libraries invent missing tensors, a ValueError."""
-    options |= dict(use_safetensors=True, local_files_only=True, output_loading_info=True)
-    model, info = kind.from_pretrained(folder, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{len(missing)} tensors of {kind.__name__} are missing, such as {missing[0]}")
-    return model
-
-
-def load_parts(model, flux, device, dtype, text_length, offload=False):
-    folder = model.location.folder
-    vae = parse_file(folder / "vae", partial(parse_model, AutoencoderKL)).float()
-    clip = parse_file(folder / "text_encoder", partial(parse_model, CLIPTextModel, dtype=dtype))
-    t5 = parse_file(folder / "text_encoder_2", partial(parse_model, T5EncoderModel, dtype=dtype))
-    vae, clip, t5 = (part.eval().requires_grad_(False) for part in (vae, clip, t5))
-    vae.to(device), clip.to(device)
-    if offload:
-        lend_layers(t5, device)
-    else:
-        t5.to(device)
-    return Pipeline(model.location, flux, vae, clip, t5, *model.tokenizers, model.schedule, text_length, dtype)
+        layer.register_forward_pre_hook(to_device)
+        layer.register_forward_hook(to_host)

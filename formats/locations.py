@@ -1,15 +1,18 @@
-"""Where the parts of a model lie: a folder, a hub id, a LoRA over one of them, or a transformer in a file of its own.
+"""Where the components of a model lie on this disk.
+
+A model is a folder, or a hub id that is downloaded to one, in the layout of diffusers:
 
     model_index.json  scheduler/  transformer/  vae/
     text_encoder/  tokenizer/        CLIP
     text_encoder_2/  tokenizer_2/    T5
 
-A file with black-forest-labs' names, as flux1-dev.safetensors, may lie in place of transformer/, or anywhere, with a
-folder of all else.
+Or it is one file, with a folder of all else: a LoRA, or the transformer as black-forest-labs publish it
+(flux1-dev.safetensors).
 """
 
-import json
+import re
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,115 +20,109 @@ from huggingface_hub import snapshot_download
 
 from formats.lora import FILE, NOTE
 from formats.lora_files import lora_file
-from formats.reading import check_family, flux_file, kind_of_file, parse_file, tensor_names
-from formats.weights import INDEX, WEIGHTS
+from formats.reading import flux_file, parse_file, parse_json, tensor_names
 from infra.files import put_back
 
-PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-SMALL = {  # files that a part needs beside its weights; of two after | one is enough
-    "scheduler": ["scheduler_config.json"],
-    "vae": ["config.json"],
-    "text_encoder": ["config.json"],
-    "tokenizer": ["tokenizer_config.json", "tokenizer.json|vocab.json"],
-    "text_encoder_2": ["config.json"],
-    "tokenizer_2": ["tokenizer_config.json", "tokenizer.json|spiece.model"],
-}
+# All but the transformer stays as it is in training, and is copied or linked to the folder of a tuned model.
+FROZEN = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+COMPONENTS = (*FROZEN, "transformer")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 
 
 class Location(NamedTuple):
     """Paths of a model on this disk."""
 
-    folder: Path  # all parts but the transformer
+    folder: Path  # all components but the transformer
     transformer: Path  # a folder, or a file with black-forest-labs' names
-    lora: Path | None = None  # a LoRA's file, which lies over the transformer
+    lora: Path | None = None  # the file of a LoRA, which changes the transformer
 
 
 def locate(name: str | Path, base: str | None = None) -> Location:
-    """Where the model lies that `name` is: a folder or hub id, a LoRA, or a transformer's file.
+    """The location of a model folder, a hub id, a LoRA or a transformer's file.
 
-    `base`, --base, is the folder or hub id that a LoRA lies over, if not the one that its NOTE names, and of the other
-    parts of a transformer's file.  Raises ValueError naming what is missing, or what it is instead.
+    `base`, --base, is the folder or hub id that a LoRA changes, if the LoRA's NOTE does not name one; or the folder
+    that a transformer's file lacks.
+    Raises ValueError naming what is missing, or what `name` is instead.
     """
     path = Path(name)
-    put_back(path)
+    put_back(path)  # a kill while the folder was replaced may have left it under another name
+    # Headers decide, not file names: a LoRA and a whole transformer are .safetensors both.
     if lora := lora_file(name):
-        return find_base(path, lora, base)._replace(lora=lora)
+        return locate_base(lora, base)._replace(lora=lora)
     if flux_file(name):
-        if not base:
+        if not base or Path(base).is_file():
             raise ValueError(f"{name} is a transformer alone: give --base FOLDER, which has a VAE and text encoders")
-        if Path(base).is_file() or lora_file(base):
-            raise ValueError(f"--base {base} must be a model folder, or a hub id: {name} is a transformer alone")
-        return Location(find_folder(base, set(PARTS) - {"transformer"}), path)
+        return Location(find_folder(base, FROZEN), path)
     if path.is_file():
-        kind = kind_of_file(tensor_names(path)) if path.suffix == ".safetensors" else "no .safetensors file"
-        raise ValueError(f"{name} is {kind}: give a FLUX.1 model folder, a LoRA, or a transformer as published by BFL")
-    folder = find_folder(name, set(PARTS))
-    return Location(folder, transformer_in(folder))
+        remedy = "give a FLUX.1 folder, a LoRA, or a transformer with black-forest-labs' names, all of .safetensors"
+        first_names = ", ".join(tensor_names(path, remedy)[:3])
+        raise ValueError(f"{name} is no FLUX.1 model, its tensors are {first_names} ...: {remedy}")
+    folder = find_folder(name, COMPONENTS)
+    return Location(folder, folder / "transformer")
 
 
-def find_base(path: Path, lora: Path, base: str | None) -> Location:
-    """Where the model lies that a LoRA changes: `base`, or what is beside it in its NOTE."""
+# ------------------------------------------------------------------------------------ a LoRA's base
+
+
+def locate_base(lora: Path, base: str | None) -> Location:
+    """The location of the model that a LoRA changes: `base`, or what the NOTE beside the LoRA names."""
     if base:
         if lora_file(base):
-            raise ValueError(f"--base {base} is a LoRA too: give the whole model that {path} was trained on")
-        if Path(base).is_file():
-            raise ValueError(f"--base {base} is one file: give a folder that has it in place of its transformer/")
+            raise ValueError(f"--base {base} is a LoRA too: give the whole model that {lora} was trained on")
         return locate(base)
-    home = lora.parent
-    if not (home / NOTE).exists():
-        raise ValueError(f"{path} is a LoRA that does not say what it changes: give --base FOLDER")
-    note = parse_file(home / NOTE, lambda file: {k: home / v for k, v in json.loads(file.read_text()).items()})
-    if "base" not in note:
-        raise ValueError(f"cannot read {home / NOTE}: it names no base; give --base FOLDER")
-    if not all(p.exists() for p in (lora, *note.values())):
-        needs = " and ".join(f"its {what} at {where}" for what, where in note.items())
-        raise ValueError(f"LoRA {path}: it needs its {FILE}, and {needs}, as {home / NOTE} says")
-    return locate(note["transformer"], str(note["base"])) if "transformer" in note else locate(note["base"])
+    note = lora.parent / NOTE  # which our own LoRAs have; those of other trainers need --base
+    if not note.exists():
+        raise ValueError(f"{lora} is a LoRA that does not say what it changes: give --base FOLDER")
+
+    def base_paths(entries: dict[str, str]) -> tuple[Path, Path]:
+        # Relative paths start at the LoRA, so that both can be moved together.
+        return lora.parent / entries["base"], lora.parent / entries.get("transformer", entries["base"])
+
+    folder, transformer = parse_json(note, base_paths, "it must name a base, or give --base FOLDER")
+    needs = {FILE: lora, f"base at {folder}": folder, f"transformer at {transformer}": transformer}
+    for component, path in needs.items():
+        if not path.exists():
+            raise ValueError(f"LoRA {lora.parent} needs its {component}, as {note} says")
+    return locate(folder) if transformer == folder else locate(transformer, str(folder))
 
 
-def find_folder(name: str | Path, parts: set[str]) -> Path:
-    """The model folder at path `name` or of that hub id. Raises ValueError if it lacks some of `parts`."""
+# ------------------------------------------------------------------------------------------ folders
+
+
+def find_folder(name: str | Path, components: tuple[str, ...]) -> Path:
+    """The model folder at path `name` or of that hub id. Raises ValueError if it lacks some of `components`."""
     folder = Path(name)
     if not folder.exists():
-        # Where the parent exists, this is a path misspelt: only what can be nothing else goes to the network.
-        is_file = folder.suffix == ".safetensors"
-        if is_file or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or folder.parent.is_dir():
-            kind = "file" if is_file else "model folder"
-            raise ValueError(f"no {kind} at {str(name)!r}: give one that is there, or a hub id owner/name")
-        remedy = "check name and network; for a gated model, accept its licence and `hf auth login`"
-        # The first says what it is: nobody waits for the weights of another model.
-        for files in (["model_index.json"], [*(f"{part}/*" for part in parts), "transformer/config.json"]):
-            folder = Path(parse_file(str(name), partial(snapshot_download, allow_patterns=files), remedy))
-            check_family(folder)
-    check_family(folder)
-    needs = {part: folder / part for part in ("model_index.json", *PARTS) if part in {"model_index.json", *parts}}
-    if "transformer" in parts:
-        needs["transformer"] = transformer_in(folder)
-    if missing := [part for part, path in needs.items() if not path.exists()]:
-        found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
-        raise ValueError(f"{folder} is no whole FLUX folder: it lacks {', '.join(missing)}; it holds {found}")
-    small = SMALL | ({"transformer": ["config.json"]} if needs.get("transformer") == folder / "transformer" else {})
-    check_small_files(folder, small)
+        folder = download_folder(str(name), components)
+    # The class comes first: of another family's model it is no help to list the components that it lacks.
+    check_class(folder)
+    contents = sorted(path.name for path in folder.iterdir())
+    lacks = [component for component in components if component not in contents]
+    if lacks:
+        raise ValueError(f"{folder} is incomplete: it lacks {', '.join(lacks)}; it holds {', '.join(contents)}")
     return folder
 
 
-def check_small_files(folder: Path, needs: dict[str, list[str]]) -> None:
-    """Raise ValueError naming each small file that a model folder lacks: no reason to get all of it again."""
-    absent = []
-    for part, files in needs.items():
-        for names in files:
-            if not any((folder / part / name).exists() for name in names.split("|")):
-                absent.append(str(folder / part / names.replace("|", " or ")))
-    if absent:
-        raise ValueError(f"missing: {', '.join(absent)}; copy or download {'it' if len(absent) == 1 else 'them'} alone")
+def download_folder(name: str, components: tuple[str, ...]) -> Path:
+    """The folder that huggingface_hub keeps of a hub id. Raises ValueError if the download fails, or if it is no id."""
+    # A misspelt path must not go to the network. A path whose parent exists is no hub id.
+    is_path = Path(name).suffix == ".safetensors" or Path(name).parent.is_dir()
+    if is_path or not HUB_ID.fullmatch(name):
+        raise ValueError(f"no model at {name!r}: give a folder or file that exists, or a hub id owner/name")
+    remedy = "check name and network; for a gated model, accept its licence and `hf auth login`"
+    # The transformer's config.json describes the file that takes the place of its weights.
+    patterns = [*(f"{component}/*" for component in components), "transformer/config.json"]
+    # The index is fetched and checked alone: nobody should wait for the weights of a model that cannot be used.
+    for allow_patterns in (["model_index.json"], patterns):
+        download = partial(snapshot_download, allow_patterns=allow_patterns)
+        folder = Path(parse_file(name, download, remedy))
+        check_class(folder)
+    return folder
 
 
-def transformer_in(folder: Path) -> Path:
-    """A model folder's transformer/, or the file in its place: beside it, or in it. Raises ValueError for several."""
-    inside = folder / "transformer"
-    if (inside / WEIGHTS).exists() or (inside / INDEX).exists():
-        return inside
-    files = [f for f in sorted([*folder.glob("*.safetensors"), *inside.glob("*.safetensors")]) if flux_file(f)]
-    if len(files) > 1:
-        raise ValueError(f"{folder} has {len(files)} transformers: give one, --model {files[0]} --base {folder}")
-    return files[0] if files else inside
+def check_class(folder: Path) -> None:
+    """Raise ValueError naming the pipeline that a folder's model_index.json names, if it is not FLUX.1's."""
+    remedy = "give a folder of FluxPipeline"
+    pipeline = parse_json(folder / "model_index.json", itemgetter("_class_name"), remedy)
+    if not re.match(r"Flux[A-Z]", pipeline):  # FluxPipeline, FluxFillPipeline, but not Flux2Pipeline
+        raise ValueError(f"{folder} is no FLUX.1 model, its model_index.json says {pipeline}: {remedy}")

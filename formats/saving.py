@@ -1,8 +1,8 @@
-"""Model folders and files written: whole or not at all, a tensor at a time."""
+"""Models written: whole or not at all, with no more than one file's worth of tensors in memory."""
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,127 +12,146 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from formats.folders import Pipeline
-from formats.locations import PARTS, Location
+from formats.locations import FROZEN, Location
 from formats.lora import save_lora
-from formats.names import config_to_diffusers, to_diffusers
-from formats.weights import INDEX, WEIGHTS
+from formats.names import config_to_diffusers, empty_state, to_diffusers
+from formats.weights import INDEX, WEIGHTS, Tensors
 from infra.distributed import Process, gathered_tensors, on_first_rank
 from infra.files import replacing
-from model import Flux, FluxConfig
+from model import FluxConfig
 
-PIECE = 5e9  # bytes a file of a saved transformer, as published
-Tensors = Iterator[tuple[str, Tensor]]
+SHARD_BYTES = 5e9  # of a file of a saved transformer, and of memory to save it
+LINK_BYTES = 100e6  # from which on a frozen file is linked, not copied
 
 
 def write_model(folder: Path, pipe: Pipeline, process: Process) -> None:
-    """A folder of the current weights, as `load` reads, from rank 0, gathered a tensor at a time.
+    """Write the current weights, from rank 0: a model folder, or the LoRA alone if that is what was trained.
 
     At a path that ends with .safetensors, a file of the transformer alone, with black-forest-labs' names.
-    Raises OSError, on all ranks, if it cannot be written; what was there before stays.
+    Raises OSError, on all ranks, if the model cannot be written; what `folder` held stays then.
     """
-    one_file = folder.suffix == ".safetensors"
-    lora = not all(p.requires_grad for p in pipe.flux.parameters())  # all else is frozen then
-    tensors = gathered_tensors(pipe.flux, torch.float32 if lora else pipe.compute, process.rank)
+    lora = not all(p.requires_grad for p in pipe.flux.parameters())  # a LoRA's network is frozen
+    # A LoRA is small, and bf16 would round its updates away. All else is saved in the dtype that it computes in.
+    dtype = torch.float32 if lora else pipe.compute
+    tensors = gathered_tensors(pipe.flux, dtype, process.rank)
 
     def write() -> None:
         try:
-            with replacing(folder) as part:
+            with replacing(folder) as path:
                 if lora:
-                    save_lora(part, pipe.flux, tensors, base_of(pipe.location))
-                elif one_file:
-                    save_single_file(part, pipe.flux.config, pipe.compute, tensors)
+                    save_lora(path, pipe.flux, tensors, base_entries(pipe.location))
+                elif folder.suffix == ".safetensors":
+                    save_single_file(path, pipe.flux.config, dtype, tensors)
                 else:
-                    save_pipeline(part, pipe.location.folder, pipe.flux.config, tensors)
+                    save_pipeline(path, pipe.location.folder, pipe.flux.config, tensors)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{folder} could not be written: {error}") from error
         finally:
-            exhaust(tensors)
+            exhaust(tensors)  # a full disk here must not leave the other ranks waiting in an all-gather
 
     on_first_rank(write, meanwhile=lambda: exhaust(tensors))
 
 
 def exhaust(tensors: Tensors) -> None:
-    """Take part in the gathers that are left."""
+    """Take part in the remaining all-gathers."""
     for _ in tensors:
         pass
 
 
-def base_of(location: Location) -> dict[str, str]:
-    """What a LoRA's NOTE says of the model that it changes."""
-    note, transformer = {"base": str(location.folder.resolve())}, location.transformer
-    usual = transformer == location.folder / "transformer"
-    return note if usual else note | {"transformer": str(transformer.resolve())}
+def base_entries(location: Location) -> dict[str, str]:
+    """What a LoRA's NOTE says of the model that the LoRA changes: its folder, and its transformer if that is a file."""
+    entries = {"base": str(location.folder.resolve())}
+    # A LoRA that lies over a single file needs that file and, for all else, the folder.
+    if location.transformer != location.folder / "transformer":
+        entries["transformer"] = str(location.transformer.resolve())
+    return entries
 
 
-def save_pipeline(folder: Path, source: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
-    """Write a model folder: frozen parts copied from `source`, a transformer from `state` (BFL names)."""
-    if folder.resolve() != source.resolve():
-        for part in set(PARTS) - {"transformer"}:
-            shutil.copytree(source / part, folder / part, dirs_exist_ok=True, copy_function=link_or_copy)
-        shutil.copy(source / "model_index.json", folder)
+# ------------------------------------------------------------------------------------------ folders
+
+
+def save_pipeline(folder: Path, source: Path, config: FluxConfig, state: Tensors) -> None:
+    """Write a model folder: frozen components copied from `source`, a transformer from `state` (our names)."""
+    for component in FROZEN:
+        shutil.copytree(source / component, folder / component, dirs_exist_ok=True, copy_function=link_or_copy)
+    shutil.copy(source / "model_index.json", folder)
     save_transformer(folder / "transformer", config, state)
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """Large files, which nobody edits, are linked where the disk is the same: T5 need not be there twice."""
-    real = Path(source).resolve()  # a hub's cache is made of symbolic links
-    if real.stat().st_size > 100e6:
-        with suppress(OSError):
-            Path(target).unlink(missing_ok=True)
-            return Path(target).hardlink_to(real)
-    shutil.copy2(real, target)
+    """Copy a file, or link a large one: T5's 9.5 GB, which nobody edits, need not be on the disk for each run."""
+    file = Path(source).resolve()  # a hub's cache is made of symbolic links
+    if file.stat().st_size > LINK_BYTES:
+        with suppress(OSError):  # another disk, or one without links
+            Path(target).hardlink_to(file)
+            return
+    shutil.copy2(file, target)
 
 
-def save_transformer(folder: Path, config: FluxConfig, state: Mapping[str, Tensor] | Tensors) -> None:
-    """Write a diffusers `transformer/` folder from names (BFL's) and tensors, in files of PIECE bytes.
+def save_transformer(folder: Path, config: FluxConfig, state: Tensors) -> None:
+    """Write a diffusers `transformer/` folder from our names and tensors, in files of SHARD_BYTES.
 
-    `state` may be an iterator, so that no more than a file of it is in memory, and mapped from the folder that is
-    replaced: what was there before stays until the new one is whole.
+    `state` may be an iterator, so that no more than a file of it is in memory; and it may be mapped from the folder
+    that is replaced, which stays until the new one is complete.
     """
-    held: dict[str, Tensor] = {}
-    pieces: list[list[str]] = []
+    with replacing(folder) as path:  # a new folder, which takes the place of the old one at the end
+        path.mkdir()
+        shard_keys = []
+        for shard in diffusers_shards(config, state):
+            # A shard's name contains their number, which is known at the end.
+            save_file(shard, path / str(len(shard_keys)), metadata={"format": "pt"})
+            shard_keys.append(list(shard))
+        count = len(shard_keys)
+        weight_map = {}
+        for i, keys in enumerate(shard_keys):
+            name = WEIGHTS
+            if count > 1:
+                name = f"{Path(WEIGHTS).stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+            (path / str(i)).rename(path / name)
+            weight_map |= dict.fromkeys(keys, name)
+        if count > 1:
+            # Readers find a tensor's file by the index.
+            index = {"metadata": {}, "weight_map": weight_map}
+            (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (path / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
 
-    def flush(part: Path) -> None:
-        pieces.append(list(held))
-        save_file(held, part / f"{len(pieces)}", metadata={"format": "pt"})
-        held.clear()
 
-    with replacing(folder) as part:
-        part.mkdir()
-        for name, tensor in state.items() if isinstance(state, Mapping) else state:
-            held |= {k: v.detach().cpu().contiguous() for k, v in to_diffusers({name: tensor}, config).items()}
-            if sum(t.nbytes for t in held.values()) > PIECE:
-                flush(part)
-        if held:
-            flush(part)
-        total = len(pieces)
-        names = [f"{Path(WEIGHTS).stem}-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-        names = names if total > 1 else [WEIGHTS]
-        for i, name in enumerate(names):
-            (part / f"{i + 1}").rename(part / name)
-        if total > 1:
-            index = {"metadata": {}, "weight_map": {key: name for name, keys in zip(names, pieces) for key in keys}}
-            (part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (part / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
+def diffusers_shards(config: FluxConfig, state: Tensors) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a transformer with diffusers' names, a file's worth at a time."""
+    shard = {}
+    for name, tensor in state:
+        for key, rows in to_diffusers({name: tensor}, config).items():
+            shard[key] = rows.detach().cpu().contiguous()
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
+            yield shard
+            shard.clear()  # not a new dict: the caller still holds this one, and 5 GB with it
+    if shard:
+        yield shard
+
+
+# ----------------------------------------------------------------------------------------- one file
 
 
 def save_single_file(file: Path, config: FluxConfig, dtype: torch.dtype, state: Tensors) -> None:
-    """Write a transformer as flux1-dev.safetensors is, its names and tensors of one dtype, as they come.
+    """Write a transformer with the names of flux1-dev.safetensors, each tensor as it comes.
 
-    safetensors' own function wants all tensors at once, 24 GB of them.  Its format is the length of a header, 8 bytes;
-    the header, JSON of each tensor's dtype, shape and place; then the tensors.
+    safetensors' own function wants all tensors at once, 24 GB of them. The format: 8 bytes, the length of the header;
+    the header, JSON of each tensor's dtype, shape and offsets; then the tensors.
     """
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
-    with torch.device("meta"):
-        wanted = {name: p.shape for name, p in Flux(config).named_parameters()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in wanted.items():
-        start, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    # The network's order is that of `state`, so every offset is known before a tensor comes.
+    dtype_name = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    header = {}
+    start = 0
+    for name, tensor in empty_state(config).items():
+        end = start + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": dtype_name, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape), (found, tensor) in zip(wanted.items(), state, strict=True):
-            assert (name, shape, dtype) == (found, tensor.shape, tensor.dtype), f"{found} instead of {name}"
-            out.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        for header_name, (name, tensor) in zip(header, state, strict=True):
+            # The offsets are written already: a tensor out of order would be read as another one.
+            assert name == header_name
+            tensor = tensor.detach().cpu().contiguous()
+            out.write(tensor.view(torch.uint8).numpy().data)  # as bytes: numpy has no bf16

@@ -1,12 +1,11 @@
-"""The transformer's weights, read: from a diffusers `transformer/` folder, or a file as flux1-dev.safetensors.
+"""The transformer's weights: opened, checked by the headers of their files, and made into a network.
 
-Names, shapes and precisions are in the files' headers, so what does not fit is found before anything is read; tensors
-are read as they are placed.
+`open_flux` reads headers alone, so what does not fit is reported before a weight is read. The tensors are an iterator:
+whoever makes the network reads them one at a time, and need never hold a second copy of 24 GB.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,141 +13,128 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from formats.locations import Location
 from formats.lora import Changes, add_change
 from formats.lora_files import merge_lora
-from formats.names import check_state, config_from_diffusers, from_diffusers, load_weights
-from formats.reading import FP8, check_precision, parse_file, without_prefix
+from formats.names import check_state, config_from_diffusers, empty_state, from_diffusers
+from formats.reading import bfl_prefix, parse_file, parse_json
 from model import FLUX_DEV, Flux, FluxConfig
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a transformer in one piece; others have an index
-INDEX = f"{WEIGHTS}.index.json"
-Device = str | torch.device
-Tensors = Iterator[tuple[str, Tensor]]
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a transformer/
+INDEX = f"{WEIGHTS}.index.json"  # of weights that are sharded over several files: which tensor is in which
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+Tensors = Iterable[tuple[str, Tensor]]
 
 
 class Weights(NamedTuple):
     """A transformer on the disk."""
 
-    path: Path
     config: FluxConfig
-    tensors: Tensors  # by our names, read as they are asked for; once
-    notes: list[str]  # what people should know of them
+    tensors: Tensors  # by our names, each read as it is asked for; once
+    notes: list[str]  # what the user should know of them
 
 
-def open_flux(path: Path, beside: Path | None = None) -> Weights:
-    """A transformer by its headers: a diffusers folder, sharded or not, or a file with black-forest-labs' names.
+# ----------------------------------------------------------------------------------------- opening
 
-    `beside` is a diffusers config.json that says of a file what its tensors do not: how positions are encoded.
-    Raises ValueError naming the folder or file and what is missing or does not fit.
+
+def open_flux(location: Location) -> Weights:
+    """A model's transformer by its headers: a diffusers folder, or a file with black-forest-labs' names.
+
+    Raises ValueError naming the folder or file, and what is missing or does not fit.
     """
+    path = location.transformer
     if path.is_file():
-        state, notes = without_prefix(parse_file(path, load_file), path)  # mapped, not read
-        notes += check_precision(state, path)
-        near = read_config(beside) if beside and beside.exists() else FLUX_DEV
-        config = parse_file(path, lambda _: config_of(state, near.axes_dim))
-        if other := differences(config, near):
-            notes.append(
-                f"note: {path} is not the network of {beside if near is not FLUX_DEV else 'FLUX.1-dev'}: {other}"
-            )
-        with torch.device("meta"):
-            check_state(state, wanted := Flux(config).state_dict(), source=str(path))
-        tensors: Tensors = ((name, state[name]) for name in wanted)
-    else:
-        config, shards, index = read_config(path / "config.json"), [WEIGHTS], path / INDEX
-        if index.exists():
-            shards = parse_file(index, lambda file: sorted(set(json.loads(file.read_text())["weight_map"].values())))
-        if missing := [name for name in shards if not (path / name).exists()]:
-            raise ValueError(f"{path} is incomplete: copy or download {', '.join(missing)}")
-        state = {k: v for name in shards for k, v in parse_file(path / name, load_file).items()}
-        notes = check_precision(state, path)
-        tensors = from_diffusers(state, config, source=str(path))
-    # Nothing after this need know fp8, which few operations do; bf16 holds all of its numbers.
-    tensors = ((name, t.bfloat16() if t.dtype in FP8 else t) for name, t in tensors)
-    return Weights(path, config, tensors, notes)
+        return open_single_file(path, location.folder / "transformer" / "config.json")
+    return open_subfolder(path)
+
+
+def open_single_file(path: Path, config_file: Path) -> Weights:
+    """A transformer in a file of its own; or in a checkpoint of ComfyUI, whose VAE and text encoders are left unread.
+
+    `config_file`, a diffusers config.json, may be absent: the network is FLUX.1-dev's then.
+    """
+    # safetensors maps a file into memory: dtypes and shapes come from its header, and no value is read yet.
+    mapped = parse_file(path, load_file)
+    prefix = bfl_prefix(mapped) or ""
+    state = {name.removeprefix(prefix): tensor for name, tensor in mapped.items() if name.startswith(prefix)}
+    notes = fp8_notes(state, path)
+
+    # The tensors do not say how positions are encoded (axes_dim), so the file needs the configuration of a folder.
+    config = read_config(config_file) if config_file.exists() else FLUX_DEV
+    # They do say whether guidance is an input: FLUX.1-schnell's file may lie over FLUX.1-dev's folder.
+    guidance_embed = "guidance_in.in_layer.weight" in state
+    if guidance_embed != config.guidance_embed:
+        notes.append(f"note: {path} has guidance_embed {guidance_embed} instead of {config.guidance_embed}")
+        config = replace(config, guidance_embed=guidance_embed)
+    shapes = empty_state(config)
+    check_state(state, shapes, str(path))
+    tensors = ((name, state[name]) for name in shapes)  # in the network's order, which `interpolate` relies on
+    return Weights(config, upcast(tensors), notes)
+
+
+def open_subfolder(path: Path) -> Weights:
+    """A diffusers transformer/, of one file or of shards with an index."""
+    config = read_config(path / "config.json")
+    files = [WEIGHTS]
+    if (path / INDEX).exists():
+        files = parse_json(path / INDEX, lambda entries: sorted(set(entries["weight_map"].values())))
+    state = {}
+    for name in files:
+        state |= parse_file(path / name, load_file)  # mapped, too
+    tensors = from_diffusers(state, config, str(path))
+    return Weights(config, upcast(tensors), fp8_notes(state, path))
 
 
 def read_config(file: Path) -> FluxConfig:
     """The configuration in a diffusers config.json. Raises ValueError naming the file."""
-    return parse_file(
-        file, lambda f: config_from_diffusers(json.loads(f.read_text())), "copy or download FLUX.1's own file"
-    )
+    return parse_json(file, config_from_diffusers, "copy or download FLUX.1's own file")
 
 
-def config_of(state: dict[str, Tensor], axes_dim: tuple[int, ...]) -> FluxConfig:
-    """The configuration of a transformer by the shapes of its tensors, which tell all but how positions are encoded.
-
-    Raises ValueError naming a tensor that is missing.
-    """
-
-    def shape(name: str) -> torch.Size:
-        if name not in state:
-            raise ValueError(f"tensor {name} is missing")
-        return state[name].shape
-
-    def depth(stack: str) -> int:
-        return 1 + max((int(name.split(".")[1]) for name in state if name.startswith(f"{stack}.")), default=-1)
-
-    hidden, in_channels = shape("img_in.weight")
-    return FluxConfig(
-        in_channels=in_channels,
-        out_channels=shape("final_layer.linear.weight")[0],
-        vec_in_dim=shape("vector_in.in_layer.weight")[1],
-        context_in_dim=shape("txt_in.weight")[1],
-        hidden_size=hidden,
-        mlp_ratio=shape("double_blocks.0.img_mlp.0.weight")[0] / hidden,
-        num_heads=hidden // shape("double_blocks.0.img_attn.norm.query_norm.scale")[0],
-        depth=depth("double_blocks"),
-        depth_single_blocks=depth("single_blocks"),
-        axes_dim=axes_dim,
-        guidance_embed="guidance_in.in_layer.weight" in state,
-    )
+def fp8_notes(state: dict[str, Tensor], path: Path) -> list[str]:
+    """A note if there are fp8 weights, which may be had in bf16, too."""
+    for tensor in state.values():
+        if tensor.dtype in FP8:
+            return [f"note: {path} holds {tensor.dtype} weights, read up-cast: what fp8 rounded off stays lost"]
+    return []
 
 
-def differences(config: FluxConfig, other: FluxConfig) -> str:
-    """In which fields two configurations differ, for people; empty if in none."""
-    names = [f.name for f in fields(config) if getattr(config, f.name) != getattr(other, f.name)]
-    return ", ".join(f"{name} {getattr(config, name)} instead of {getattr(other, name)}" for name in names)
+def upcast(tensors: Tensors) -> Tensors:
+    """fp8 tensors in bf16, which holds all fp8 numbers exactly; torch has few operations on fp8."""
+    for name, tensor in tensors:
+        yield name, tensor.bfloat16() if tensor.dtype in FP8 else tensor
 
 
-def load_flux(
-    weights: Weights,
-    device: Device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    place: Callable[[Flux, Tensors], None] | None = None,
-    lora: Changes | None = None,
-    strength: float = 1.0,
-    origin: Weights | None = None,
-) -> Flux:
-    """The network of these weights.
+# ----------------------------------------------------------------------------------------- networks
 
-    `place(flux, tensors)` is for models that no rank holds whole: it gets a Flux without memory and an iterator over
-    names and tensors, which are read from disk as they are asked for.
-    `strength` times `lora` is added to them, or in bf16, where small changes would be rounded away, to what layers
-    give, as diffusers does; with `origin`, the transformer that this one was tuned from, they are
-    origin + strength (tuned - origin).
-    Raises ValueError where origin is another network.
-    """
-    path, config, tensors, _ = weights
-    apart = lora if lora and place is None and dtype != torch.float32 else {}
-    if lora and not apart:
-        tensors = merge_lora(tensors, lora, strength)
-    if origin:
-        if origin.config != config:
-            raise ValueError(f"--strength between different networks: {path} was not tuned from {origin.path}")
-        tensors = between(origin.tensors, tensors, strength)
+
+def build_flux(weights: Weights, dtype: torch.dtype) -> Flux:
+    """The network of these weights, on the CPU."""
+    # Without initial values: to draw 12B normal numbers takes minutes. assign=True makes parameters of the tensors
+    # as they are, so that weights which have the dtype already stay in the mapped file, and memory holds them once.
     with torch.device("meta"):
-        flux = Flux(config)
-    if place is not None:
-        place(flux, tensors)
-        return flux
-    load_weights(flux, {name: tensor.to(dtype) for name, tensor in tensors}, source=str(path))
-    for name, change in apart.items():
-        add_change(flux.get_submodule(name.removesuffix(".weight")), change, strength)
-    return flux.to(device)  # names were converted on the CPU: a GPU holds the weights once
+        flux = Flux(weights.config)
+    state = {name: tensor.to(dtype) for name, tensor in weights.tensors}
+    flux.load_state_dict(state, strict=True, assign=True)
+    return flux
 
 
-def between(first: Tensors, second: Tensors, strength: float) -> Tensors:
-    """first + strength (second - first), in fp32, of two networks' tensors by our names, in the same order."""
-    for (name, a), (other, b) in zip(first, second, strict=True):
-        assert name == other
-        yield name, torch.lerp(a.float(), b.float(), strength)
+def build_with_lora(weights: Weights, changes: Changes, strength: float, dtype: torch.dtype) -> Flux:
+    """The network of W + strength (alpha / rank) B A, for each weight W that a LoRA changes."""
+    if dtype == torch.float32:
+        tensors = merge_lora(weights.tensors, changes, strength)
+        return build_flux(weights._replace(tensors=tensors), dtype)
+    # In bf16 the sum would round small changes away. They are added to what the layers give instead, as in diffusers.
+    flux = build_flux(weights, dtype)
+    for name, change in changes.items():
+        layer = flux.get_submodule(name.removesuffix(".weight"))
+        add_change(layer, change, strength)
+    return flux
+
+
+def interpolate(origin: Weights, tuned: Weights, strength: float) -> Weights:
+    """Weights origin + strength (tuned - origin), in fp32. Raises ValueError if the two are different networks."""
+    if origin.config != tuned.config:
+        raise ValueError("--strength is for a model that was tuned from --base, and these are different networks")
+    pairs = zip(origin.tensors, tuned.tensors, strict=True)  # both in the network's order, so the names are the same
+    tensors = ((name, torch.lerp(start.float(), end.float(), strength)) for (name, start), (_, end) in pairs)
+    return tuned._replace(tensors=tensors)

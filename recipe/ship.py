@@ -38,7 +38,7 @@ def ship_base(cfg: Config, flux: Flux, folder: Path) -> None:
     text["t5"].save_pretrained(folder / "text_encoder_2")
     make_tokenizers(folder)
     FlowMatchEulerDiscreteScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
-    save_transformer(folder / "transformer", TINY, flux.state_dict())
+    save_transformer(folder / "transformer", TINY, flux.state_dict().items())
     index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.35.0", **PARTS}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 

@@ -56,7 +56,7 @@ def save_disturbed(folder: Path, seed: int) -> None:
     pipe = load_pipeline(TINY)
     torch.manual_seed(seed)
     state = {name: weight + 0.02 * torch.randn_like(weight) for name, weight in pipe.flux.state_dict().items()}
-    save_pipeline(folder, TINY, pipe.flux.config, state)
+    save_pipeline(folder, TINY, pipe.flux.config, state.items())
 
 
 @pytest.fixture(scope="module")

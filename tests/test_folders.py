@@ -1,4 +1,4 @@
-"""What of a model folder is missing, damaged or another model's is named: the file, what was found and what to do."""
+"""A model folder that is incomplete, damaged or of another model: the error names the file, its fault and a remedy."""
 
 import shutil
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import train
 from config import Config
 from formats import locations
 from formats.folders import load_pipeline
-from formats.locations import PARTS, locate
+from formats.locations import COMPONENTS, locate
 from formats.weights import INDEX, WEIGHTS
 from infra.distributed import join
 from tests.tiny_folders import edit_json, shard
@@ -25,26 +25,24 @@ TINY_FLUX = Path(evaluate.__file__).parent / "shapes" / "tiny-flux"
 
 @pytest.fixture
 def no_network(monkeypatch) -> list[str]:
-    """The hub ids that would have been asked for."""
-    asked = []
+    """The hub ids of downloads, each of which fails."""
+    hub_ids = []
 
-    def download(name: str, **_: object) -> str:
-        asked.append(name)
+    def download(hub_id: str, **_: object) -> str:
+        hub_ids.append(hub_id)
         raise ConnectionError("no network")
 
     monkeypatch.setattr(locations, "snapshot_download", download)
-    return asked
+    return hub_ids
 
 
 def test_a_path_never_goes_to_the_network(tmp_path, monkeypatch, no_network):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     paths = ["nowhere", "runs/nowhere", "./a/b", "~/flux", "a/b/c", str(tmp_path / "x"), tmp_path / "runs" / "x"]
+    paths += ["flux1-dev.safetensors", "weights/flux1-dev.safetensors"]
     for path in paths:
-        with pytest.raises(ValueError, match=f"no model folder at '{path}'.*or a hub id owner/name"):
-            locate(path)
-    for path in ("flux1-dev.safetensors", "weights/flux1-dev.safetensors"):
-        with pytest.raises(ValueError, match=f"no file at '{path}'.*or a hub id owner/name"):
+        with pytest.raises(ValueError, match=f"no model at '{path}': .*or a hub id owner/name"):
             locate(path)
     assert not no_network
 
@@ -60,21 +58,28 @@ def test_a_hub_id_loads_what_was_downloaded(dev, monkeypatch):
     assert load_pipeline("someone/some-flux").location == (dev, dev / "transformer", None)
 
 
-def test_a_file_in_place_of_a_folder_is_named(dev):
+def test_a_file_that_is_no_model_is_named_with_its_first_tensors(dev, tmp_path):
+    """The transformer's file of a folder has diffusers' names; a .gguf is no safetensors file."""
     file = dev / "transformer" / WEIGHTS
-    with pytest.raises(
-        ValueError,
-        match=f"{file} is a FLUX.1 transformer under diffusers' names, a part of a folder: give a FLUX.1 model",
-    ):
+    first_names = ", ".join(list(load_file(file))[:3])
+    with pytest.raises(ValueError, match=f"{file} is no FLUX.1 model, its tensors are {first_names}.*give a FLUX.1"):
         load_pipeline(file)
+    (tmp_path / "flux1-dev.gguf").write_bytes(b"GGUF" * 100)
+    with pytest.raises(ValueError, match=r"cannot read .*flux1-dev\.gguf.*: give a FLUX\.1 folder"):
+        load_pipeline(tmp_path / "flux1-dev.gguf")
 
 
-@pytest.mark.parametrize("part", ["model_index.json", *PARTS])
-def test_a_missing_part_is_named_and_what_is_there(broken, part):
-    path = broken / part
-    path.unlink() if path.is_file() else shutil.rmtree(path)
-    present = "vae" if part != "vae" else "transformer"
-    with pytest.raises(ValueError, match=rf"{broken}.* lacks {part}; it holds .*{present}"):
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_missing_component_is_named_with_what_the_folder_holds(broken, component):
+    shutil.rmtree(broken / component)
+    present = "vae" if component != "vae" else "transformer"
+    with pytest.raises(ValueError, match=rf"{broken}.* lacks {component}; it holds .*{present}"):
+        load_pipeline(broken)
+
+
+def test_a_folder_without_an_index_is_named(broken):
+    (broken / "model_index.json").unlink()
+    with pytest.raises(ValueError, match=f"cannot read {broken / 'model_index.json'}.*: give a folder of FluxPipeline"):
         load_pipeline(broken)
 
 
@@ -108,10 +113,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("part", SAFETENSORS)
-def test_weights_that_are_damaged_are_named(broken, part, damage):
-    DAMAGE[damage](broken / part / SAFETENSORS[part])
-    with pytest.raises(ValueError, match=f"{broken / part}.*"):
+@pytest.mark.parametrize("component", SAFETENSORS)
+def test_damaged_weights_are_named(broken, component, damage):
+    DAMAGE[damage](broken / component / SAFETENSORS[component])
+    with pytest.raises(ValueError, match=f"{broken / component}.*"):
         load_pipeline(broken)
 
 
@@ -135,19 +140,18 @@ def test_a_config_that_does_not_parse_is_named(broken, config, text):
         load_pipeline(broken)
 
 
-@pytest.mark.parametrize("part", ["scheduler", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer"])
-def test_an_empty_part_is_named(broken, part):
-    shutil.rmtree(broken / part)
-    (broken / part).mkdir()
-    with pytest.raises(ValueError, match=str(broken / part)):
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_an_empty_component_is_named(broken, component):
+    shutil.rmtree(broken / component)
+    (broken / component).mkdir()
+    with pytest.raises(ValueError, match=str(broken / component)):
         load_pipeline(broken)
 
 
-def test_missing_shards_are_named(broken):
-    first, second, *_ = shard(broken)
-    for name in (first, second):
-        (broken / "transformer" / name).unlink()
-    with pytest.raises(ValueError, match=f"{broken / 'transformer'} is incomplete.*{first}, {second}"):
+def test_a_missing_shard_is_named(broken):
+    _, shard_name, *_ = shard(broken)
+    (broken / "transformer" / shard_name).unlink()
+    with pytest.raises(ValueError, match=f"cannot read {broken / 'transformer' / shard_name}.*: copy or download it"):
         load_pipeline(broken)
 
 
@@ -168,70 +172,62 @@ def test_a_folder_mixed_from_different_models_is_named(broken):
 
 @pytest.fixture
 def no_weights(monkeypatch) -> None:
-    """Nothing here may read weights."""
+    """Reading weights fails."""
     for name in (
-        "formats.folders.parse_model",
-        "formats.folders.load_flux",
-        "start.load_pipeline",
-        "evaluate.load_pipeline",
+        "formats.folders.build_flux",
+        "formats.folders.load_frozen",
+        "train.build_network",
+        "start.load_parts",
     ):
         monkeypatch.setattr(name, None)
+    monkeypatch.setattr("evaluate.load_pipeline", None)
 
 
-SWAPPED = [
-    ("tokenizer_2", "tokenizer", "CLIP", "T5"),
-    ("tokenizer", "tokenizer_2", "T5", "CLIP"),
-]
-
-
-@pytest.mark.parametrize("part, source, found, wanted", SWAPPED)
-def test_the_other_encoders_tokenizer_is_named_before_any_weights_are_read(
-    part, source, found, wanted, broken, tmp_path, no_weights
-):
-    """By load, before training starts, and of evaluate's last model before the first is drawn."""
-    shutil.rmtree(broken / part)
-    shutil.copytree(broken / source, broken / part)
-    message = rf"{broken / part} holds a tokenizer of {found}, .* where {wanted}'s belongs: copy or download .* {part}/"
+@pytest.mark.parametrize("folder, source", [("tokenizer_2", "tokenizer"), ("tokenizer", "tokenizer_2")])
+def test_the_other_encoders_tokenizer_is_named_before_weights_are_read(folder, source, broken, tmp_path, no_weights):
+    """By load_pipeline, before training starts, and of evaluate's last model before its first is drawn."""
+    shutil.rmtree(broken / folder)
+    shutil.copytree(broken / source, broken / folder)
+    message = rf"{broken / folder} holds \d+ tokens.* for an encoder of \d+: copy or download .* {folder}/"
     with pytest.raises(ValueError, match=message):
         load_pipeline(broken)
-    with join("cpu") as world:
+    with join("cpu") as process:
         with pytest.raises(ValueError, match=message):
-            train.set_up(Config(model=str(broken), guidance=3.5, out=tmp_path / "run"), world)
+            train.set_up(Config(model=str(broken), guidance=3.5, out=tmp_path / "run"), process)
         with pytest.raises(ValueError, match=message):
-            evaluate.evaluate_models(
-                evaluate.EvaluateFlags(model=(str(TINY_FLUX), str(broken)), out=tmp_path / "evaluation"), world
-            )
+            flags = evaluate.EvaluateFlags(model=(str(TINY_FLUX), str(broken)), out=tmp_path / "evaluation")
+            evaluate.evaluate_models(flags, process)
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
-@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
-def test_a_tokenizer_with_more_tokens_than_its_encoder_is_named_before_any_weights_are_read(part, broken, no_weights):
-    tokenizer = AutoTokenizer.from_pretrained(broken / part)
-    known = len(tokenizer)
+@pytest.mark.parametrize("folder", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_with_more_tokens_than_its_encoder_is_named_before_weights_are_read(folder, broken, no_weights):
+    tokenizer = AutoTokenizer.from_pretrained(broken / folder)
+    vocab_size = len(tokenizer)
     tokenizer.add_tokens(["onemore"])
-    tokenizer.save_pretrained(broken / part)
-    with pytest.raises(
-        ValueError, match=f"{broken / part} holds {known + 1} tokens, and its text encoder knows {known}"
-    ):
+    tokenizer.save_pretrained(broken / folder)
+    with pytest.raises(ValueError, match=f"{broken / folder} holds {vocab_size + 1} .* encoder of {vocab_size}"):
         load_pipeline(broken)
 
 
-SMALL_FILES = [
-    "scheduler/scheduler_config.json",
-    "transformer/config.json",
-    "tokenizer/tokenizer.json|vocab.json",
-    "tokenizer_2/tokenizer.json|spiece.model",
-    "tokenizer_2/tokenizer_config.json",
+SMALL_FILES = [  # each group is absent at once: transformers makes a tokenizer of either file
+    ("scheduler", ["scheduler_config.json"]),
+    ("transformer", ["config.json"]),
+    ("vae", ["config.json"]),
+    ("text_encoder", ["config.json"]),
+    ("text_encoder_2", ["config.json"]),
+    ("tokenizer", ["tokenizer.json", "vocab.json"]),
+    ("tokenizer", ["tokenizer_config.json"]),
+    ("tokenizer_2", ["tokenizer.json", "spiece.model"]),
+    ("tokenizer_2", ["tokenizer_config.json"]),
 ]
 
 
-@pytest.mark.parametrize("names", SMALL_FILES)
-def test_a_missing_small_file_is_named_alone(names, broken, no_weights):
-    part, files = names.split("/")
-    for name in files.split("|"):
-        (broken / part / name).unlink(missing_ok=True)
-    wanted = f"missing: {broken / part / files.replace('|', ' or ')}; copy or download it alone"
-    with pytest.raises(ValueError, match=f"^{wanted}$"):
+@pytest.mark.parametrize("component, names", SMALL_FILES)
+def test_the_component_that_lacks_a_small_file_is_named_before_weights_are_read(component, names, broken, no_weights):
+    for name in names:
+        (broken / component / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=f"{broken / component}.*: copy or download"):
         load_pipeline(broken)
 
 
@@ -240,34 +236,40 @@ def save_flux2(folder: Path) -> None:
     from diffusers import Flux2Pipeline, Flux2Transformer2DModel
 
     narrow = dict(num_attention_heads=1, attention_head_dim=8, joint_attention_dim=8, axes_dims_rope=(2, 2, 2, 2))
-    made = Flux2Transformer2DModel(in_channels=4, num_layers=1, num_single_layers=1, **narrow)
-    Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, made).save_pretrained(folder)
+    transformer = Flux2Transformer2DModel(in_channels=4, num_layers=1, num_single_layers=1, **narrow)
+    Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, transformer).save_pretrained(folder)
 
 
 def save_sd3(folder: Path) -> None:
     narrow = dict(num_attention_heads=1, attention_head_dim=8, joint_attention_dim=8, caption_projection_dim=8)
-    made = SD3Transformer2DModel(in_channels=4, num_layers=1, sample_size=8, pooled_projection_dim=8, **narrow)
+    transformer = SD3Transformer2DModel(in_channels=4, num_layers=1, sample_size=8, pooled_projection_dim=8, **narrow)
     encoders = [None] * 7  # VAE, encoders and tokenizers
-    StableDiffusion3Pipeline(made, FlowMatchEulerDiscreteScheduler(), *encoders).save_pretrained(folder)
+    StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(), *encoders).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
-    "save, family, pipeline",
+    "save, pipeline, transformer",
     [
-        (save_flux2, "FLUX.2", "Flux2Pipeline"),
-        (save_sd3, "Stable Diffusion 3 or 3.5", "StableDiffusion3Pipeline"),
+        (save_flux2, "Flux2Pipeline", "Flux2Transformer2DModel"),
+        (save_sd3, "StableDiffusion3Pipeline", "SD3Transformer2DModel"),
     ],
 )
-def test_a_folder_or_file_of_another_model_is_named_as_what_it_is(save, family, pipeline, broken, tmp_path, no_weights):
-    """Its transformer within a FLUX.1 folder too; and no parts are asked for."""
-    save(tmp_path / "other")
-    with pytest.raises(ValueError, match=rf"other is {family} \(model_index\.json says {pipeline}\): only FLUX\.1"):
-        load_pipeline(tmp_path / "other")
-    with pytest.raises(ValueError, match=rf"{WEIGHTS} is a {family} transformer: give a FLUX\.1 model folder"):
-        load_pipeline(tmp_path / "other" / "transformer" / WEIGHTS)
+def test_a_model_of_another_family_is_named_by_its_class_or_its_tensors(
+    save, pipeline, transformer, broken, tmp_path, no_weights
+):
+    """A folder, although it lacks components; its transformer's file; and its transformer in a FLUX.1 folder."""
+    folder = tmp_path / "foreign"
+    save(folder)
+    with pytest.raises(ValueError, match=rf"{folder} is no FLUX\.1 model, its model_index\.json says {pipeline}: give"):
+        load_pipeline(folder)
+    first_name = next(iter(load_file(folder / "transformer" / WEIGHTS)))
+    with pytest.raises(ValueError, match=rf"{WEIGHTS} is no FLUX\.1 model, its tensors are {first_name}"):
+        load_pipeline(folder / "transformer" / WEIGHTS)
     shutil.rmtree(broken / "transformer")
-    shutil.copytree(tmp_path / "other" / "transformer", broken / "transformer")
-    with pytest.raises(ValueError, match=rf"broken is {family} \(config\.json says \w+2DModel\)"):
+    shutil.copytree(folder / "transformer", broken / "transformer")
+    with pytest.raises(
+        ValueError, match=rf"{broken / 'transformer' / 'config.json'} .* no _class_name='{transformer}'"
+    ):
         load_pipeline(broken)
 
 
@@ -281,14 +283,14 @@ def test_a_folder_or_file_of_another_model_is_named_as_what_it_is(save, family, 
         {"num_train_timesteps": 100},
     ],
 )
-def test_a_schedule_that_is_not_fluxs_is_named(broken, entry):
+def test_an_entry_of_a_schedule_that_flux_lacks_is_named(broken, entry):
     edit_json(broken / "scheduler" / "scheduler_config.json", **entry)
     (name,) = entry
     with pytest.raises(ValueError, match=f"scheduler_config.json.*{name}"):
         load_pipeline(broken)
 
 
-def test_a_transformer_config_that_is_not_fluxs_is_named(broken):
+def test_an_entry_of_a_transformer_config_that_flux_lacks_is_named(broken):
     edit_json(broken / "transformer" / "config.json", patch_size=2)
     with pytest.raises(ValueError, match=r"transformer/config\.json.*patch_size=2"):
         load_pipeline(broken)

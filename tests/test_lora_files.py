@@ -210,7 +210,7 @@ def test_in_bf16_a_small_change_is_not_rounded_away(tmp_path):
 def test_strength_is_a_straight_line_through_base_and_tuned_for_loras_and_for_full_weights(tmp_path):
     file = written("diffusers", tmp_path)
     tuned = with_lora(file)
-    save_pipeline(tmp_path / "tuned", TINY, FLUX.config, tuned)
+    save_pipeline(tmp_path / "tuned", TINY, FLUX.config, tuned.items())
     for model in (file, tmp_path / "tuned"):
         for strength in (0.0, 0.4, 1.0, 1.5):
             weights = load_pipeline(model, base=str(TINY), strength=strength).flux.state_dict()

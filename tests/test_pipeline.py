@@ -1,6 +1,5 @@
-"""The frozen parts are diffusers' FluxPipeline: same levels, same text, same pictures, same folders."""
+"""The pipeline is diffusers' FluxPipeline: the same noise levels, text, pictures and folders."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +7,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Block
 
-from formats import weights
-from formats.folders import Pipeline, load_pipeline
-from formats.locations import PARTS
+from formats.folders import Pipeline, describe, load_parts, load_pipeline
+from formats.locations import COMPONENTS, locate
 from formats.names import from_diffusers
-from formats.saving import save_pipeline
-from formats.weights import WEIGHTS, load_flux, open_flux
+from formats.saving import save_pipeline, save_transformer
+from formats.weights import WEIGHTS, build_flux, open_flux
 from model import Flux, FluxConfig
 from sample import decode, draw_noise, encode, main, pack, sample, sigmas, token_grid, unpack, velocity_of
 from tests.tiny_folders import FLUX_DEV_SCHEDULE, SCHNELL_LIKE, edit_json, shard
@@ -38,15 +35,15 @@ def reference(dev) -> FluxPipeline:
 
 
 def diffusers_pipeline(folder: Path) -> FluxPipeline:
-    theirs = FluxPipeline.from_pretrained(folder)
-    theirs.set_progress_bar_config(disable=True)
-    return theirs
+    pipeline = FluxPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+    state_a, state_b = a.state_dict(), b.state_dict()
+    assert state_a.keys() == state_b.keys()
+    assert all(torch.equal(state_a[k], state_b[k]) and state_a[k].dtype == state_b[k].dtype for k in state_a)
 
 
 # ---------------------------------------------------------------------------------- the sigma schedule
@@ -77,9 +74,11 @@ def test_published_schedule_has_the_published_shifts(tokens, mu):
 # ---------------------------------------------------------------------------------------- the pictures
 
 
-def diffusers_images(theirs: FluxPipeline, pipe: Pipeline, height: int, width: int, steps: int, **options) -> Tensor:
+def diffusers_images(
+    diffusers_pipe: FluxPipeline, pipe: Pipeline, height: int, width: int, steps: int, **options
+) -> Tensor:
     """From seeds alone: the noise is FluxPipeline's own."""
-    return theirs(
+    return diffusers_pipe(
         PROMPTS,
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))],
         height=height,
@@ -94,39 +93,39 @@ def diffusers_images(theirs: FluxPipeline, pipe: Pipeline, height: int, width: i
 @pytest.mark.parametrize("height, width", [(32, 32), (24, 56)])
 @pytest.mark.parametrize("guidance", [3.5, 1.0])
 def test_images_of_a_guided_dynamically_shifted_model_equal_flux_pipeline(pipe, reference, height, width, guidance):
-    theirs = diffusers_images(reference, pipe, height, width, 4, guidance_scale=guidance)
-    ours = sample(pipe, PROMPTS, [0, 1], 4, height, width, guidance)
-    assert ours.shape == (2, 3, height, width) and ours.std() > 0.01
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    expected = diffusers_images(reference, pipe, height, width, 4, guidance_scale=guidance)
+    images = sample(pipe, PROMPTS, [0, 1], 4, height, width, guidance)
+    assert images.shape == (2, 3, height, width) and images.std() > 0.01
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (24, 56)])
 def test_images_of_an_unguided_model_of_fixed_shift_equal_flux_pipeline(schnell, height, width):
     """Neither pipeline shows such a model its guidance, which is 3.5 by default in FluxPipeline."""
     pipe = load_pipeline(schnell)
-    theirs = diffusers_images(diffusers_pipeline(schnell), pipe, height, width, 4)
-    ours = sample(pipe, PROMPTS, [0, 1], 4, height, width)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    assert torch.equal(ours, sample(pipe, PROMPTS, [0, 1], 4, height, width, guidance=9.0))
+    expected = diffusers_images(diffusers_pipeline(schnell), pipe, height, width, 4)
+    images = sample(pipe, PROMPTS, [0, 1], 4, height, width)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    assert torch.equal(images, sample(pipe, PROMPTS, [0, 1], 4, height, width, guidance=9.0))
 
 
 @pytest.mark.skipif(not TINY_FLUX.exists(), reason="shapes/tiny-flux is not there: python -m recipe.prepare makes it")
 def test_images_of_the_shipped_model_equal_flux_pipeline():
     pipe = load_pipeline(TINY_FLUX)
     size = pipe.vae.config.sample_size
-    theirs = diffusers_images(diffusers_pipeline(TINY_FLUX), pipe, size, size, 4, guidance_scale=3.5)
-    ours = sample(pipe, PROMPTS, [0, 1], 4, size, size, 3.5)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    expected = diffusers_images(diffusers_pipeline(TINY_FLUX), pipe, size, size, 4, guidance_scale=3.5)
+    images = sample(pipe, PROMPTS, [0, 1], 4, size, size, 3.5)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
 def test_a_seed_is_one_picture_in_any_batch(pipe):
     prompts, seeds = [*PROMPTS, *PROMPTS, PROMPTS[0]], [7, 8, 9, 7, 7]
-    together = sample(pipe, prompts, seeds, 3, 32, 24, 3.5)
+    images = sample(pipe, prompts, seeds, 3, 32, 24, 3.5)
     for batch in (1, 2, 3):
-        torch.testing.assert_close(sample(pipe, prompts, seeds, 3, 32, 24, 3.5, batch), together, rtol=0, atol=1e-5)
-    torch.testing.assert_close(together[0], together[4], rtol=0, atol=1e-5)
-    assert (together[0] - together[2]).abs().max() > 1e-3  # another seed
-    assert (together[0] - together[3]).abs().max() > 1e-5  # another prompt
+        torch.testing.assert_close(sample(pipe, prompts, seeds, 3, 32, 24, 3.5, batch), images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images[0], images[4], rtol=0, atol=1e-5)
+    assert (images[0] - images[2]).abs().max() > 1e-3  # another seed
+    assert (images[0] - images[3]).abs().max() > 1e-5  # another prompt
 
 
 def test_sampling_leaves_no_graph(pipe):
@@ -152,12 +151,12 @@ def test_network_runs_in_bf16_on_fp32_latents(dev):
     assert {p.dtype for p in frozen} == {torch.bfloat16}
     text = encode(pipe, PROMPTS)
     assert text.txt.dtype == text.vec.dtype == torch.bfloat16
-    seen = []
-    pipe.flux.register_forward_pre_hook(lambda _, inputs: seen.extend(x.dtype for x in inputs))
+    dtypes = []
+    pipe.flux.register_forward_pre_hook(lambda _, inputs: dtypes.extend(x.dtype for x in inputs))
     velocity = velocity_of(pipe.flux, text, 2, 3, 3.5)
     assert velocity(draw_noise(pipe, [0, 1], 2, 3), torch.tensor(0.7)).dtype == torch.float32
     bf16, ids = torch.bfloat16, torch.int64
-    assert seen == [bf16, ids, bf16, ids, torch.float32, bf16, torch.float32]  # time and guidance stay fp32
+    assert dtypes == [bf16, ids, bf16, ids, torch.float32, bf16, torch.float32]  # time and guidance stay fp32
     low, high = (sample(p, PROMPTS, [0, 1], 2, 16, 24, 3.5) for p in (pipe, load_pipeline(dev)))
     assert low.dtype == torch.float32 and (low - high).abs().max() < 0.05
 
@@ -170,10 +169,10 @@ def test_text_equals_flux_pipelines(pipe, reference):
     prompts = [*PROMPTS, "", "a red circle and " * 20]
     with torch.no_grad():
         txt, vec, ids = reference.encode_prompt(prompts, max_sequence_length=pipe.text_length)
-    ours = encode(pipe, prompts)
-    assert torch.equal(ours.txt, txt) and torch.equal(ours.vec, vec)
-    assert ours.txt.shape[1] == len(ids) == pipe.text_length == 12
-    assert not ours.txt.requires_grad
+    text = encode(pipe, prompts)
+    assert torch.equal(text.txt, txt) and torch.equal(text.vec, vec)
+    assert text.txt.shape[1] == len(ids) == pipe.text_length == 12
+    assert not text.txt.requires_grad
 
 
 def test_text_length_may_be_chosen_and_is_512_for_a_tokenizer_without_limit(dev, broken, reference):
@@ -184,20 +183,24 @@ def test_text_length_may_be_chosen_and_is_512_for_a_tokenizer_without_limit(dev,
     assert torch.equal(encode(load_pipeline(dev, text_length=20), PROMPTS).txt, txt)
 
 
-def test_with_encoders_offloaded_a_layer_of_t5_at_a_time_is_on_the_device(dev, pipe, monkeypatch):
-    there, most, move = set(), [], T5Block.to
+def test_with_encoders_offloaded_one_layer_of_t5_at_a_time_is_on_the_device(dev, pipe, monkeypatch):
+    on_device, counts, move = set(), [], T5Block.to
 
-    def note(layer: T5Block, device: str) -> T5Block:
-        (there.discard if device == "cpu" and layer in there else there.add)(layer)
-        most.append(len(there))
+    def count_layers(layer: T5Block, device: str) -> T5Block:
+        # The device is the CPU here, too: a layer's second move is the one back to the host.
+        if layer in on_device:
+            on_device.remove(layer)
+        else:
+            on_device.add(layer)
+        counts.append(len(on_device))
         return move(layer, device)
 
-    monkeypatch.setattr(T5Block, "to", note)
-    lent = load_pipeline(dev, offload=True)
-    assert not most  # none is moved as it is read
-    for ours, whole in zip(encode(lent, PROMPTS), encode(pipe, PROMPTS), strict=True):
-        assert torch.equal(ours, whole)
-    assert max(most) == 1 and not there and len(most) == 2 * len(lent.t5.encoder.block)
+    monkeypatch.setattr(T5Block, "to", count_layers)
+    offloaded = load_pipeline(dev, offload=True)
+    assert not counts  # loading moves no layer
+    for embedding, expected in zip(encode(offloaded, PROMPTS), encode(pipe, PROMPTS), strict=True):
+        assert torch.equal(embedding, expected)
+    assert max(counts) == 1 and not on_device and len(counts) == 2 * len(offloaded.t5.encoder.block)
 
 
 def test_packing_round_trips_and_equals_flux_pipelines():
@@ -214,9 +217,9 @@ def test_decoding_equals_flux_pipelines(pipe, reference):
     z = FluxPipeline._unpack_latents(x, 3 * CELL, 5 * CELL, reference.vae_scale_factor)
     z = z / reference.vae.config.scaling_factor + reference.vae.config.shift_factor
     with torch.no_grad():
-        theirs = reference.image_processor.postprocess(reference.vae.decode(z).sample, output_type="pt")
-        ours = decode(pipe, x, 3 * CELL, 5 * CELL)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        expected = reference.image_processor.postprocess(reference.vae.decode(z).sample, output_type="pt")
+        images = decode(pipe, x, 3 * CELL, 5 * CELL)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
 
 
 def test_the_gradient_of_an_image_reaches_its_latents(dev):
@@ -247,10 +250,26 @@ def test_images_stay_in_range(pipe):
 # ----------------------------------------------------------------------------------------------- folders
 
 
+def load_flux(folder: Path) -> Flux:
+    return build_flux(open_flux(locate(folder)), torch.float32)
+
+
 def test_only_the_transformer_learns(pipe):
     assert all(p.requires_grad for p in pipe.flux.parameters())
-    for part in (pipe.vae, pipe.clip, pipe.t5):
-        assert not part.training and not any(p.requires_grad for p in part.parameters())
+    for network in (pipe.vae, pipe.clip, pipe.t5):
+        assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+def test_a_pipeline_around_the_callers_network_leaves_that_network_alone(dev, pipe):
+    """As train.py needs: its network may be sharded, and in another dtype than the text encoders."""
+    description = describe(dev)
+    with torch.device("meta"):
+        flux = Flux(description.weights.config)
+    loaded = load_parts(description, flux, "cpu", torch.bfloat16, text_length=7)
+    assert loaded.flux is flux and all(p.is_meta and p.dtype == torch.float32 for p in flux.parameters())
+    assert (loaded.compute, loaded.text_length, loaded.t5.dtype) == (torch.bfloat16, 7, torch.bfloat16)
+    assert_same_weights(loaded.vae, pipe.vae)
+    assert dict(description.weights.tensors).keys() == flux.state_dict().keys()  # not read by load_parts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -260,69 +279,69 @@ def test_a_saved_folder_loads_bit_for_bit_here_and_in_diffusers(dev, tmp_path, d
         for p in pipe.flux.parameters():
             p.add_(torch.randn_like(p) / 10)
     pipe.flux.to(dtype)
-    save_pipeline(tmp_path / "new" / "final", dev, pipe.flux.config, pipe.flux.state_dict())
+    folder = tmp_path / "new" / "final"
+    save_pipeline(folder, dev, pipe.flux.config, pipe.flux.state_dict().items())
+    assert {p.name for p in folder.iterdir()} == {"model_index.json", *COMPONENTS}
 
-    back = load_pipeline(tmp_path / "new" / "final", dtype=dtype)
-    assert back.flux.config == pipe.flux.config and back.schedule == pipe.schedule
-    assert_same_weights(back.flux, pipe.flux)
-    assert_same_weights(back.vae, pipe.vae)
-    assert_same_weights(back.t5.float(), pipe.t5.to(dtype).float())
-    assert {p.name for p in (tmp_path / "new" / "final").iterdir()} == {"model_index.json", *PARTS}
+    loaded = load_pipeline(folder, dtype=dtype)
+    assert loaded.flux.config == pipe.flux.config and loaded.schedule == pipe.schedule
+    assert_same_weights(loaded.flux, pipe.flux)
+    assert_same_weights(loaded.vae, pipe.vae)
+    assert_same_weights(loaded.t5.float(), pipe.t5.to(dtype).float())
 
-    theirs = diffusers_pipeline(tmp_path / "new" / "final")
-    converted = dict(from_diffusers(theirs.transformer.state_dict(), pipe.flux.config))
+    diffusers_pipe = diffusers_pipeline(folder)
+    converted = dict(from_diffusers(diffusers_pipe.transformer.state_dict(), pipe.flux.config))
     assert all(torch.equal(converted[k].to(dtype), v) for k, v in pipe.flux.state_dict().items())
-    images = diffusers_images(theirs, pipe, 16, 24, 2, guidance_scale=3.5)
-    ours = sample(load_pipeline(tmp_path / "new" / "final"), PROMPTS, [0, 1], 2, 16, 24, 3.5)
-    torch.testing.assert_close(ours, images, rtol=0, atol=1e-4)
+    expected = diffusers_images(diffusers_pipe, pipe, 16, 24, 2, guidance_scale=3.5)
+    images = sample(load_pipeline(folder), PROMPTS, [0, 1], 2, 16, 24, 3.5)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
 def test_training_on_the_loaded_weights_leaves_their_file_alone(broken):
-    before = (broken / "transformer" / WEIGHTS).read_bytes()
-    flux = load_flux(open_flux(broken / "transformer"))
+    """Loaded weights are mapped from their file."""
+    file = broken / "transformer" / WEIGHTS
+    contents = file.read_bytes()
     with torch.no_grad():
-        for p in flux.parameters():
+        for p in load_flux(broken).parameters():
             p.zero_()
-    assert (broken / "transformer" / WEIGHTS).read_bytes() == before
+    assert file.read_bytes() == contents
 
 
-def test_a_folder_can_be_saved_onto_itself(broken):
+def test_a_transformer_can_be_saved_onto_the_files_that_it_is_mapped_from(broken):
     shard(broken)
-    pipe = load_pipeline(broken)
-    wanted = {k: v + 1 for k, v in pipe.flux.state_dict().items()}
-    for _ in range(2):  # over shards, then over the file that the weights are mapped from
-        save_pipeline(broken, broken, pipe.flux.config, wanted)
-        flux = load_flux(open_flux(broken / "transformer"))
-        assert all(torch.equal(v, wanted[k]) for k, v in flux.state_dict().items())
-        wanted = flux.state_dict()
-    assert diffusers_pipeline(broken).transformer.x_embedder.bias.equal(wanted["img_in.bias"])
+    flux = load_flux(broken)
+    expected = {k: v + 1 for k, v in flux.state_dict().items()}
+    state = expected
+    for _ in range(2):  # over shards, then over the one file
+        save_transformer(broken / "transformer", flux.config, state.items())
+        state = load_flux(broken).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+    assert diffusers_pipeline(broken).transformer.x_embedder.bias.equal(expected["img_in.bias"])
 
 
 def test_a_model_in_use_survives_a_save_over_its_folder(broken, pipe):
-    """Loaded weights are mapped from their file."""
-    flux = load_flux(open_flux(broken / "transformer"))
-    save_pipeline(broken, broken, flux.config, {k: torch.zeros_like(v) for k, v in flux.state_dict().items()})
+    flux = load_flux(broken)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in flux.state_dict().items()}
+    save_transformer(broken / "transformer", flux.config, zeros.items())
     assert_same_weights(flux, pipe.flux)
-    assert not load_flux(open_flux(broken / "transformer")).img_in.bias.any()
+    assert not load_flux(broken).img_in.bias.any()
+
+
+def test_a_transformer_of_several_files_is_written_and_read(broken, pipe, monkeypatch):
+    """Each file but the last is a little larger than SHARD_BYTES; diffusers reads them, too."""
+    monkeypatch.setattr("formats.saving.SHARD_BYTES", 60_000)
+    save_transformer(broken / "transformer", pipe.flux.config, pipe.flux.state_dict().items())
+    names = sorted(p.name for p in (broken / "transformer").glob("*.safetensors"))
+    count = len(names)
+    assert count > 2 and names[0] == f"diffusion_pytorch_model-00001-of-{count:05d}.safetensors"
+    assert_same_weights(load_flux(broken), pipe.flux)
+    state = dict(from_diffusers(diffusers_pipeline(broken).transformer.state_dict(), pipe.flux.config))
+    assert all(torch.equal(state[name], tensor) for name, tensor in pipe.flux.state_dict().items())
 
 
 def test_a_sharded_transformer_is_the_same_transformer(broken, pipe):
     assert len(shard(broken)) > 2
     assert_same_weights(load_pipeline(broken).flux, pipe.flux)
-
-
-def test_a_single_file_with_published_names_is_the_same_transformer(dev, schnell, tmp_path, monkeypatch):
-    """As flux1-dev.safetensors; whether guidance is embedded shows in the file."""
-    for folder in (dev, schnell):
-        flux = load_flux(open_flux(folder / "transformer"))
-        monkeypatch.setattr(weights, "FLUX_DEV", replace(flux.config, guidance_embed=True))
-        save_file(flux.state_dict(), tmp_path / "flux1.safetensors")
-        single = load_flux(open_flux(tmp_path / "flux1.safetensors"), dtype=torch.bfloat16)
-        assert single.config == flux.config
-        assert_same_weights(single, flux.bfloat16())
-    save_file(load_file(dev / "transformer" / WEIGHTS), tmp_path / "flux1.safetensors")
-    with pytest.raises(ValueError, match=r"flux1\.safetensors is a FLUX\.1 transformer under diffusers' names"):
-        load_flux(open_flux(tmp_path / "flux1.safetensors"))
 
 
 def test_flux_dev_fits_in_memory_once_without_initial_values(dev, monkeypatch):
@@ -333,8 +352,12 @@ def test_flux_dev_fits_in_memory_once_without_initial_values(dev, monkeypatch):
         assert all(p.is_meta for p in flux.parameters())
         return flux
 
-    monkeypatch.setattr(weights, "Flux", build)
-    assert not any(p.is_meta for p in load_flux(open_flux(dev / "transformer")).parameters())
+    monkeypatch.setattr("formats.weights.Flux", build)
+    opened = open_flux(locate(dev))
+    state = dict(opened.tensors)
+    flux = build_flux(opened._replace(tensors=state.items()), torch.float32)
+    for name, p in flux.named_parameters():
+        assert p.data_ptr() == state[name].data_ptr() and p.requires_grad
 
 
 # ------------------------------------------------------------------------------------------- the command

@@ -1,6 +1,6 @@
-"""A device whose weights FSDP2 does not cut, such as Apple's GPUs: simulated, as there is none here.
+"""A device on which FSDP2 does not shard weights, such as Apple's GPUs: simulated, as there is none here.
 
-The CPU stands in for it: FSDP2 is told not to know it, and no tensor may be float64.
+The CPU stands in for such a device: its weights are not sharded, and no tensor may be float64.
 """
 
 from dataclasses import replace
@@ -34,14 +34,14 @@ def cfg(tmp_path) -> Config:
 
 
 @pytest.fixture
-def uncut(monkeypatch) -> None:
-    monkeypatch.setattr("infra.distributed.CUT", ())
+def unsharded(monkeypatch) -> None:
+    monkeypatch.setattr("infra.distributed.FSDP_DEVICES", ())
 
 
 def trained(cfg: Config) -> tuple[Setup, list[Tensor]]:
-    with join("cpu") as world:
-        setup = train.set_up(cfg, world)
-        train.run(cfg, setup, world)
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
+        train.run(cfg, setup, process)
         weights = [full_tensor(p) for p in setup.pipe.flux.parameters()]
     return setup, [w.detach().clone() for w in weights]
 
@@ -52,29 +52,30 @@ def weights_of(cfg: Config) -> list[Tensor]:
     return weights
 
 
-# Half a batch rounds otherwise in bf16, of which one rank's weights are cut, too.
+# Half a batch rounds differently in bf16, in which one rank's weights are sharded, too.
 @pytest.mark.parametrize(
     "ranks, flags", [(2, {}), (1, dict(lora=4, bf16=True)), (2, dict(anchor=1.0))], ids=["all", "LoRA", "anchor"]
 )
-def test_a_run_ends_where_that_of_cut_weights_ends(cfg, ranks, flags, monkeypatch):
+def test_a_run_ends_where_that_of_sharded_weights_ends(cfg, ranks, flags, monkeypatch):
     cfg = replace(cfg, **flags)
-    cut = spread(ranks, weights_of, cfg)[0]
-    monkeypatch.setattr("infra.distributed.CUT", ())
-    setup, uncut = trained(replace(cfg, out=cfg.out.with_name("uncut")))
+    sharded = spread(ranks, weights_of, cfg)[0] if ranks > 1 else weights_of(cfg)
+    monkeypatch.setattr("infra.distributed.FSDP_DEVICES", ())
+    out = cfg.out.with_name("unsharded")
+    setup, unsharded = trained(replace(cfg, out=out))
     assert not any(isinstance(p, DTensor) for p in setup.pipe.flux.parameters())
-    for a, b in zip(cut, uncut, strict=True):
+    for a, b in zip(sharded, unsharded, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    before, after = (sample(load_pipeline(cfg.model), PROMPTS, [0, 1], 3, 64, 64),
-                     sample(load_pipeline(cfg.out.with_name("uncut") / "final"), PROMPTS, [0, 1], 3, 64, 64))  # fmt: skip
-    assert 0 < (after - before).abs().mean() < 0.1
+    base_images = sample(load_pipeline(cfg.model), PROMPTS, [0, 1], 3, 64, 64)
+    images = sample(load_pipeline(out / "final"), PROMPTS, [0, 1], 3, 64, 64)
+    assert 0 < (images - base_images).abs().mean() < 0.1
 
 
-def test_it_resumes_bit_for_bit(cfg, uncut):
+def test_it_resumes_bit_for_bit(cfg, unsharded):
     cfg = replace(cfg, decay=False)  # so that the number of updates may grow
     _, undisturbed = trained(cfg)
-    other = replace(cfg, out=cfg.out.with_name("other"))
-    trained(replace(other, updates=2))
-    _, resumed = trained(replace(other, resume=True))
+    interrupted = replace(cfg, out=cfg.out.with_name("interrupted"))
+    trained(replace(interrupted, updates=2))
+    _, resumed = trained(replace(interrupted, resume=True))
     assert all(torch.equal(a, b) for a, b in zip(resumed, undisturbed, strict=True))
 
 
@@ -83,13 +84,13 @@ class NoFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        wide = (torch.float64, torch.complex128)
-        assert not any(isinstance(t, Tensor) and t.dtype in wide for t in tree_leaves(result)), function
+        for tensor in tree_leaves(result):
+            assert not isinstance(tensor, Tensor) or tensor.dtype not in (torch.float64, torch.complex128), function
         return result
 
 
 @pytest.mark.parametrize("flags", [{}, dict(lora=4, bf16=True), dict(anchor=1.0)], ids=["all", "LoRA", "anchor"])
-def test_an_update_and_an_evaluation_have_no_float64_but_on_the_cpu(cfg, uncut, flags, monkeypatch):
+def test_an_update_and_an_evaluation_have_no_float64_but_on_the_cpu(cfg, unsharded, flags, monkeypatch):
     """Where the rotary table and the noise levels are made, before they are moved, and scores are averaged."""
 
     def on_the_cpu(function):
@@ -100,15 +101,15 @@ def test_an_update_and_an_evaluation_have_no_float64_but_on_the_cpu(cfg, uncut, 
 
         return call
 
-    for name in ("model.rotary_table", "sample.sigmas", "train.means_of"):
+    for name in ("model.rotary_table", "sample.sigmas", "train.mean_scores"):
         monkeypatch.setattr(name, on_the_cpu(resolve_name(name)))
     cfg = replace(cfg, **flags)
-    with join("cpu") as world:
-        setup = train.set_up(cfg, world)
-        run = train.make_state(cfg, setup.pipe.flux)
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
+        state = train.make_state(cfg, setup.pipe.flux)
         with NoFloat64():
-            train.one_update(cfg, setup, run, world, 0)
-            train.evaluate(cfg, setup, world)
+            train.one_update(cfg, setup, state, process, 0)
+            train.evaluate(cfg, setup, process)
         with pytest.raises(AssertionError), NoFloat64():
             torch.ones(1).double()
 
@@ -118,10 +119,9 @@ def test_an_update_and_an_evaluation_have_no_float64_but_on_the_cpu(cfg, uncut, 
     [
         (dict(bf16=True), "--bf16 with --device mps"),
         (dict(fp8=True, lora=4), "--fp8 with --device mps"),
-        (dict(shard_frozen=True), "--shard-frozen: nothing is cut on"),
     ],
 )
-def test_what_needs_cut_weights_is_refused(cfg, flags, words):
+def test_a_flag_that_needs_sharded_weights_is_refused(cfg, flags, words):
     with pytest.raises(ValueError, match=words):
         check_flags(replace(cfg, device="mps", **flags), Process(0, 1, torch.device("mps"), None))
 
@@ -130,7 +130,7 @@ def test_a_lora_may_be_over_a_network_in_bf16(cfg):
     check_flags(replace(cfg, device="mps", bf16=True, lora=4), Process(0, 1, torch.device("mps"), None))
 
 
-def test_several_ranks_need_a_device_that_is_cut(monkeypatch):
+def test_several_ranks_need_a_device_that_shards(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--device mps: 2 ranks are joined on cpu or cuda"), join("mps"):
         pass

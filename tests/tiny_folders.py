@@ -8,7 +8,6 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from formats.locations import PARTS
 from formats.weights import WEIGHTS
 from recipe.models import make_tokenizers
 
@@ -31,7 +30,8 @@ def write_checkpoint(folder: Path, guidance_embeds: bool, schedule: dict) -> Pat
     """Write such a folder."""
     torch.manual_seed(0)
     make_tokenizers(folder / "made")
-    clip_tokenizer, t5_tokenizer = (AutoTokenizer.from_pretrained(folder / "made" / t) for t in PARTS[4::2])
+    clip_tokenizer = AutoTokenizer.from_pretrained(folder / "made" / "tokenizer")
+    t5_tokenizer = AutoTokenizer.from_pretrained(folder / "made" / "tokenizer_2")
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
