@@ -19,6 +19,7 @@ shapes/README.md says why.
 import os
 import sys
 import time
+import warnings
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
@@ -153,6 +154,8 @@ def shard(flux: Flux, process: Process, dtype: torch.dtype) -> None:
         return
     if process.world_size == 1 and dtype == torch.float32:
         return  # nothing to share and nothing to cast; FSDP2's hooks made steps of the tiny Flux 6 to 24% longer
+    # Torch warns that modules return views, which would matter if anything here worked in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,  # what is all-gathered and computed with; the shards that AdamW updates stay fp32
         reduce_dtype=torch.float32,  # sums over many ranks in bf16 would lose small gradients

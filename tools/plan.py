@@ -18,8 +18,9 @@ from config import sides
 from formats.lora import add_lora
 from infra.flags import flags
 from infra.meter import PEAK, network_flops
-from infra.methods import find_method, on_zeros
+from infra.methods import find_method
 from model import FLUX_DEV, Flux, FluxConfig
+from samples import zero_samples
 
 # Bytes of published networks: T5-XXL's encoder and CLIP-L's text model in bf16, and all of T5's 24 layers but one;
 # FLUX's autoencoder in fp32; the rewards in fp32, fp32 and bf16.
@@ -161,12 +162,14 @@ def evaluations(cfg: PlanFlags) -> tuple[float, float]:
 
     Means over the run, because some methods stop at a random step. Raises ValueError for a method that does not exist.
     """
-    calls = Counter()
+    method = find_method(cfg.method)
+    total: Counter[str] = Counter()
     sigmas = torch.linspace(1, 0, cfg.rollout_steps + 1)  # no method counts by the values
     for update in range(cfg.updates):
-        random = torch.Generator().manual_seed(update)
-        calls += on_zeros(find_method(cfg.method), sigmas, cfg.batch, random, update)[1]
-    return calls["velocity"] / cfg.updates, calls["vjp"] / cfg.updates
+        samples, calls = zero_samples(sigmas, cfg.batch, torch.Generator().manual_seed(update), update)
+        method(samples)
+        total += calls
+    return total["velocity"] / cfg.updates, total["vjp"] / cfg.updates
 
 
 def traffic(cfg: PlanFlags, gpus: int, flux: Flux, forwards: float, backwards: float) -> dict[str, float]:
