@@ -90,7 +90,7 @@ def build_samples(
     total = total or b
     micro_batch = micro_batch or b
     micro_batches = [slice(i, i + micro_batch) for i in range(0, b, micro_batch)]
-    text = encode(pipe, prompts)
+    text = encode(pipe, prompts)  # once: every call of the network reads the same text
     log = RewardLog(rewards)
 
     def network(flux: Flux, rows: slice) -> Velocity:
@@ -110,6 +110,7 @@ def build_samples(
     def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
         levels = torch.as_tensor(sigma).expand(b)  # a method gives one noise level, or one per sample
         gradients = []
+        # The activations of one micro-batch at a time. Their gradients in the weights add up.
         for rows in micro_batches:
             vjp_of_rows = vjp_of(network(pipe.flux, rows))
             gradients.append(vjp_of_rows(x[rows], levels[rows], u[rows], wrt_x))
@@ -144,10 +145,11 @@ def reward_functions(
 
     def reward(x_0: Tensor, weight: Tensor | None = None) -> Tensor:
         """dL/dx_0, (b, n, c), of the loss L = mean over the batch of weight x hinge (Eq. 11 to 13)."""
-        if weight is None:
+        if weight is None:  # methods other than LeapAlign weigh all samples alike
             weight = torch.ones_like(x_0[:, 0, 0])
         gradients = []
         for rows in micro_batches:
+            # A leaf: the gradient stops at the latents, and the method takes it from there.
             latents = x_0[rows].detach().requires_grad_()
             images = decode(pipe, latents, size.height, size.width)
             scores = [r.score(images, prompts[rows]) for r in rewards]
@@ -222,7 +224,9 @@ def observed(samples: Samples, around: Callable[[str], AbstractContextManager]) 
 
         return call
 
-    names = ("velocity", "vjp", "reward", "score", *(["base"] if samples.base else []))
+    names = ["velocity", "vjp", "reward", "score"]
+    if samples.base:
+        names.append("base")
     return samples._replace(**{name: wrap(name) for name in names})
 
 
@@ -234,7 +238,7 @@ def metered(samples: Samples, meter: Meter, b: int) -> Samples:
             return meter("rollout", forwards=b)
         if name == "vjp":
             return meter("leaps", backwards=b)
-        return meter("reward")
+        return meter("reward")  # the VAE and the rewards are not counted as evaluations of the network
 
     return observed(samples, around)
 
@@ -253,7 +257,7 @@ class RewardLog:
         """The reported scores, and whether a sample has reached every lambda."""
         satisfied = torch.ones_like(scores[0], dtype=torch.bool)
         for reward, score in zip(self.rewards, scores):
-            self.add(reward.name, reward.scale * score)
+            self.add(reward.name, reward.scale * score)  # as it is reported, PickScore times its logit scale
             lam = torch.inf if reward.lam is None else reward.lam
             satisfied &= score >= lam
         self.add("satisfied", satisfied.float())

@@ -102,6 +102,7 @@ def choose_method(cfg: Config, process: Process, preset: Config) -> tuple[Callab
     group = options.get("group", method_keywords(method).get("group", 1))
     check_groups(cfg, process, group)
     method = partial(method, **options)
+    # The anchor is wrapped around the method, so neither the method nor train.py knows of it.
     if cfg.anchor:
         method = anchored(method, cfg.anchor)
     return method, group
@@ -117,6 +118,7 @@ def read_run_prompts(cfg: Config, out: Path) -> tuple[list[str], list[str]]:
     if cfg.resume and (out / "config.json").exists():
         check_prompts(out, prompts, eval_prompts, (cfg.prompts, cfg.eval_prompts))
         tell_changes(out, user_code_hashes(cfg))
+    # The judge knows the captions and the image size of the shapes world only.
     for size in cfg.size:
         check_rewards([*cfg.reward, *cfg.watch], eval_prompts, sides(size), f"--eval-prompts {cfg.eval_prompts}")
         check_rewards(cfg.reward, prompts, sides(size), f"--prompts {cfg.prompts}")
@@ -140,7 +142,7 @@ def describe_model(cfg: Config) -> Description:
     if model.weights.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
     changes = earlier_lora(cfg, model.weights.config)
-    if changes:
+    if changes:  # a LoRA is continued: does it fit into one of this rank?
         flux = empty_flux(cfg, model.weights.config)
         try:
             for _ in first_values(flux, cfg.seed, changes):
@@ -155,6 +157,7 @@ def size_of(cfg: Config, model: Description, name: str) -> Size:
     height, width = sides(name)
     rows, columns = token_grid(model, height, width)
     levels = sigmas(model.schedule, cfg.rollout_steps, rows * columns)
+    # FLOPs of the network that is trained: a LoRA adds products, and its frozen weights have no gradient.
     flux = empty_flux(cfg, model.weights.config)
     flux.recompute = cfg.recompute
     flops = network_flops(flux, rows * columns, text_length(cfg, model))
@@ -220,6 +223,7 @@ def try_user_code(
     for size in sizes:
         trial = try_method(method, size.sigmas, group)
     check_needs(cfg, trial.needs_gradient)
+    # Of networks it is known that they run and have a gradient; code is tried before any weights are read.
     functions = {}
     for spec in (*cfg.reward, *cfg.watch):
         if is_user_code(spec) or reward_name(spec) in RULES:
@@ -271,6 +275,7 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
     if cfg.recompute:
         setup.pipe.vae.enable_gradient_checkpointing()
     if process.rank == 0:
+        # What is truncated is neither drawn nor learned, and nobody would see it in the pictures.
         warning = truncation_warning(setup.pipe, [*setup.prompts, *setup.eval_prompts])
         if warning:
             print_once(warning)
@@ -280,6 +285,7 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
         rewards.append(reward or open_reward(spec, process.device, setup.pipe.clip_tokenizer, cfg.recompute))
     setup.rewards = rewards[: len(cfg.reward)]
     setup.watched = rewards[len(cfg.reward) :]
+    # Without --lam each reward has the paper's lambda, and a policy gradient never asks for it.
     if cfg.lam:
         setup.rewards = [replace(reward, lam=lam) for reward, lam in zip(setup.rewards, cfg.lam, strict=True)]
     setup.sizes = [replace(size, sigmas=size.sigmas.to(process.device)) for size in setup.sizes]

@@ -214,7 +214,7 @@ def set_learning_rates(cfg: Config, state: checkpoints.State, update: int) -> No
     factor = 1 - update / cfg.updates if cfg.decay else 1.0
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
-            lr = group["initial_lr"] * factor
+            lr = group["initial_lr"] * factor  # in proportion, where optimizers have rates of their own
             group["lr"] = torch.tensor(lr) if isinstance(group["lr"], Tensor) else lr  # torchao keeps a tensor
 
 
@@ -314,7 +314,7 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
     Raises Stop, with the weights as before, if a number is not finite.
     """
     began = time.perf_counter()
-    meter = Meter(process.device)
+    meter = Meter(process.device)  # seconds by stage, and evaluations of the network
     values = batch_gradient(cfg, setup, process, update, meter)
     with meter("update"):
         # The norm of the whole gradient, over all ranks' shards, and equal on all of them.

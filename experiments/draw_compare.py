@@ -34,11 +34,11 @@ def draw_compare(result: dict, path: Path) -> None:
     else:
         charts = [partial(curves_chart, rows=rows, name=name) for name in (select, "reward")]
     height = max(2.8, 0.17 * len(rows) + 1)  # inches: a row's name is a line of text
-    save_row(charts, path.with_suffix(".png"), height, right=1.8)
+    save_row(charts, path.with_suffix(".png"), height, right_margin=1.8)
     if len(rows) > 1:
         chart = partial(differences_chart, rows=rows, name=select, equal=equal)
         height = 0.25 * len(rows) + 1
-        save_row([chart], path.with_name(f"{path.stem}-changes.png"), height, left=1.9)
+        save_row([chart], path.with_name(f"{path.stem}-changes.png"), height, left_margin=1.9)
 
 
 # ------------------------------------------------------------------------------------- arithmetic

@@ -22,10 +22,11 @@ def anchored(method: Callable[[Samples], dict[str, Tensor]], beta: float) -> Cal
         distances = []
 
         def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
-            difference = samples.velocity(x, sigma) - samples.base(x, sigma)
-            distances.append(difference.square().flatten(1).mean(1))
+            difference = samples.velocity(x, sigma) - samples.base(x, sigma)  # (b, n, c)
+            distances.append(difference.square().flatten(1).mean(1))  # (b,)
             # d/dv of beta x mean over samples of mean |v - v_base|^2
-            pull = 2 * beta / samples.total / difference[0].numel() * difference
+            entries = difference[0].numel()
+            pull = 2 * beta / samples.total / entries * difference
             if not wrt_x:
                 return samples.vjp(x, sigma, u + pull)
             # What flows on into x is the method's gradient alone: for the anchor the state is fixed.

@@ -54,6 +54,7 @@ class State:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = float(group["lr"])  # torch's name for what a schedule multiplies
+        # In the order of the network, by the names that a checkpoint has.
         self.params = {name: p for name, p in flux.named_parameters() if p.requires_grad}
         self.averages = {}
         for name, param in self.params.items():
@@ -87,6 +88,7 @@ class State:
 
 def checkpoint_folders(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
+    # Unfinished and damaged ones have a suffix, so their names end without a number.
     folders = [f for f in (out / "checkpoints").glob("step_*") if f.name.removeprefix("step_").isdigit()]
     return sorted(folders, key=update_of)
 
@@ -105,7 +107,7 @@ def update_of(folder: Path) -> int:
 
 def save_checkpoint(out: Path, state: State, update: int, keep: int) -> None:
     """Copy the state, and write the copy in the background; `state.wait()` waits for it. One write at a time."""
-    state.wait()
+    state.wait()  # two copies at once could fill the host's memory
     copy = tree_map_only(Tensor, copy_to_host, state.tensors(update))
     folder = out / "checkpoints" / checkpoint_name(update)
     state.pending_write = state.writer.submit(write, folder, copy, keep, state.writer_group)
@@ -217,6 +219,7 @@ def load_checkpoint(out: Path, state: State, at: int | None = None) -> int:
     """
     folders = [f for f in checkpoint_folders(out) if at is None or update_of(f) == at]
     for folder in reversed(folders):
+        # All ranks must take the same checkpoint, so one rank's damage counts for all.
         reasons = [reason for reason in all_gather_objects(damage_of(folder)) if reason]
         if not reasons:
             return read_into(state, folder)
@@ -245,6 +248,7 @@ def damage_of(folder: Path) -> str | None:
 
 def read_into(state: State, folder: Path) -> int:
     """Fill weights, averages and optimizers in place; returns the number of updates."""
+    # Each rank reads its own rows, from the files of whichever ranks wrote them.
     tensors = state.tensors(0)
     dcp.load(tensors, checkpoint_id=folder)
     # Tensors were filled in place. An optimizer that counts in Python numbers needs those put back.

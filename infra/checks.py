@@ -21,6 +21,7 @@ from rewards import Reward, reward_name
 
 def check_flags(cfg: Config, process: Process) -> None:
     """Raise ValueError naming the flag that cannot be used, and why."""
+    # In the order in which a user meets them: a number first, then what the machine can do, then flags together.
     check_numbers(cfg)
     check_machine(cfg, process)
     if not cfg.size:
@@ -68,11 +69,13 @@ def check_machine(cfg: Config, process: Process) -> None:
     """Raise ValueError if the flags ask for what this device or this number of ranks cannot do."""
     ranks = process.world_size
     has_fsdp = process.device.type in FSDP_DEVICES
+    # Each rank takes as many rows of the batch, so that the mean over ranks is the mean over the batch.
     if cfg.batch % ranks:
         raise ValueError(f"--batch {cfg.batch} does not divide into {ranks} ranks: take a multiple of it")
     if cfg.bf16 and not has_fsdp and not (cfg.lora or cfg.lean):
         # FSDP2 keeps fp32 weights beside a bf16 network; without FSDP2 the weights compute in the dtype they have.
         raise ValueError(f"--bf16 with --device {cfg.device}: trained weights are fp32 there: add --lora")
+    # fp8 and lean keep weights in dtypes that FSDP2 would gather and cast in its own way.
     if cfg.fp8 and not has_fsdp:
         raise ValueError(f"--fp8 with --device {cfg.device}: only cpu and cuda have numbers of eight bits")
     if cfg.fp8 and (not cfg.lora or ranks > 1):
@@ -88,6 +91,7 @@ def check_machine(cfg: Config, process: Process) -> None:
 def check_groups(cfg: Config, process: Process, group: int) -> None:
     """Raise ValueError if a rank's samples, or those of a rollout, do not divide into groups of one prompt."""
     rows_per_rank = cfg.batch // process.world_size
+    # A group that is split over two ranks or rollouts could not compare its samples.
     if rows_per_rank % group or (cfg.rollout_batch or rows_per_rank) % group:
         raise ValueError(
             f"--group {group}: a rank's {rows_per_rank} of --batch and its --rollout-batch must be multiples of it"
@@ -96,6 +100,8 @@ def check_groups(cfg: Config, process: Process, group: int) -> None:
 
 def check_log_names(cfg: Config, method_names: set[str], functions: dict[str, Reward], prompts: Sequence[str]) -> None:
     """Raise ValueError if two values would be logged under one name. `functions` are the rewards without weights."""
+    # Three sources of names in one file: the run's own, the method's and the rewards'. A name of two sources would
+    # silently hold the value of the last one.
     tasks = set()
     for reward in functions.values():
         if reward.task_of:
@@ -139,11 +145,13 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
             raise ValueError(f"--out {out} is occupied by something that is no run: choose another folder")
         return
     recorded = read_config(out)
+    # Other flags, such as --micro-batch or --keep, may change from start to start.
     for name in fixed:
         if flags[name] != recorded.get(name):
             flag = name.replace("_", "-")
             started = recorded.get(name)
             raise ValueError(f"--resume with --{flag} {flags[name]}, but {out} was started with {started}")
+    # A damaged line is told now, not after the weights are loaded.
     for log in ("metrics.jsonl", "eval.jsonl"):
         read_log(out / log)
     check_checkpoints(cfg, out)
@@ -173,6 +181,7 @@ def check_prompts(out: Path, prompts: list[str], eval_prompts: list[str], paths:
 def tell_changes(out: Path, hashes: dict[str, str]) -> None:
     """Warn if a file of the user's code is not the one that the run was made with so far."""
     recorded = read_config(out).get("code_read", {})
+    # A warning, not an error: the change may be a comment, or a fix that the user wants.
     for file, value in sorted(hashes.items()):
         if file in recorded and recorded[file] != value:
             text = f"warning: {file} has changed since {out} was started: numbers before and after may not be alike"
@@ -188,6 +197,7 @@ def check_checkpoints(cfg: Config, out: Path) -> None:
         raise ValueError(f"--at {cfg.at}: {out} has {names}")
     if cfg.export and not folders:
         raise ValueError(f"--export: {out} has {names}")
+    # The checkpoint that the run will continue from, unless it turns out to be damaged.
     first = cfg.at if cfg.at is not None else max(updates, default=0)
     if first > cfg.updates and not cfg.export:
         raise ValueError(f"--updates {cfg.updates}, but the run in {out} is at {first}: --at takes an older checkpoint")

@@ -17,6 +17,7 @@ def flags(cls: Class) -> Class:
     The strings beneath the fields become their help. Their line breaks are removed first, because tyro would print
     them and `--help` is read at 80 columns, not at the width of the source.
     """
+    # tyro reads help from an annotation first, and only without one from the source.
     annotations = inspect.get_annotations(cls)
     for name, text in help_texts(cls).items():
         annotations[name] = Annotated[annotations[name], tyro.conf.arg(help=text)]
@@ -26,9 +27,11 @@ def flags(cls: Class) -> Class:
 
 def help_texts(cls: type) -> dict[str, str]:
     """The string beneath each field of a class, in one line."""
+    # Python keeps no docstrings of fields, so the source is parsed.
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     texts = {}
     for field, text in zip(definition.body, definition.body[1:]):
+        # A string on its own, directly after a field.
         is_string = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
         if isinstance(field, ast.AnnAssign) and is_string:
             texts[field.target.id] = " ".join(text.value.value.split())

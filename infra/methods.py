@@ -36,6 +36,7 @@ def find_method(name: str) -> Callable[..., Log]:
     """The function that --method names: of leaps.py or baselines.py, or FILE.py:FUNCTION. Raises ValueError."""
     if is_user_code(name):
         return load_function(name, "method")
+    # No registry: a function of either file with the signature of a method is one.
     function = getattr(leaps, name, None) or getattr(baselines, name, None)
     if not inspect.isfunction(function) or not is_method(inspect.signature(function)):
         raise ValueError(f"--method {name}: it is a function of leaps.py or baselines.py, or FILE.py:FUNCTION of yours")
@@ -77,7 +78,7 @@ def method_options(cfg: Config, preset: Config) -> dict[str, Any]:
             continue
         if name in keywords:
             options[name] = value
-        elif value != getattr(preset, name):
+        elif value != getattr(preset, name):  # the user set it; a preset may hold keywords of its usual method
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} means nothing with --method {cfg.method}, which has no such keyword")
     for text in cfg.option:
@@ -135,7 +136,7 @@ def user_code_hashes(cfg: Config) -> dict[str, str]:
 
 def try_method(method: Callable, sigmas: Tensor, group: int) -> Trial:
     """Run a method once on samples of zeros, without a network. Raises ValueError if it cannot be used in a run."""
-    b = 2 * group
+    b = 2 * group  # two groups, so that a mistake in comparing samples across groups has a chance to show
     samples, calls = zero_samples(sigmas, b, torch.Generator())
     try:
         log = method(samples)

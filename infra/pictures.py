@@ -175,22 +175,26 @@ def save_charts(charts: Sequence[tuple[str, Lines]], path: Path) -> None:
 
 
 def save_row(
-    charts: Sequence[Callable[[Axes], None]], path: Path, height: float = 2.8, left: float = 0.5, right: float = 1.1
+    charts: Sequence[Callable[[Axes], None]],
+    path: Path,
+    height: float = 2.8,
+    left_margin: float = 0.5,
+    right_margin: float = 1.1,
 ) -> None:
     """Write a row of charts as a PNG; each chart is a function that draws into the axes it is given.
 
-    Inches: `height` of the picture, `left` of the first axes for their labels, `right` of all axes for legends.
+    Inches: `height` of the picture, `left_margin` of the first axes for their labels, `right_margin` of all axes for legends.
     """
     axes_width = 2.8
-    gap = right + 0.5
-    width = left + len(charts) * (axes_width + gap) - 0.5  # the last chart needs no gap, only its legend
+    gap = right_margin + 0.5
+    width = left_margin + len(charts) * (axes_width + gap) - 0.5  # the last chart needs no gap, only its legend
     # A Figure of its own, not pyplot: pyplot would change the backend that a user's notebook draws with.
     figure = Figure(figsize=(width, height), dpi=110)
     # matplotlib wants the space around the axes in parts of the figure, and the space between them in parts of one of
     # the axes. 0.5 inches below are for the x axis, 0.3 above for titles.
     figure.subplots_adjust(
-        left=left / width,
-        right=1 - right / width,
+        left=left_margin / width,
+        right=1 - right_margin / width,
         bottom=0.5 / height,
         top=1 - 0.3 / height,
         wspace=gap / axes_width,
