@@ -183,7 +183,7 @@ def save_row(
 ) -> None:
     """Write a row of charts as a PNG; each chart is a function that draws into the axes it is given.
 
-    Inches: `height` of the picture, `left_margin` of the first axes for their labels, `right_margin` of all axes for legends.
+    In inches: `height` of the picture, `left_margin` for the labels of the first axes, `right_margin` for legends.
     """
     axes_width = 2.8
     gap = right_margin + 0.5
