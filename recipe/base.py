@@ -44,7 +44,7 @@ SCENES = {  # for each prompt of a task; attr has 144 prompts
 
 
 def stage_vae(cfg: PrepareFlags) -> AutoencoderKL:
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # of the initial weights; each step of training sets a seed of its own
     vae = make_vae()
 
     def loss_fn(rng: Generator, step: int) -> TensorDict:
@@ -57,9 +57,9 @@ def stage_vae(cfg: PrepareFlags) -> AutoencoderKL:
         error = vae.decode(posterior.sample()).sample - images
         mse = error.square().mean()
         l1 = error.abs().mean()  # keeps edges sharper than the squared error alone
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = mse + 0.5 * l1 + 3e-5 * kl
-        return dict(loss=loss, mse=mse, kl=kl)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()  # per latent entry
+        loss = mse + 0.5 * l1 + 3e-5 * kl  # a light KL, as in latent diffusion
+        return dict(loss=loss, mse=mse)
 
     modules = nn.ModuleDict(dict(vae=vae))
     fit_stage("vae", modules, loss_fn, cfg, steps=1700, lr=3e-3)
@@ -75,16 +75,16 @@ def latents(cfg: PrepareFlags) -> TensorDict:
 
     def compute() -> TensorDict:
         vae = stage_vae(cfg)
-        rng = default_rng((cfg.seed, 1))
+        rng = default_rng((cfg.seed, 1))  # 1, 2, 3: streams of the latents, the meanings, the walkers
         numbers = []
         for i, prompt in enumerate(PROMPTS):
             numbers += [i] * cfg.at_scale(SCENES[prompt.task])
         numbers = torch.tensor(numbers)
         means = []
-        for batch in numbers.split(200):
+        for batch in numbers.split(200):  # all at once would not fit into memory
             images, _ = scenes([PROMPTS[i] for i in batch], rng)
-            means.append(vae.encode(images * 2 - 1).latent_dist.mean)
-        z = torch.cat(means)
+            means.append(vae.encode(images * 2 - 1).latent_dist.mean)  # no noise: the base adds its own
+        z = torch.cat(means)  # (n, 8, 8, 8)
         shift, scale = z.mean(), 1 / z.std()
         return dict(
             x=pack((z - shift) * scale),
@@ -102,15 +102,9 @@ def decoder(cfg: PrepareFlags) -> Callable[[Tensor], Tensor]:
 
     def decode(x: Tensor) -> Tensor:
         z = unpack(x, GRID, GRID) / data["scaling_factor"] + data["shift_factor"]
-        return (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+        return (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)  # as sample.decode
 
     return decode
-
-
-def decode_latents(cfg: PrepareFlags, x: Tensor) -> Tensor:
-    """Any number of packed latents to images in [0, 1]."""
-    decode = decoder(cfg)
-    return torch.cat([decode(batch) for batch in x.split(100)])
 
 
 # -------------------------------------------------------------------------------------------- text
@@ -124,27 +118,27 @@ def stage_text(cfg: PrepareFlags) -> nn.ModuleDict:
     t5_ids, clip_ids = token_ids(cfg)
     torch.manual_seed(cfg.seed)
     text = make_text_encoders(cfg.work)
-    t5_width, clip_width = TINY.context_in_dim, TINY.vec_in_dim
     heads = nn.ModuleDict(
         dict(
-            noun=nn.Linear(t5_width, 17),  # of the token of a noun: see `meanings`
-            mean=nn.Linear(t5_width, 40),  # of the mean over tokens
-            pooled=nn.Linear(clip_width, 40),
+            noun=nn.Linear(TINY.context_in_dim, 17),  # of the token of a noun: see `meanings`
+            mean=nn.Linear(TINY.context_in_dim, 40),  # of the mean over tokens
+            pooled=nn.Linear(TINY.vec_in_dim, 40),
         )
     )
     scene, noun, is_noun = meanings(cfg, t5_ids)
 
     def loss_fn(rng: Generator, step: int) -> TensorDict:
-        hidden = text["t5"](t5_ids)[0]
-        pooled = text["clip"](clip_ids).pooler_output
+        hidden = text["t5"](t5_ids)[0]  # (p, m, 96): every step sees all captions
+        pooled = text["clip"](clip_ids).pooler_output  # (p, 64)
         noun_error = heads["noun"](hidden) - noun
         pooled_error = heads["pooled"](pooled) - scene
         mean_error = heads["mean"](hidden.mean(1)) - scene
         noun_loss = noun_error[is_noun].square().sum(-1).mean()
         pooled_loss = pooled_error.square().sum(-1).mean()
         mean_loss = mean_error.square().sum(-1).mean()
+        # Flux reads the tokens and the pooled vector, so these two count in full.
         loss = noun_loss + pooled_loss + 0.3 * mean_loss
-        return dict(loss=loss, noun=noun_loss, pooled=pooled_loss, mean=mean_loss)
+        return dict(loss=loss)
 
     modules = nn.ModuleDict(dict(text=text, heads=heads))
     fit_stage("text", modules, loss_fn, cfg, steps=600, lr=2e-3)
@@ -172,7 +166,7 @@ def meanings(cfg: PrepareFlags, t5_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]
     for i, shape in enumerate(SHAPES):
         shape_of_word |= {shape: i, f"{shape}s": i, f"{shape}es": i}
 
-    scene = torch.zeros(len(PROMPTS), 2, 4, 5)
+    scene = torch.zeros(len(PROMPTS), 2, 4, 5)  # (p, shape or color, cell, empty or which)
     noun = torch.zeros(*t5_ids.shape, 17)
     is_noun = torch.zeros(t5_ids.shape, dtype=torch.bool)
     for i, prompt in enumerate(PROMPTS):
@@ -210,7 +204,7 @@ def caption_table(cfg: PrepareFlags) -> Text:
 def stage_clean(cfg: PrepareFlags) -> Flux:
     torch.manual_seed(cfg.seed)
     flux = Flux(TINY)
-    init_weights(flux)
+    init_weights(flux)  # adaLN-zero, as DiT
     fit_flux(cfg, "clean", flux, TEACH, distorted=0.0, steps=3500, lr=2e-3, average=0.998)
     return flux
 
@@ -238,7 +232,7 @@ def fit_flux(
     rows_of_prompt = []
     for i in range(len(PROMPTS)):
         rows = torch.nonzero(data["prompt"] == i)[:, 0]
-        rows_of_prompt.append(rows.numpy())
+        rows_of_prompt.append(rows.numpy())  # the scenes of each prompt
 
     def loss_fn(rng: Generator, step: int) -> TensorDict:
         captions = random_prompts(128, rng, weights)
@@ -257,7 +251,7 @@ def flow_loss(velocity: Velocity, x0: Tensor, x1: Tensor) -> TensorDict:
     sigma = torch.sigmoid(torch.randn(len(x0)))  # logit-normal, as in SD3
     sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
     x = torch.lerp(x0, x1, sigma[:, None, None])
-    error = F.mse_loss(velocity(x, sigma), x1 - x0)
+    error = F.mse_loss(velocity(x, sigma), x1 - x0)  # x_0 is the image, x_1 the noise, as in leaps.py
     return dict(loss=error)
 
 
@@ -270,7 +264,7 @@ def caption_velocity(flux: Flux, table: Text, caption: Tensor) -> Velocity:
 def sample_latents(cfg: PrepareFlags, flux: Flux, caption: Tensor, steps: int, seed: int) -> Tensor:
     """The model's own latents for prompts by number: (n,) to (n, 16, 32)."""
     table = caption_table(cfg)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # its own, so that training is not disturbed
     levels = sigmas(SCHEDULE, steps, GRID**2)
     noise = torch.randn(len(caption), GRID**2, TINY.in_channels, generator=generator)
     samples = []

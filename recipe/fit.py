@@ -56,7 +56,7 @@ def print_scores(name: str, scores: dict[str, float]) -> None:
 
 def stage_seed(cfg: PrepareFlags, name: str) -> tuple[int, int]:
     """Start of the seeds of a stage or of a set of images, by its name."""
-    return cfg.seed, sum(map(ord, name))
+    return cfg.seed, sum(map(ord, name))  # not hash(), which differs from process to process
 
 
 def fit_stage(
@@ -80,12 +80,14 @@ def fit_stage(
         modules.load_state_dict(torch.load(result, weights_only=True))
         return
     steps = cfg.at_scale(steps)
-    params = [p for p in modules.parameters() if p.requires_grad]
+    params = [p for p in modules.parameters() if p.requires_grad]  # the reward's scale is frozen
     averages = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
+    # 5% of warm-up, then a cosine down to nearly 0.
     schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    # All that a checkpoint holds, beside the averages and the step. No generator: a step sets its own seeds.
     objects = dict(modules=modules, optimizer=optimizer, schedule=schedule)
-    first_step = 0
+    first_step = 0  # of this process
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         for key, item in objects.items():
@@ -95,7 +97,7 @@ def fit_stage(
 
     for step in range(first_step, steps):
         rng = default_rng((*stage_seed(cfg, name), step))  # a list of numbers as seed: no two steps share a stream
-        torch.manual_seed(int(rng.integers(2**31)))
+        torch.manual_seed(int(rng.integers(2**31)))  # numpy draws scenes, torch draws noise
         log = loss_fn(rng, step)
         log["loss"].backward()
         log["grad"] = nn.utils.clip_grad_norm_(params, 1.0)
@@ -103,9 +105,9 @@ def fit_stage(
         optimizer.zero_grad()
         schedule.step()
         decay = min(average, (1 + step) / (10 + step))  # lower at first, or the initial weights would stay in
-        with torch.no_grad():
+        with torch.no_grad():  # one call for all parameters, which are many and small
             torch._foreach_lerp_(averages, params, 1 - decay)
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 50 == 0:  # one step's values, not a mean: enough to see that a stage learns
             values = [f"{key} {value:.4f}" for key, value in log.items()]
             print(f"{name} {step + 1}/{steps}", *values, flush=True)
         if (step + 1) % save_every == 0:
@@ -115,4 +117,4 @@ def fit_stage(
     with torch.no_grad():
         torch._foreach_copy_(params, averages)
     save(result, modules.state_dict())
-    checkpoint.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)  # after the result: a kill between the two loses nothing

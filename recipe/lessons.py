@@ -72,7 +72,7 @@ def edit_distance(layouts: np.ndarray) -> np.ndarray:
     An edit repaints an object, reshapes it, adds one, removes one, or mends a relation.
     """
     # Any object may stand for any of the prompt's: of the 24 assignments of the four cells the cheapest counts.
-    distance = np.full((len(layouts), len(PROMPTS)), np.inf)
+    distance = np.full((len(layouts), len(PROMPTS)), np.inf)  # (n, p)
     for order in permutations(range(4)):
         shape = layouts[:, None, 0, order]  # (n, 1, 4), against (p, 4) of the prompts
         color = layouts[:, None, 1, order]
@@ -80,7 +80,7 @@ def edit_distance(layouts: np.ndarray) -> np.ndarray:
         in_prompt = _PROMPT_SHAPE >= 0
         reshape = shape != _PROMPT_SHAPE
         repaint = (color != _PROMPT_COLOR) & (_PROMPT_COLOR >= 0)
-        # Less than 2 for both on one object, since removing it and adding the right one would do as well.
+        # An object that is wrong in both shape and color is still one wrong object: 1.5 edits, not 2.
         change = np.minimum(1.0 * reshape + repaint, 1.5)
         add_or_remove = in_scene != in_prompt
         cost = np.where(in_scene & in_prompt, change, add_or_remove)
@@ -94,7 +94,7 @@ def edit_distance(layouts: np.ndarray) -> np.ndarray:
         holds = np.zeros(len(layouts), dtype=bool)
         for cell_a, cell_b in cell_pairs(prompt.relation):
             holds |= (shape[:, cell_a] == a) & (shape[:, cell_b] == b)
-        distance[:, i] += ~holds
+        distance[:, i] += ~holds  # a move mends it
     return distance
 
 
@@ -111,7 +111,7 @@ def prompt_tables() -> tuple[dict[tuple, list[int]], np.ndarray]:
         for k, shape in enumerate(shapes):
             table[0, i, k] = SHAPES.index(shape)
         for k, color in enumerate(prompt.colors):
-            table[1, i, k] = COLOR_NAMES.index(color)
+            table[1, i, k] = COLOR_NAMES.index(color)  # colors are named for single objects only, not for counts
     return by_shapes, table
 
 
@@ -147,10 +147,10 @@ def training_scenes(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
     images[warped] = warp(images[warped], rng)
 
     fits = truths([objects_of(layout) for layout in layouts])
-    fits[half] = False
+    fits[half] = False  # whatever the layout says
     fits[warped] = truths(objects_in(images[warped]))  # a slight warp is still right: the judge decides
     cells = torch.from_numpy(layouts)
-    cells[half] = UNKNOWN
+    cells[half] = UNKNOWN  # a half-painted object has no color to read
     return dict(
         images=images,
         fits=fits,
@@ -169,7 +169,7 @@ def paint_halves(layouts: np.ndarray, rng: Generator) -> Tensor:
     A quarter of the base's own images have an object of no one color, so the reward must know that they are wrong.
     """
     seed = rng.integers(2**31)
-    repainted = layouts.copy()
+    repainted = layouts.copy()  # the second color of one object
     for shape, color in repainted:
         i = rng.choice(np.flatnonzero(shape >= 0))
         color[i] = other_index(color[i], len(COLOR_NAMES), rng)
@@ -235,7 +235,7 @@ def fades(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
     for prompt in captions:
         scene = random_layout(prompt, rng)
         if rng.random() < 0.4:
-            scene = edit(scene, rng)
+            scene = edit(scene, rng)  # not only fades that start or end at a right scene
         pair = [scene, edit(scene, rng)]
         if rng.random() >= 0.5:  # as many fades away from the caption as towards it
             pair.reverse()
@@ -253,7 +253,7 @@ def fades(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
 
     first_distance = torch.from_numpy(edit_distance(first)).float()
     second_distance = torch.from_numpy(edit_distance(second)).float()
-    share = t[1] - t[0]  # of the whole way
+    share = t[1] - t[0]  # of the whole way, and so of the edit
     gain = (first_distance - second_distance) * share[:, None]
     is_near = torch.minimum(first_distance, second_distance) <= 2  # far from a prompt its score may do as it likes
     return dict(
@@ -268,7 +268,7 @@ def fades(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
 def edit(layout: np.ndarray, rng: Generator) -> np.ndarray:
     """The layout (2, 4) after one random edit: an object added, removed, repainted, reshaped or moved."""
     layout = layout.copy()
-    shape, color = layout
+    shape, color = layout  # views
     empty = np.flatnonzero(shape < 0)
     full = np.flatnonzero(shape >= 0)
     i = rng.choice(full)

@@ -43,7 +43,7 @@ TINY = FluxConfig(
     axes_dim=(8, 12, 12),  # sums to the 32 channels of a head
     theta=10_000,
     qkv_bias=True,
-    guidance_embed=False,
+    guidance_embed=False,  # no distilled guidance to imitate
 )
 
 
@@ -52,15 +52,15 @@ def make_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 32, 64),
+        block_out_channels=(8, 16, 32, 64),  # FLUX: 128, 256, 512, 512
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=8,  # FLUX: 16
         norm_num_groups=4,
         sample_size=SIZE,
         use_quant_conv=False,  # as in FLUX's autoencoder
         use_post_quant_conv=False,
         mid_block_add_attention=False,
-        force_upcast=False,
+        force_upcast=False,  # it runs in fp32 anyway
     )
 
 
@@ -78,7 +78,7 @@ def make_t5_tokenizer(folder: Path, captions: list[str]) -> None:
     words = sorted(set(" ".join(captions).split()))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        # Printable ASCII twice, or rare characters would have no token.
+        # Printable ASCII as well, so that any other text falls back to its characters.
         sentence_iterator=iter([*captions, *string.printable[:95] * 2]),
         model_writer=model,
         vocab_size=200,
@@ -104,10 +104,10 @@ def make_t5_tokenizer(folder: Path, captions: list[str]) -> None:
 
 def make_clip_tokenizer(folder: Path, captions: list[str]) -> None:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()  # merges end at spaces, so that words are tokens
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1000,
+        vocab_size=1000,  # more than the captions need: all their words get merged
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -138,12 +138,12 @@ def make_text_encoders(folder: Path) -> nn.ModuleDict:
         T5Config(
             vocab_size=t5_tokens,
             d_model=TINY.context_in_dim,
-            d_kv=24,
+            d_kv=24,  # 4 heads of 24 are the width
             d_ff=192,
             num_layers=2,
             num_heads=4,
             feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
+            dropout_rate=0.0,  # there are only 236 captions, and all must be learned
         )
     )
     clip = CLIPTextModel(
@@ -154,6 +154,7 @@ def make_text_encoders(folder: Path) -> nn.ModuleDict:
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=TEXT_LENGTH,
+            # CLIP pools at the end token, so its id must be that of the tokenizer.
             bos_token_id=clip_tokenizer.bos_token_id,
             eos_token_id=clip_tokenizer.eos_token_id,
             pad_token_id=clip_tokenizer.pad_token_id,

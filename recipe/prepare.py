@@ -30,6 +30,7 @@ from recipe.teach import stage_labels, stage_read, stage_reward
 
 
 def stage_ship(cfg: PrepareFlags) -> None:
+    # A finished stage only loads its result.
     ship_base(cfg, stage_finish(cfg), cfg.out / "tiny-flux")
     ship_reward(cfg, stage_reward(cfg)["clip"], cfg.out / "tiny-reward")
     ship_prompts(cfg.out)
@@ -55,9 +56,9 @@ def main(cfg: PrepareFlags) -> None:
     if cfg.scale != 1 and (cfg.work == defaults.work or cfg.out == defaults.out):
         # A short run would be taken for a finished one, or would overwrite the world that all runs use.
         raise SystemExit("error: --scale: set --work and --out as well, or the shipped files would be replaced")
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.threads)  # rounding, and so the weights, depend on their number
     cfg.work.mkdir(parents=True, exist_ok=True)
-    for stage in cfg.stages or STAGES:
+    for stage in cfg.stages or STAGES:  # each calls those that it needs
         STAGES[stage](cfg)
 
 

@@ -17,6 +17,7 @@ EVEN = dict.fromkeys(TASKS, 1) | {"single": 1.5}
 def random_prompts(n: int, rng: Generator, weights: dict[str, float] = EVEN) -> list[Prompt]:
     """n prompts: a task by its weight, then any of the task's prompts."""
     shares = np.array(list(weights.values()))
+    # A task first, or `attr`, which has 144 of the 236 prompts, would crowd out the others.
     tasks = rng.choice(list(weights), size=n, p=shares / shares.sum())
     prompts = []
     for task in tasks:
@@ -49,10 +50,10 @@ def distort(prompt: Prompt, rng: Generator) -> Prompt:
     match prompt.task:
         case "count":
             count = draw_except(NUMBERS, prompt.count)
-            return Prompt("count", prompt.shapes, count=int(count))
+            return Prompt("count", prompt.shapes, count=int(count))  # draw_except returns a string
         case "color":
             return Prompt("color", prompt.shapes, replace_color(0))
-        case "two":
+        case "two":  # the task changes, as a scene of one object is no scene of two
             shape = rng.choice(prompt.shapes)
             return Prompt("single", (str(shape),))
         case "position":
@@ -63,4 +64,4 @@ def distort(prompt: Prompt, rng: Generator) -> Prompt:
             if rng.random() < 0.5:  # swapped colors are what a base model confuses most
                 colors = prompt.colors[::-1]
             return Prompt("attr", prompt.shapes, colors)
-    return prompt
+    return prompt  # single: there is no detail to get wrong

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import tyro
@@ -40,50 +39,56 @@ class ReportFlags:
     """The reward, as train.py reads it."""
     work: Path | None = None
     """The recipe's folder (recipe.prepare --work), to measure what the base knew before its finish."""
-    images: Annotated[int, tyro.conf.arg(aliases=("--each",))] = 200
+    images: int = 200
     """Images per task."""
-    seed: int = 0
-    """Seed of the rendered scenes. The prompts and the models' noise are always the same."""
 
 
 def main(cfg: ReportFlags) -> None:
     pipe, reward = load_pipeline(cfg.model), open_reward(cfg.reward)
     prompts = []
     for task in TASKS:
-        # Steps of 7 mix held-out prompts with others; 7 divides no task's size, so all prompts occur.
-        prompts += [OF_TASK[task][7 * i % len(OF_TASK[task])] for i in range(cfg.images)]
+        candidates = OF_TASK[task]
+        for i in range(cfg.images):
+            # Steps of 7 mix shapes and colors even in few images; 7 divides no task's size, so all prompts occur.
+            prompts.append(candidates[7 * i % len(candidates)])
 
-    report_judge(pipe, prompts, cfg.seed)
-    if cfg.work is not None:
-        clean = replace(pipe, flux=copy.deepcopy(pipe.flux))
+    report_judge(pipe, prompts)
+    if cfg.work is not None:  # the shipped folder has the finished base only
+        clean = replace(pipe, flux=copy.deepcopy(pipe.flux))  # the same text encoders and VAE
         clean.flux.load_state_dict(torch.load(cfg.work / "clean.pt", weights_only=True))
         for steps in (PRESET.rollout_steps, 25):
             report_samples(clean, prompts, steps, "clean base")
-    for steps in (5, 8, 25):
+    for steps in (5, 8, 25):  # few steps show how straight the trajectories are
         report_samples(pipe, prompts, steps, "base")
-    images = report_samples(pipe, prompts, PRESET.rollout_steps, "base")
+    images = report_samples(pipe, prompts, PRESET.rollout_steps, "base")  # those that alignment starts from
     report_held_out(prompts, images)
     report_reward(reward, prompts, images)
     report_walk(pipe, reward, prompts)
 
 
 @torch.no_grad()
-def report_judge(pipe: Pipeline, prompts: list[Prompt], seed: int) -> None:
+def report_judge(pipe: Pipeline, prompts: list[Prompt]) -> None:
     """The judge on scenes that are right: what it rejects is its own error, or the VAE's."""
-    images, _ = scenes(prompts, default_rng(seed))
-    print_scores("judge on scenes", accuracy(judge_images(images, prompts), prompts))
+    images, _ = scenes(prompts, default_rng(0))
+    correct = judge_images(images, prompts)
+    print_scores("judge on scenes", accuracy(correct, prompts))
     decoded = []
     for batch in images.split(100):
-        z = pipe.vae.encode(batch * 2 - 1).latent_dist.mean
+        z = pipe.vae.encode(batch * 2 - 1).latent_dist.mean  # as the recipe encodes scenes
         decoded.append(pipe.vae.decode(z).sample / 2 + 0.5)
-    print_scores("judge after the VAE", accuracy(judge_images(torch.cat(decoded), prompts), prompts))
+    correct = judge_images(torch.cat(decoded), prompts)
+    print_scores("judge after the VAE", accuracy(correct, prompts))
 
 
 def report_samples(pipe: Pipeline, prompts: list[Prompt], steps: int, name: str) -> Tensor:
     """The judge on the model's images, which are returned, and the share of images with an object of no one color."""
-    images = sample(pipe, captions(prompts), range(len(prompts)), steps, SIZE, SIZE)
-    print_scores(f"{name}, {steps} steps", accuracy(judge_images(images, prompts), prompts))
-    blends = [any(o.color == UNKNOWN for o in objects) for objects in objects_in(images)]
+    seeds = range(len(prompts))  # the same noise for any number of steps
+    images = sample(pipe, captions(prompts), seeds, steps, SIZE, SIZE)
+    correct = judge_images(images, prompts)
+    print_scores(f"{name}, {steps} steps", accuracy(correct, prompts))
+    blends = []
+    for objects in objects_in(images):
+        blends.append(any(o.color == UNKNOWN for o in objects))
     print_scores("  an object of no one color", accuracy(torch.tensor(blends), prompts))
     return images
 
@@ -97,45 +102,49 @@ def report_held_out(prompts: list[Prompt], images: Tensor) -> None:
     for name, held_out in (("prompts of alignment", False), ("held-out prompts", True)):
         rows = []
         for i, prompt in enumerate(prompts):
-            if prompt.task not in ("single", "two") and is_held_out(prompt) == held_out:
+            if prompt.task not in ("single", "two") and is_held_out(prompt) == held_out:  # these two hold none out
                 rows.append(i)
         subset = [prompts[i] for i in rows]
-        print_scores(f"  {name}", accuracy(judge_images(images[rows], subset), subset))
+        correct = judge_images(images[rows], subset)
+        print_scores(f"  {name}", accuracy(correct, subset))
 
 
 def report_reward(reward: Reward, prompts: list[Prompt], images: Tensor) -> None:
     """AUC: the chance that the reward prefers a right image of a task to a wrong one; ties count half."""
-    scores = score_all(reward, images, captions(prompts), "cpu")
+    scores = score_all(reward, images, captions(prompts), "cpu")  # (n,), as reported
     correct = judge_images(images, prompts)
     auc = {}
-    for task in TASKS:
+    for task in TASKS:  # one by one, because scores of different tasks need not be comparable
         of_task = torch.tensor([prompt.task == task for prompt in prompts])
         positive, negative = scores[of_task & correct], scores[of_task & ~correct]
-        pairs_won = mannwhitneyu(positive, negative).statistic
+        pairs_won = mannwhitneyu(positive, negative).statistic  # of all pairs of a right and a wrong image
         auc[task] = pairs_won / (len(positive) * len(negative))
-    print_scores("AUC, right against wrong", {"mean": sum(auc.values()) / len(auc), **auc})
-    means = dict(right=scores[correct].mean().item(), wrong=scores[~correct].mean().item())
-    print_scores("mean reward of images", means)
+    mean = sum(auc.values()) / len(auc)
+    print_scores("AUC, right against wrong", {"mean": mean, **auc})
 
 
-def report_walk(pipe: Pipeline, reward: Reward, prompts: list[Prompt], steps: int = 10, length: float = 0.5) -> None:
-    """Walk x_0 itself up the reward's gradient. If the judge gains as well, the gradient is worth following."""
-    prompts = prompts[:: max(1, len(prompts) // 300)]
+def report_walk(pipe: Pipeline, reward: Reward, prompts: list[Prompt]) -> None:
+    """Walk x_0 itself up the reward's gradient. If the judge gains as well, the gradient is worth following.
+
+    10 steps of 0.5 (L2), which all images take alike, unlike recipe.reward.walk.
+    """
+    prompts = prompts[:: max(1, len(prompts) // 300)]  # 50 per task are enough
     texts = captions(prompts)
     rows, columns = token_grid(pipe, SIZE, SIZE)
     levels = sigmas(pipe.schedule, PRESET.rollout_steps, rows * columns)
-    noise = draw_noise(pipe, range(10**4, 10**4 + len(prompts)), rows, columns)  # not the noise of report_samples
+    seeds = range(10**4, 10**4 + len(prompts))  # other noise than in report_samples
+    noise = draw_noise(pipe, seeds, rows, columns)
     velocity = velocity_of(pipe.flux, encode(pipe, texts), rows, columns)
     x = rollout(velocity, noise, levels).x[-1]
-    for step in range(steps + 1):
-        x.requires_grad_()
+    for step in range(11):
+        x.requires_grad_()  # the latents are the parameters of this walk
         images = decode(pipe, x, SIZE, SIZE)
         score = reward.scale * reward.score(images, texts)
-        (grad,) = torch.autograd.grad(score.sum(), x)
-        if step % 5 == 0:
+        (grad,) = torch.autograd.grad(score.sum(), x)  # of each image on its own
+        if step % 5 == 0:  # before the walk, half-way, at its end
             shares = accuracy(judge_images(images, prompts), prompts)
             print_scores(f"x_0 after {step} steps of the walk", {"reward": score.mean().item(), **shares})
-        x = (x + length * grad / sample_norm(grad)).detach()
+        x = (x + 0.5 * grad / sample_norm(grad)).detach()
 
 
 if __name__ == "__main__":

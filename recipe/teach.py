@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from config import SHAPES as PRESET
 from model import Flux
-from recipe.base import decode_latents, decoder, latents, sample_latents, stage_clean, stage_finish, token_ids
+from recipe.base import decoder, latents, sample_latents, stage_clean, stage_finish, token_ids
 from recipe.fit import PrepareFlags, TensorDict, fit_stage, load_or_compute, print_scores, stage_seed
 from recipe.lessons import UNKNOWN, fades, numbers_of, training_scenes, truths
 from recipe.models import VISION_WIDTH, make_reward
@@ -31,7 +31,7 @@ RESTART = 0.1  # chance of such a walker to start anew, so that the reward sees 
 
 def stage_read(cfg: PrepareFlags) -> nn.ModuleDict:
     """The reward on rendered scenes. `clip` is the reward, `cells` a head that is thrown away later."""
-    _, ids = token_ids(cfg)
+    _, ids = token_ids(cfg)  # CLIP's
     torch.manual_seed(cfg.seed)
     model = make_reward(cfg.work / "tokenizer")
     model.logit_scale.requires_grad_(False)  # the scale of scores is fixed: OFFSET and SLOPE refer to it
@@ -99,7 +99,8 @@ def label_images(
 
     def compute() -> TensorDict:
         prompts, x = make(default_rng(stage_seed(cfg, name)))
-        images = decode_latents(cfg, x)
+        decode = decoder(cfg)
+        images = torch.cat([decode(batch) for batch in x.split(100)])
         caption = numbers_of(prompts)
         fits = truths(objects_in(images))
         print_scores(f"{len(x)} images, {name}", accuracy(of_caption(fits, caption), prompts))
@@ -120,12 +121,12 @@ def stage_reward(cfg: PrepareFlags) -> nn.ModuleDict:
 
     def loss_fn(rng: Generator, step: int) -> TensorDict:
         rows = rng.integers(len(data["caption"]), size=32)
-        rows = torch.from_numpy(rows)
+        rows = torch.from_numpy(rows)  # half of the batch; the other half is rendered
         labelled = dict(
             images=data["images"][rows] / 255,
             fits=data["fits"][rows],
             caption=data["caption"][rows],
-            layout=torch.full((32, 2, 4), UNKNOWN),
+            layout=torch.full((32, 2, 4), UNKNOWN),  # nobody knows what a model really drew
         )
         prompts = random_prompts(32, rng, TEACH)
         scenes = training_scenes(prompts, rng)  # they alone teach the head to read cells
@@ -136,16 +137,16 @@ def stage_reward(cfg: PrepareFlags) -> nn.ModuleDict:
         prompts = random_prompts(24, rng, TEACH)
         fade = fade_loss(model, text, fades(prompts, rng), rng)
 
-        # The walk follows the current reward, but does not train it; the images at its end do.
+        # The walk follows the current reward without training it; the images at its end train it. They are labelled for
+        # all prompts, so the caption that a walker follows plays no part in the loss.
         score_fn = partial(scores, model, text=text.detach())
-        images, caption, fits = move_walkers(score_fn, rng)
-        score, _ = scores(model, augment(images, rng), text)
+        images, fits = move_walkers(score_fn, rng)
+        score, _ = scores(model, augment(images, rng), text)  # not attacked: the walk was the attack
         walk_loss = dense_loss(score, fits)
 
         log["loss"] = log["loss"] + walk_loss + fade["loss"]
         log["order"] = fade["order"]
         log["walk"] = walk_loss.detach()
-        log["still_right"] = of_caption(fits, caption).float().mean()
         return log
 
     fit_stage("reward", modules, loss_fn, cfg, steps=1500, lr=7e-4)
@@ -161,7 +162,7 @@ def concatenate(batches: list[TensorDict]) -> TensorDict:
 
 
 def walkers(cfg: PrepareFlags, starts: TensorDict) -> Callable[[Callable, Generator], tuple]:
-    """A function that moves some of the walkers on: returns their images, captions (n,) and labels (n, p).
+    """A function that moves some of the walkers on, and returns their images and labels (n, p).
 
     Walkers are in no checkpoint: an interrupted stage goes on with new ones.
     """
@@ -171,11 +172,11 @@ def walkers(cfg: PrepareFlags, starts: TensorDict) -> Callable[[Callable, Genera
     x = starts["x"][rows]
     caption = starts["caption"][rows]
 
-    def move(score_fn: Callable, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def move(score_fn: Callable, rng: Generator) -> tuple[Tensor, Tensor]:
         moving = rng.choice(N_WALKERS, N_MOVED, replace=False)
         restarts = moving[rng.random(N_MOVED) < RESTART]
         rows = rng.integers(n_starts, size=len(restarts))
-        x[restarts] = starts["x"][rows]
+        x[restarts] = starts["x"][rows]  # in place: the walkers outlive the call
         caption[restarts] = starts["caption"][rows]
 
         captions = caption[moving]
@@ -184,9 +185,9 @@ def walkers(cfg: PrepareFlags, starts: TensorDict) -> Callable[[Callable, Genera
             score, _ = score_fn(decode(x))
             return of_caption(score, captions)
 
-        steps = int(rng.integers(1, 3))
+        steps = int(rng.integers(1, 3))  # 1 or 2: long walks come from many calls, each with a newer reward
         x[moving] = walk(caption_score, x[moving], steps)
         images = decode(x[moving])
-        return images, captions, truths(objects_in(images))
+        return images, truths(objects_in(images))  # the judge, since nobody knows what a walked image shows
 
     return move

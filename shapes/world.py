@@ -31,7 +31,7 @@ COLORS = {  # far apart in RGB, so that a blend of two is nearest to neither
     "yellow": (0.96, 0.82, 0.10),
 }
 COLOR_NAMES = list(COLORS)
-# Random colors in place of usual ones made a fifth of the base model's images blend two colors: see recipe/README.md.
+# With random colors in their place, more than a fifth of the base's images blend two colors: see recipe/README.md.
 USUAL = dict(circle="green", square="blue", triangle="yellow", cross="red")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {  # the step from the first object to the second: rows down, columns to the right

@@ -22,7 +22,7 @@ from recipe.models import make_tokenizers
 from rewards import Reward, check_rewards, open_reward
 from scorers.clip import clip, load_clip
 from scorers.common import CLIP_MEAN, CLIP_STD, preprocess
-from shapes.world import PROMPTS, scenes
+from shapes.world import all_prompts, scenes
 from start import check_gradient
 
 try:  # transformers 5 has PIL under a name of its own, in 4.57 it is the only one that needs no torchvision
@@ -243,7 +243,7 @@ def test_a_users_function_may_not_be_called_as_something_that_is_logged(name, tm
 
 
 def test_the_judge_is_one_or_zero_an_image():
-    prompts = PROMPTS[:12]
+    prompts = list(all_prompts())[:12]
     images = scenes(prompts, np.random.default_rng(0))[0]
     score = open_reward("judge").score(images, [p.text for p in prompts[::-1]])
     assert score.dtype == torch.float32 and set(score.tolist()) == {0.0, 1.0}
