@@ -1,11 +1,11 @@
 """The base model of the shapes world: an autoencoder, text encoders that know what captions mean, and a tiny Flux.
 
-The text encoders are trained alone and then frozen, as FLUX's are: the captions' embeddings are a table of 236 rows.
-Flux learns to draw on right captions first (`clean`: what the base knows) and is finished on captions that are often
-wrong in a detail (`finish`: it knows, but does not always obey). Trained on wrong captions from the start, it would
-know less: colors blend, and relations of two shapes are never learned.
+The text encoders are trained alone and then frozen, as FLUX's are, so a caption's embeddings are a row of a table.
+Flux first learns on right captions (`clean`) and then briefly on captions that are often wrong in a detail (`finish`):
+it knows what to draw, and does not always do so. Trained on wrong captions from the start it would know less: colors
+blend, and the relations of two shapes are never learned.
 
-Legend: p prompts of the world (236), n latents or images.
+Legend: p prompts of the world (236), n latents or images, m text tokens.
 """
 
 from collections.abc import Callable
@@ -14,222 +14,262 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from numpy.random import Generator, default_rng
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from infra.files import replacing
-from infra.pictures import contact_sheet
-from leaps import rollout
+from leaps import Velocity, rollout
 from model import Flux, init_weights
-from recipe.fit import EVEN, OF_TASK, TEACH, Config, draw_prompts, fit
+from recipe.fit import PrepareFlags, TensorDict, fit_stage, load_or_compute
+from recipe.lessons import numbers_of
 from recipe.models import TINY, make_text_encoders, make_tokenizers, make_vae, token_table
+from recipe.prompts import EVEN, TEACH, distort, random_prompts
 from sample import Text, pack, sigmas, unpack, velocity_of
-from shapes.judge import accuracy, judge
-from shapes.world import COLORS, NUMBER, PROMPTS, SHAPES, TASKS, distort, layout, render, scenes
+from shapes.world import COLOR_NAMES, NUMBER, PROMPTS, SHAPES, random_layouts, render, scenes
 
-SCHEDULE = dict(use_dynamic_shifting=False, shift=3.0)  # of the noise levels, in training and in sampling
-GRID = 4  # tokens each way
+SHIFT = 3.0  # of the noise levels, in training and in sampling; FLUX has 3.16 at 1024x1024
+SCHEDULE = dict(use_dynamic_shifting=False, shift=SHIFT)
+GRID = 4  # rows and columns of image tokens
+SCENES = {  # for each prompt of a task; attr has 144 prompts
+    "single": 250,
+    "two": 300,
+    "count": 300,
+    "color": 250,
+    "position": 250,
+    "attr": 90,
+}
 
 
 # ------------------------------------------------------------------------------- vae and its latents
 
 
-def stage_vae(cfg: Config) -> AutoencoderKL:
+def stage_vae(cfg: PrepareFlags) -> AutoencoderKL:
+    torch.manual_seed(cfg.seed)  # of the initial weights; each step of training sets a seed of its own
     vae = make_vae()
 
-    def loss_fn(rng, step):
-        shape = rng.integers(-1, len(SHAPES), (40, 4))  # fuller than prompts ask for: more to learn an image
-        images = render(shape, rng.integers(len(COLORS), size=shape.shape), rng) * 2 - 1
+    def loss_fn(rng: Generator, step: int) -> TensorDict:
+        # Random cells, which are fuller than those of prompts: an image has more to learn from.
+        shape = rng.integers(-1, len(SHAPES), (40, 4))
+        color = rng.integers(len(COLOR_NAMES), size=shape.shape)
+        layouts = np.stack([shape, color], axis=1)
+        images = render(layouts, rng) * 2 - 1  # the VAE's range is [-1, 1]
         posterior = vae.encode(images).latent_dist
         error = vae.decode(posterior.sample()).sample - images
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        mse, l1 = error.square().mean(), error.abs().mean()
-        return dict(loss=mse + 0.5 * l1 + 3e-5 * kl, mse=mse / 4, kl=kl)
+        mse = error.square().mean()
+        l1 = error.abs().mean()  # keeps edges sharper than the squared error alone
+        kl = posterior.kl().mean() / posterior.mean[0].numel()  # per latent entry
+        loss = mse + 0.5 * l1 + 3e-5 * kl  # a light KL, as in latent diffusion
+        return dict(loss=loss, mse=mse)
 
-    fit("vae", nn.ModuleDict({"vae": vae}), loss_fn, cfg, steps=1700, lr=3e-3)
+    modules = nn.ModuleDict(dict(vae=vae))
+    fit_stage("vae", modules, loss_fn, cfg, steps=1700, lr=3e-3)
     return vae.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def latents(cfg: Config) -> dict[str, Tensor]:
-    """Encoded scenes, so that training the base need not: x (n, 16, 32), and the prompt of each, (n,).
+def latents(cfg: PrepareFlags) -> TensorDict:
+    """Encoded scenes, once for all steps of training: x (n, 16, 32), and the prompt of each, (n,).
 
-    Shifted and scaled to mean 0 and standard deviation 1, by the numbers that go into the VAE's config.
+    Their mean is 0 and their standard deviation 1, by `shift_factor` and `scaling_factor`, which go into the VAE's
+    config.
     """
-    done = cfg.work / "latents.pt"
-    if done.exists():
-        return torch.load(done, weights_only=True)
-    vae, rng = stage_vae(cfg), np.random.default_rng((cfg.seed, 1))
-    each = dict(single=250, two=300, count=300, color=250, position=250, attr=90)  # scenes a prompt
-    index = torch.tensor([NUMBER[p] for p in PROMPTS for _ in range(cfg.some(each[p.task]))])
-    z = torch.cat(
-        [vae.encode(scenes([PROMPTS[i] for i in part], rng)[0] * 2 - 1).latent_dist.mean for part in index.split(200)]
-    )
-    shift, scale = z.mean(), 1 / z.std()
-    data = dict(x=pack((z - shift) * scale), prompt=index, shift_factor=shift, scaling_factor=scale)
-    with replacing(done) as part:
-        torch.save(data, part)
-    print(f"latents: {len(z)} scenes, shift {shift.item():.4f}, scale {scale.item():.4f}", flush=True)
-    return data
+
+    def compute() -> TensorDict:
+        vae = stage_vae(cfg)
+        rng = default_rng((cfg.seed, 1))  # 1, 2, 3: streams of the latents, the meanings, the walkers
+        numbers = []
+        for i, prompt in enumerate(PROMPTS):
+            numbers += [i] * cfg.at_scale(SCENES[prompt.task])
+        numbers = torch.tensor(numbers)
+        means = []
+        for batch in numbers.split(200):  # all at once would not fit into memory
+            images, _ = scenes([PROMPTS[i] for i in batch], rng)
+            means.append(vae.encode(images * 2 - 1).latent_dist.mean)  # no noise: the base adds its own
+        z = torch.cat(means)  # (n, 8, 8, 8)
+        shift, scale = z.mean(), 1 / z.std()
+        return dict(
+            x=pack((z - shift) * scale),
+            prompt=numbers,
+            shift_factor=shift,
+            scaling_factor=scale,
+        )
+
+    return load_or_compute(cfg.work / "latents.pt", compute)
 
 
-def decoder(cfg: Config) -> Callable[[Tensor], Tensor]:
-    """Packed latents to images in [0, 1]; gradients pass."""
+def decoder(cfg: PrepareFlags) -> Callable[[Tensor], Tensor]:
+    """A function from packed latents (n, 16, 32) to images in [0, 1], differentiable."""
     data, vae = latents(cfg), stage_vae(cfg)
 
     def decode(x: Tensor) -> Tensor:
         z = unpack(x, GRID, GRID) / data["scaling_factor"] + data["shift_factor"]
-        return (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+        return (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)  # as sample.decode
 
     return decode
-
-
-@torch.no_grad()
-def pictures(cfg: Config, x: Tensor) -> Tensor:
-    """Packed latents to images in [0, 1], in pieces."""
-    decode = decoder(cfg)
-    return torch.cat([decode(part) for part in x.split(100)])
 
 
 # -------------------------------------------------------------------------------------------- text
 
 
-def tokens(cfg: Config) -> tuple[Tensor, Tensor]:
-    """Every prompt's T5 and CLIP ids; makes the tokenizers the first time."""
+def stage_text(cfg: PrepareFlags) -> nn.ModuleDict:
+    """T5 and CLIP text encoders, trained so that linear heads can read a caption's meaning off their embeddings.
+
+    The heads are thrown away. Trained together with Flux instead, the encoders never learned relations.
+    """
+    t5_ids, clip_ids = token_ids(cfg)
+    torch.manual_seed(cfg.seed)
+    text = make_text_encoders(cfg.work)
+    heads = nn.ModuleDict(
+        dict(
+            noun=nn.Linear(TINY.context_in_dim, 17),  # of the token of a noun: see `meanings`
+            mean=nn.Linear(TINY.context_in_dim, 40),  # of the mean over tokens
+            pooled=nn.Linear(TINY.vec_in_dim, 40),
+        )
+    )
+    scene, noun, is_noun = meanings(cfg, t5_ids)
+
+    def loss_fn(rng: Generator, step: int) -> TensorDict:
+        hidden = text["t5"](t5_ids)[0]  # (p, m, 96): every step sees all captions
+        pooled = text["clip"](clip_ids).pooler_output  # (p, 64)
+        noun_error = heads["noun"](hidden) - noun
+        pooled_error = heads["pooled"](pooled) - scene
+        mean_error = heads["mean"](hidden.mean(1)) - scene
+        noun_loss = noun_error[is_noun].square().sum(-1).mean()
+        pooled_loss = pooled_error.square().sum(-1).mean()
+        mean_loss = mean_error.square().sum(-1).mean()
+        # Flux reads the tokens and the pooled vector, so these two count in full.
+        loss = noun_loss + pooled_loss + 0.3 * mean_loss
+        return dict(loss=loss)
+
+    modules = nn.ModuleDict(dict(text=text, heads=heads))
+    fit_stage("text", modules, loss_fn, cfg, steps=600, lr=2e-3)
+    return text.eval().requires_grad_(False)
+
+
+def token_ids(cfg: PrepareFlags) -> tuple[Tensor, Tensor]:
+    """T5's and CLIP's ids of every prompt, (p, m) each; makes the tokenizers the first time."""
     if not (cfg.work / "tokenizer" / "vocab.json").exists():
         make_tokenizers(cfg.work)
     return token_table(cfg.work / "tokenizer_2"), token_table(cfg.work / "tokenizer")
 
 
-def meanings(t5_ids: Tensor, names: list[str], rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """What captions mean, from 200 layouts of each.
+def meanings(cfg: PrepareFlags, t5_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What captions mean, as frequencies over 200 layouts of each.
 
-    Of a scene (p, 40): how often each cell is empty or has each shape, and so for colors. Of a noun (p, tokens, 17):
-    how often its shape is in each cell, the color asked for or none, its shape, the count; and where nouns are
-    (p, tokens). `names` are the tokenizer's pieces by id.
+    scene (p, 40): how often each cell is empty or has each shape, and the same for colors.
+    noun (p, m, 17): for the token of a noun, how often its shape is in each cell (4), its color or none (5), its shape
+    (4), and the count (4).
+    is_noun (p, m): which tokens are nouns.
     """
-    scene = torch.zeros(len(PROMPTS), 2, 4, 5)
-    noun, is_noun = torch.zeros(*t5_ids.shape, 17), torch.zeros(t5_ids.shape, dtype=torch.bool)
-    for i, p in enumerate(PROMPTS):
-        cells = torch.from_numpy(np.stack([np.stack(layout(p, rng)) for _ in range(200)])) + 1  # (200, 2, 4)
-        scene[i] = F.one_hot(cells, 5).float().mean(0)
-        words = [names[token].strip("\u2581") for token in t5_ids[i].tolist()]
-        places = [
-            j for j, word in enumerate(words) if {word, word.removesuffix("s"), word.removesuffix("es")} & set(SHAPES)
-        ]
-        for k, (j, shape) in enumerate(zip(places, p.shapes, strict=True)):
-            color = list(COLORS).index(p.colors[k]) + 1 if p.colors else 0
-            kinds = [F.one_hot(torch.tensor(a), n) for a, n in ((color, 5), (SHAPES.index(shape), 4), (p.count - 1, 4))]
-            noun[i, j] = torch.cat([scene[i, 0, :, SHAPES.index(shape) + 1], *kinds])
+    rng = default_rng((cfg.seed, 2))
+    tokenizer = AutoTokenizer.from_pretrained(cfg.work / "tokenizer_2")
+    shape_of_word = {}
+    for i, shape in enumerate(SHAPES):
+        shape_of_word |= {shape: i, f"{shape}s": i, f"{shape}es": i}
+
+    scene = torch.zeros(len(PROMPTS), 2, 4, 5)  # (p, shape or color, cell, empty or which)
+    noun = torch.zeros(*t5_ids.shape, 17)
+    is_noun = torch.zeros(t5_ids.shape, dtype=torch.bool)
+    for i, prompt in enumerate(PROMPTS):
+        layouts = torch.from_numpy(random_layouts([prompt] * 200, rng))
+        cells = F.one_hot(layouts + 1, 5)  # index 0 is empty
+        scene[i] = cells.float().mean(0)
+        colors = list(prompt.colors)
+        for j, token in enumerate(tokenizer.convert_ids_to_tokens(t5_ids[i])):
+            shape = shape_of_word.get(token.strip("\u2581"))  # sentencepiece's mark of the start of a word
+            if shape is None:
+                continue
+            color = COLOR_NAMES.index(colors.pop(0)) + 1 if colors else 0  # nouns come in the order of their colors
+            noun[i, j, :4] = scene[i, 0, :, shape + 1]
+            noun[i, j, 4 + color] = 1
+            noun[i, j, 9 + shape] = 1
+            noun[i, j, 13 + prompt.count - 1] = 1
             is_noun[i, j] = True
     return scene.flatten(1), noun, is_noun
 
 
-def stage_text(cfg: Config) -> nn.ModuleDict:
-    """T5 and CLIP text encoders, taught by linear heads that read a caption's meaning off them and are thrown away."""
-    t5_ids, clip_ids = tokens(cfg)
-    torch.manual_seed(cfg.seed)
-    text = make_text_encoders(cfg.work)
-    t5_width, clip_width = TINY.context_in_dim, TINY.vec_in_dim
-    heads = nn.ModuleDict(
-        dict(noun=nn.Linear(t5_width, 17), mean=nn.Linear(t5_width, 40), pooled=nn.Linear(clip_width, 40))
-    )
-    pieces = AutoTokenizer.from_pretrained(cfg.work / "tokenizer_2")
-    names = pieces.convert_ids_to_tokens(range(len(pieces)))
-    scene, noun, is_noun = meanings(t5_ids, names, np.random.default_rng((cfg.seed, 2)))
+def caption_table(cfg: PrepareFlags) -> Text:
+    """What Flux sees of every prompt of the world: T5's embeddings (p, m, 96) and CLIP's (p, 64)."""
 
-    def loss_fn(rng, step):
-        hidden, pooled = text["t5"](t5_ids)[0], text["clip"](clip_ids).pooler_output
-        of_noun = (heads["noun"](hidden) - noun)[is_noun].square().sum(-1).mean()
-        of_pooled = (heads["pooled"](pooled) - scene).square().sum(-1).mean()
-        of_mean = (heads["mean"](hidden.mean(1)) - scene).square().sum(-1).mean()
-        return dict(loss=of_noun + of_pooled + 0.3 * of_mean, noun=of_noun, pooled=of_pooled, mean=of_mean)
+    def compute() -> list[Tensor]:
+        t5_ids, clip_ids = token_ids(cfg)
+        text = stage_text(cfg)
+        return [text["t5"](t5_ids)[0], text["clip"](clip_ids).pooler_output]
 
-    fit("text", nn.ModuleDict(dict(text=text, heads=heads)), loss_fn, cfg, steps=600, lr=2e-3)
-    return text.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def captions(cfg: Config) -> Text:
-    """What Flux is given for every prompt of the world: (p, tokens, 96) and (p, 64)."""
-    done = cfg.work / "captions.pt"
-    if not done.exists():
-        (t5_ids, clip_ids), text = tokens(cfg), stage_text(cfg)
-        with replacing(done) as part:
-            torch.save([text["t5"](t5_ids)[0], text["clip"](clip_ids).pooler_output], part)
-    return Text(*torch.load(done, weights_only=True))
+    return Text(*load_or_compute(cfg.work / "captions.pt", compute))
 
 
 # -------------------------------------------------------------------------------------------- flux
 
 
-def velocity(flux: Flux, table: Text, caption: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model's velocity for prompts by number."""
-    return velocity_of(flux, Text(table.txt[caption], table.vec[caption]), GRID, GRID)
-
-
-def times(n: int) -> Tensor:
-    """Logit-normal noise levels (n,), shifted by 3."""
-    t = torch.sigmoid(torch.randn(n))
-    return 3 * t / (1 + 2 * t)
-
-
-def flow_loss(v: Callable[[Tensor, Tensor], Tensor], x0: Tensor, x1: Tensor) -> dict[str, Tensor]:
-    """Flow matching: the squared error of the velocity x_1 - x_0 at random times."""
-    t = times(len(x0))
-    return dict(loss=F.mse_loss(v(torch.lerp(x0, x1, t[:, None, None]), t), x1 - x0))
-
-
-def fit_captions(
-    cfg: Config, name: str, flux: Flux, weights: dict[str, float], wrong: float, steps: int, lr: float, average: float
-) -> None:
-    """Flow matching on scenes whose caption is wrong in a detail with probability `wrong`."""
-    data, table = latents(cfg), captions(cfg)
-    rows = [torch.nonzero(data["prompt"] == i)[:, 0].numpy() for i in range(len(PROMPTS))]
-
-    def loss_fn(rng, step):
-        asked = draw_prompts(128, rng, weights)
-        seen = [distort(p, rng) if rng.random() < wrong else p for p in asked]
-        x0 = data["x"][[rng.choice(rows[NUMBER[p]]) for p in seen]]
-        caption = torch.tensor([NUMBER[p] for p in asked])
-        return flow_loss(velocity(flux, table, caption), x0, torch.randn_like(x0))
-
-    if fit(name, flux, loss_fn, cfg, steps, lr, average):
-        for levels in (5, 8, 25):
-            show(cfg, name, flux, levels)
-
-
-def stage_clean(cfg: Config) -> Flux:
+def stage_clean(cfg: PrepareFlags) -> Flux:
     torch.manual_seed(cfg.seed)
     flux = Flux(TINY)
-    init_weights(flux)
-    fit_captions(cfg, "clean", flux, TEACH, wrong=0.0, steps=3500, lr=2e-3, average=0.998)
+    init_weights(flux)  # adaLN-zero, as DiT
+    fit_flux(cfg, "clean", flux, TEACH, distorted=0.0, steps=3500, lr=2e-3, average=0.998)
     return flux
 
 
-def stage_finish(cfg: Config) -> Flux:
+def stage_finish(cfg: PrepareFlags) -> Flux:
+    """The base. A light finish moves the weights by 3%, so alignment has little to undo."""
     flux = stage_clean(cfg)
-    weights = EVEN | dict(single=8)  # never wrong: keeps what is drawn crisp while habits change
-    fit_captions(cfg, "finish", flux, weights, wrong=0.5, steps=450, lr=1e-4, average=0.0)
+    weights = EVEN | dict(single=8)  # never wrong: keeps objects crisp while habits change
+    fit_flux(cfg, "finish", flux, weights, distorted=0.5, steps=450, lr=1e-4, average=0.0)
     return flux
 
 
-@torch.no_grad()
-def generate(cfg: Config, flux: Flux, caption: Tensor, steps: int, seed: int) -> Tensor:
-    """The model's own sample for each caption, (n, 16, 32)."""
-    table, ends = captions(cfg), []
-    noise = torch.randn(len(caption), GRID**2, TINY.in_channels, generator=torch.Generator().manual_seed(seed))
-    for ids, x1 in zip(caption.split(250), noise.split(250), strict=True):
-        ends.append(rollout(velocity(flux, table, ids), x1, sigmas(SCHEDULE, steps, GRID**2)).x[-1])
-    return torch.cat(ends)
+def fit_flux(
+    cfg: PrepareFlags,
+    name: str,
+    flux: Flux,
+    weights: dict[str, float],
+    distorted: float,
+    steps: int,
+    lr: float,
+    average: float,
+) -> None:
+    """Flow matching on scenes whose caption is wrong in a detail with probability `distorted`."""
+    data, table = latents(cfg), caption_table(cfg)
+    rows_of_prompt = []
+    for i in range(len(PROMPTS)):
+        rows = torch.nonzero(data["prompt"] == i)[:, 0]
+        rows_of_prompt.append(rows.numpy())  # the scenes of each prompt
+
+    def loss_fn(rng: Generator, step: int) -> TensorDict:
+        captions = random_prompts(128, rng, weights)
+        # The scene is distorted, not the caption, so that the captions keep their weights.
+        scene_prompts = [distort(p, rng) if rng.random() < distorted else p for p in captions]
+        rows = [rng.choice(rows_of_prompt[NUMBER[p]]) for p in scene_prompts]
+        x0 = data["x"][rows]
+        velocity = caption_velocity(flux, table, numbers_of(captions))
+        return flow_loss(velocity, x0, torch.randn_like(x0))
+
+    fit_stage(name, flux, loss_fn, cfg, steps, lr, average)
 
 
-def show(cfg: Config, name: str, flux: Flux, steps: int) -> None:
-    """Print the judge's accuracy, 100 images a task, and write a picture of some of them."""
-    rng, each = np.random.default_rng(7), cfg.some(100, least=8)
-    prompts = [OF_TASK[t][i] for t in TASKS for i in rng.integers(len(OF_TASK[t]), size=each)]
-    images = pictures(cfg, generate(cfg, flux, torch.tensor([NUMBER[p] for p in prompts]), steps, seed=7))
-    scores = accuracy(judge(images, prompts), prompts)
-    print(f"{name}, {steps} steps:", *(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
-    sheet = cfg.work / f"{name}-{steps}.png"
-    contact_sheet(images[:: each // 8], [p.text for p in prompts[:: each // 8]], sheet, columns=8)
+def flow_loss(velocity: Velocity, x0: Tensor, x1: Tensor) -> TensorDict:
+    """Flow matching: the squared error of the velocity x_1 - x_0 at random noise levels."""
+    sigma = torch.sigmoid(torch.randn(len(x0)))  # logit-normal, as in SD3
+    sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+    x = torch.lerp(x0, x1, sigma[:, None, None])
+    error = F.mse_loss(velocity(x, sigma), x1 - x0)  # x_0 is the image, x_1 the noise, as in leaps.py
+    return dict(loss=error)
+
+
+def caption_velocity(flux: Flux, table: Text, caption: Tensor) -> Velocity:
+    """The model's velocity for prompts by number, (n,)."""
+    text = Text(table.txt[caption], table.vec[caption])
+    return velocity_of(flux, text, GRID, GRID)
+
+
+def sample_latents(cfg: PrepareFlags, flux: Flux, caption: Tensor, steps: int, seed: int) -> Tensor:
+    """The model's own latents for prompts by number: (n,) to (n, 16, 32)."""
+    table = caption_table(cfg)
+    generator = torch.Generator().manual_seed(seed)  # its own, so that training is not disturbed
+    levels = sigmas(SCHEDULE, steps, GRID**2)
+    noise = torch.randn(len(caption), GRID**2, TINY.in_channels, generator=generator)
+    samples = []
+    for numbers, x1 in zip(caption.split(250), noise.split(250)):
+        velocity = caption_velocity(flux, table, numbers)
+        states = rollout(velocity, x1, levels)
+        samples.append(states.x[-1])
+    return torch.cat(samples)

@@ -1,107 +1,120 @@
-"""What the stages of the recipe share: their settings, how prompts are drawn, and a training loop that resumes."""
+"""What the stages of the recipe share: the flags, results on disk, and a training loop that resumes."""
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from numpy.random import Generator, default_rng
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 
+import shapes
 from infra.files import replacing
-from shapes.world import PROMPTS, TASKS, Prompt, by_task
+from infra.flags import flags
 
-OF_TASK = by_task(PROMPTS)
-TEACH = dict(single=0.5, two=1, count=1, color=0.7, position=1.5, attr=2)  # more of what is harder to learn
-EVEN = dict.fromkeys(TASKS, 1) | dict(single=1.5)  # `single` has the fewest prompts, and must stay clean
+TensorDict = dict[str, Tensor]
 
 
-@dataclass
-class Config:
+@flags
+class PrepareFlags:
     """Make the models of the shapes world."""
 
     work: Path = Path("runs/prepare")
     """Folder for the stages' results and checkpoints."""
     stages: tuple[str, ...] = ()
-    """Stages to run, in this order, each after those that it needs; none: all."""
-    out: Path = Path(__file__).parent
-    """Folder that receives what is shipped."""
+    """Stages to run, each after those that it needs. None means all."""
+    out: Path = Path(shapes.__file__).parent
+    """Folder that receives the models and prompt files of the world."""
     scale: float = 1.0
-    """Multiplies all steps and numbers of images."""
+    """Factor of all training steps and numbers of images, to try the recipe in minutes."""
     seed: int = 0
-    """Seed of everything."""
+    """Seed of everything random."""
     threads: int = 2
     """CPU threads."""
 
-    def some(self, n: int, least: int = 2) -> int:
-        return max(least, round(n * self.scale))
+    def at_scale(self, n: int, minimum: int = 2) -> int:
+        return max(minimum, round(n * self.scale))
 
 
-def draw_prompts(n: int, rng: np.random.Generator, weights: dict[str, float] = EVEN) -> list[Prompt]:
-    """n prompts: a task by its weight, then one of the task's prompts, all alike."""
-    p = np.array(list(weights.values())) / sum(weights.values())
-    tasks = rng.choice(list(weights), size=n, p=p)
-    return [OF_TASK[t][rng.integers(len(OF_TASK[t]))] for t in tasks]
+def load_or_compute(file: Path, compute: Callable[[], Any]) -> Any:
+    """The tensors in `file`; the first time, what `compute` returns, which is saved there."""
+    if not file.exists():
+        save(file, compute())
+    return torch.load(file, weights_only=True)
 
 
-def fit(
+def save(file: Path, tensors: Any) -> None:
+    with replacing(file) as partial_file:  # a kill leaves the file whole or absent
+        torch.save(tensors, partial_file)
+
+
+def print_scores(name: str, scores: dict[str, float]) -> None:
+    values = [f"{key} {value:.3f}" for key, value in scores.items()]
+    print(f"{name:36s}", *values, flush=True)
+
+
+def stage_seed(cfg: PrepareFlags, name: str) -> tuple[int, int]:
+    """Start of the seeds of a stage or of a set of images, by its name."""
+    return cfg.seed, sum(map(ord, name))  # not hash(), which differs from process to process
+
+
+def fit_stage(
     name: str,
     modules: nn.Module,
-    loss_fn: Callable[[np.random.Generator, int], dict[str, Tensor]],
-    cfg: Config,
+    loss_fn: Callable[[Generator, int], TensorDict],
+    cfg: PrepareFlags,
     steps: int,
     lr: float,
     average: float = 0.0,
     save_every: int = 250,
-) -> bool:
-    """AdamW with a one-cycle schedule on `loss_fn(rng, step)["loss"]`; True if there was anything left to do.
+) -> None:
+    """Train `modules` in place with AdamW on `loss_fn(rng, step)["loss"]`, or load them if the stage is finished.
 
-    Ends with the averaged weights, whose decay grows to `average` (0: the last weights). Resumable: what is random in
-    a step depends on (seed, stage, step) alone (what walks in the stage `reward` starts anew).
+    They end with the average of the weights over the steps, whose decay grows to `average` (0: the last weights).
+    An interrupted stage resumes from its checkpoint to the same end, because all randomness of a step is a function
+    of (seed, stage, step). The walkers of the stage `reward` are the exception: they start anew.
     """
-    done, partial = cfg.work / f"{name}.pt", cfg.work / f"{name}.partial.pt"
-    if done.exists():
-        modules.load_state_dict(torch.load(done, weights_only=True))
-        return False
-    steps = cfg.some(steps)
-    params = [p for p in modules.parameters() if p.requires_grad]
-    mean_params = [p.detach().clone() for p in params]
+    result, checkpoint = cfg.work / f"{name}.pt", cfg.work / f"{name}.partial.pt"
+    if result.exists():
+        modules.load_state_dict(torch.load(result, weights_only=True))
+        return
+    steps = cfg.at_scale(steps)
+    params = [p for p in modules.parameters() if p.requires_grad]  # the reward's scale is frozen
+    averages = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
-    )
-    first = 0
-    if partial.exists():
-        saved = torch.load(partial, weights_only=True)
-        modules.load_state_dict(saved["modules"])
-        mean_params = saved["mean_params"]
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        first = saved["step"]
-    mean, start = {}, time.time()
-    for step in range(first, steps):
-        rng = np.random.default_rng((cfg.seed, sum(map(ord, name)), step))
-        torch.manual_seed(int(rng.integers(2**31)))
-        parts = loss_fn(rng, step)
-        parts["loss"].backward()
-        parts["grad"] = nn.utils.clip_grad_norm_(params, 1.0)
+    # 5% of warm-up, then a cosine down to nearly 0.
+    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    # All that a checkpoint holds, beside the averages and the step. No generator: a step sets its own seeds.
+    objects = dict(modules=modules, optimizer=optimizer, schedule=schedule)
+    first_step = 0  # of this process
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        for key, item in objects.items():
+            item.load_state_dict(state[key])
+        averages = state["averages"]
+        first_step = state["step"]
+
+    for step in range(first_step, steps):
+        rng = default_rng((*stage_seed(cfg, name), step))  # a list of numbers as seed: no two steps share a stream
+        torch.manual_seed(int(rng.integers(2**31)))  # numpy draws scenes, torch draws noise
+        log = loss_fn(rng, step)
+        log["loss"].backward()
+        log["grad"] = nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(mean_params, params, 1 - min(average, (1 + step) / (10 + step)))
-        mean = {k: 0.98 * mean.get(k, v.item()) + 0.02 * v.item() for k, v in parts.items()}
-        if (step + 1) % 50 == 0:
-            pace = f"{(time.time() - start) / (step + 1 - first):.2f} s/step"
-            print(f"{name} {step + 1}/{steps}", *(f"{k} {v:.4f}" for k, v in mean.items()), pace, flush=True)
-        if (step + 1) % save_every == 0 and step + 1 < steps:
-            state = dict(modules=modules.state_dict(), mean_params=mean_params, optimizer=optimizer.state_dict())
-            with replacing(partial) as part:
-                torch.save(state | dict(schedule=schedule.state_dict(), step=step + 1), part)
+        decay = min(average, (1 + step) / (10 + step))  # lower at first, or the initial weights would stay in
+        with torch.no_grad():  # one call for all parameters, which are many and small
+            torch._foreach_lerp_(averages, params, 1 - decay)
+        if (step + 1) % 50 == 0:  # one step's values, not a mean: enough to see that a stage learns
+            values = [f"{key} {value:.4f}" for key, value in log.items()]
+            print(f"{name} {step + 1}/{steps}", *values, flush=True)
+        if (step + 1) % save_every == 0:
+            state = {key: item.state_dict() for key, item in objects.items()}
+            save(checkpoint, state | dict(averages=averages, step=step + 1))
+
     with torch.no_grad():
-        torch._foreach_copy_(params, mean_params)
-    with replacing(done) as part:
-        torch.save(modules.state_dict(), part)
-    partial.unlink(missing_ok=True)
-    return True
+        torch._foreach_copy_(params, averages)
+    save(result, modules.state_dict())
+    checkpoint.unlink(missing_ok=True)  # after the result: a kill between the two loses nothing

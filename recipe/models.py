@@ -1,4 +1,4 @@
-"""The tiny models of the shapes world, fresh: real classes, the layout of FLUX.1-dev, 1/5000 of its size."""
+"""The tiny models of the shapes world with random weights: the classes of FLUX.1-dev at 1/5000 of its size."""
 
 import io
 import json
@@ -24,61 +24,67 @@ from transformers import (
 )
 
 from model import FluxConfig
-from shapes.world import all_prompts
+from shapes.world import PROMPTS, SIZE
 
 TEXT_LENGTH = 12  # the longest caption has 11 tokens
 VISION_WIDTH = 160  # of the reward's image tower
 SCORE_SCALE = 10.0  # logit_scale.exp() of the reward: reported scores are 10 cosines
+PATCH = 8  # pixels of an image patch of the reward, each way
 TINY = FluxConfig(
-    in_channels=32,
+    in_channels=32,  # 8 latent channels in patches of 2x2
     out_channels=32,
-    vec_in_dim=64,
-    context_in_dim=96,
+    vec_in_dim=64,  # the width of CLIP's text encoder
+    context_in_dim=96,  # the width of T5
     hidden_size=128,
     mlp_ratio=4.0,
     num_heads=4,
     depth=2,
     depth_single_blocks=4,
-    axes_dim=(8, 12, 12),
+    axes_dim=(8, 12, 12),  # sums to the 32 channels of a head
     theta=10_000,
     qkv_bias=True,
-    guidance_embed=False,
+    guidance_embed=False,  # no distilled guidance to imitate
 )
 
 
 def make_vae() -> AutoencoderKL:
-    """FLUX's kind of autoencoder, f8: 64x64x3 to 8x8x8, with a decoder that costs less than a rollout."""
+    """FLUX's kind of autoencoder, f8: 3 channels of 64x64 to 8 of 8x8. Its decoder costs less than a rollout."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 32, 64),
+        block_out_channels=(8, 16, 32, 64),  # FLUX: 128, 256, 512, 512
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=8,  # FLUX: 16
         norm_num_groups=4,
-        sample_size=64,
-        use_quant_conv=False,
+        sample_size=SIZE,
+        use_quant_conv=False,  # as in FLUX's autoencoder
         use_post_quant_conv=False,
         mid_block_add_attention=False,
-        force_upcast=False,
+        force_upcast=False,  # it runs in fp32 anyway
     )
 
 
 def make_tokenizers(folder: Path) -> None:
     """Write `tokenizer/` (CLIP's kind of BPE) and `tokenizer_2/` (T5's sentencepiece) for the world's captions.
 
-    Words are single pieces; any other text falls back to its characters.
+    Every word is one token; any other text falls back to its characters.
     """
-    captions = [p.text for p in all_prompts()]
-    words = sorted({word for caption in captions for word in caption.split()})
+    captions = [p.text for p in PROMPTS]
+    make_clip_tokenizer(folder / "tokenizer", captions)
+    make_t5_tokenizer(folder / "tokenizer_2", captions)
 
-    spiece = io.BytesIO()
+
+def make_t5_tokenizer(folder: Path, captions: list[str]) -> None:
+    words = sorted(set(" ".join(captions).split()))
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
+        # Printable ASCII as well, so that any other text falls back to its characters.
         sentence_iterator=iter([*captions, *string.printable[:95] * 2]),
-        model_writer=spiece,
+        model_writer=model,
         vocab_size=200,
         hard_vocab_limit=False,
-        user_defined_symbols=["\u2581" + word for word in words],
-        pad_id=0,
+        user_defined_symbols=["\u2581" + word for word in words],  # sentencepiece's mark of the start of a word
+        pad_id=0,  # T5's ids: padding 0, end 1, no start
         eos_id=1,
         unk_id=2,
         bos_id=-1,
@@ -86,52 +92,58 @@ def make_tokenizers(folder: Path) -> None:
         normalization_rule_name="identity",
         minloglevel=2,
     )
-    (folder / "tokenizer_2").mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer_2" / "spiece.model").write_bytes(spiece.getvalue())
-    t5 = T5Tokenizer.from_pretrained(folder / "tokenizer_2", extra_ids=0, model_max_length=TEXT_LENGTH)
-    t5.save_pretrained(folder / "tokenizer_2")
-    config = folder / "tokenizer_2" / "tokenizer_config.json"
-    entries = json.loads(config.read_text())
-    entries.pop("extra_special_tokens", None)  # transformers 5 writes a list, which 4.57 cannot read
-    config.write_text(json.dumps(entries, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=0, model_max_length=TEXT_LENGTH)
+    tokenizer.save_pretrained(folder)
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    config.pop("extra_special_tokens", None)  # transformers 5 writes a list, which 4.57 cannot read
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
 
+
+def make_clip_tokenizer(folder: Path, captions: list[str]) -> None:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()  # merges end at spaces, so that words are tokens
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=1000,  # more than the captions need: all their words get merged
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    pieces = [
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    # CLIP's order of ids: bytes, bytes at the end of a word, merges, start, end.
+    tokens = [
         *alphabet,
-        *(a + "</w>" for a in alphabet),
+        *[byte + "</w>" for byte in alphabet],
         *map("".join, merges),
         "<|startoftext|>",
         "<|endoftext|>",
     ]
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
-    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
-    (folder / "tokenizer" / "merges.txt").write_text("\n".join(lines) + "\n")
-    clip = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=TEXT_LENGTH)
-    clip.save_pretrained(folder / "tokenizer")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_LENGTH).save_pretrained(folder)
 
 
 def make_text_encoders(folder: Path) -> nn.ModuleDict:
-    """Fresh T5 and CLIP text encoders, of the widths that TINY takes; tokenizers are read from `folder`."""
+    """Untrained T5 and CLIP text encoders of the widths that TINY expects, for the tokenizers in `folder`."""
     t5_tokens = len(AutoTokenizer.from_pretrained(folder / "tokenizer_2"))
     clip_tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     t5 = T5EncoderModel(
         T5Config(
             vocab_size=t5_tokens,
             d_model=TINY.context_in_dim,
-            d_kv=24,
+            d_kv=24,  # 4 heads of 24 are the width
             d_ff=192,
             num_layers=2,
             num_heads=4,
             feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
+            dropout_rate=0.0,  # there are only 236 captions, and all must be learned
         )
     )
     clip = CLIPTextModel(
@@ -142,6 +154,7 @@ def make_text_encoders(folder: Path) -> nn.ModuleDict:
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=TEXT_LENGTH,
+            # CLIP pools at the end token, so its id must be that of the tokenizer.
             bos_token_id=clip_tokenizer.bos_token_id,
             eos_token_id=clip_tokenizer.eos_token_id,
             pad_token_id=clip_tokenizer.pad_token_id,
@@ -151,16 +164,15 @@ def make_text_encoders(folder: Path) -> nn.ModuleDict:
 
 
 def token_table(folder: Path) -> Tensor:
-    """A tokenizer's ids of every caption, in the order of all_prompts(): (236, TEXT_LENGTH)."""
+    """A tokenizer's ids of every prompt of the world: (236, TEXT_LENGTH)."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    captions = [p.text for p in all_prompts()]
-    return tokenizer(
-        captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
+    captions = [p.text for p in PROMPTS]
+    encoding = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    return encoding.input_ids
 
 
 def make_reward(tokenizer_folder: Path) -> CLIPModel:
-    """A fresh CLIPModel: 64 patches of 8x8 pixels, captions of up to TEXT_LENGTH tokens."""
+    """An untrained CLIPModel: 64 patches of 8x8 pixels, captions of up to TEXT_LENGTH tokens."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     text = dict(
         vocab_size=len(tokenizer),
@@ -180,14 +192,19 @@ def make_reward(tokenizer_folder: Path) -> CLIPModel:
         num_hidden_layers=4,
         num_attention_heads=5,
         hidden_act="gelu",  # a third faster on CPUs than CLIP's quick_gelu, which it is nearly equal to
-        image_size=64,
-        patch_size=8,
+        image_size=SIZE,
+        patch_size=PATCH,
     )
-    scale = dict(projection_dim=64, logit_scale_init_value=log(SCORE_SCALE))
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, **scale))
-    # CLIP draws position embeddings so small that a tower of this size never learns where things are.
+    config = CLIPConfig(
+        text_config=text,
+        vision_config=vision,
+        projection_dim=64,
+        logit_scale_init_value=log(SCORE_SCALE),
+    )
+    model = CLIPModel(config)
+    # CLIP's initial position embeddings (0.02) are so small that a tower of this size may not learn where things are.
+    # Larger ones, a vector for the row plus one for the column, tell it from the start.
     embedding = model.vision_model.embeddings.position_embedding.weight  # (1 + 64, 160), the class token first
-    side = 64 // model.config.vision_config.patch_size
-    rows, columns = 0.3 * torch.randn(2, side, embedding.shape[1])
+    rows, columns = 0.3 * torch.randn(2, SIZE // PATCH, VISION_WIDTH)
     embedding.data[1:] = (rows[:, None] + columns).flatten(0, 1)
     return model

@@ -1,114 +1,179 @@
-"""The tiny reward of the shapes world: a CLIP that scores how well a picture fits a prompt.
+"""The losses of the tiny reward, a CLIP that scores how well an image fits a prompt.
 
-An image has a truth for every prompt of the world, from the layout it was rendered with or from what the judge
-sees in it, so one image teaches 236 scores. Knowing right from wrong is not enough, for alignment follows the gradient
-to where no picture was before. So an auxiliary head must read each cell; the score must rise along a fade by an edit
-that mends the scene; and training is adversarial, in the pixels and, through the decoder, in the latents.
+An image has a label for every prompt of the world, from the layout that it was rendered with or from the judge, so one
+image trains 236 scores. Knowing right from wrong is not enough, because alignment follows the gradient to images that
+the reward never saw. Hence three more losses: a head must read each cell off the features; the score must rise along a
+fade that mends the scene; and images are attacked, in their pixels and, through the decoder, in their latents.
 
-Legend: b images, p prompts of the world (236).
+Legend: b images, p prompts of the world (236), c features.
 """
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import Generator
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from recipe.fit import TensorDict
 from recipe.lessons import UNKNOWN
 from recipe.models import SCORE_SCALE
 from scorers.common import preprocess
 
-OFFSET = 2.5  # a reported score above it says "right"
-SHARP = 2.0  # of the logistic losses, per unit of reported score
-SLOPE = 1.5  # least change of a reported score over a fade by one edit
+# In units of the reported score, which is 10 cosines: from -10 to 10.
+OFFSET = 2.5  # a score above it says "right"
+SHARPNESS = 2.0  # logits per unit of score, in the logistic losses
+SLOPE = 1.5  # least change of a score along a whole fade of one edit
 
 
 def scores(model: CLIPModel, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Reported scores of images (b, 3, 64, 64) for text features (p, c): (b, p), and pooled features (b, c)."""
-    pooled = model.vision_model(pixel_values=preprocess(images, 64)).pooler_output
-    image = F.normalize(model.visual_projection(pooled), dim=-1)
+    """Scores of images (b, 3, 64, 64) for text features (p, c): (b, p). Second, the pooled image features (b, c)."""
+    pixels = preprocess(images, 64)
+    pooled = model.vision_model(pixel_values=pixels).pooler_output
+    image = model.visual_projection(pooled)
+    image = F.normalize(image, dim=-1)  # text features come normalised
     return SCORE_SCALE * image @ text.T, pooled
 
 
+def of_caption(table: Tensor, caption: Tensor) -> Tensor:
+    """Each image's entry of a table (b, p) for its own caption (b,): (b,)."""
+    return table.gather(1, caption[:, None])[:, 0]
+
+
 def dense_loss(score: Tensor, fits: Tensor) -> Tensor:
-    """Every fitting prompt must beat all that do not fit, and scores must mean the same for every prompt.
+    """Loss of scores (b, p) given labels (b, p): a fitting prompt must beat all others, and OFFSET must separate them.
 
-    score, fits: (b, p). The first is a softmax over prompts, a term a fitting one. The second is logistic around
-    OFFSET, for fitting prompts one by one and for the others by their log-sum-exp: a picture with an object too many
-    fits none of them and is nearly right for one, which a mean over them would hide.
+    `contrast` is a softmax over the prompts, a term for each fitting prompt. It only compares prompts of one image, so
+    `calibration`, a logistic loss around OFFSET, makes scores of different images comparable. The other prompts count
+    by their log-sum-exp: an image with one object too many fits no prompt and nearly fits one, which their mean would
+    hide.
     """
-    z = SHARP * score
-    others = z.masked_fill(fits, -torch.inf).logsumexp(-1, keepdim=True)
-    contrast = F.softplus(others - z)[fits].mean()
-    calibrated = F.softplus(SHARP * OFFSET - z)[fits].mean() + F.softplus(others - SHARP * OFFSET).mean()
-    return contrast + calibrated
-
-
-def attack(model: CLIPModel, images: Tensor, text: Tensor, caption: Tensor, right: Tensor, radius: float) -> Tensor:
-    """Images moved by 0.3 to 1 times radius (L2) along the gradient that makes the score of their caption wrong.
-
-    The gradient is taken at a random point 0.3 radius away; half of the moves are smoothed with a 7x7 box, as what a
-    decoder can change is smooth. The result is clipped to [0, 1].
-    """
-    delta = torch.randn_like(images)
-    delta = (delta * (0.3 * radius / delta.flatten(1).norm(dim=1))[:, None, None, None]).requires_grad_()
-    score = scores(model, images + delta, text)[0].gather(1, caption[:, None])[:, 0]
-    (grad,) = torch.autograd.grad(torch.where(right, -score, score).sum(), delta)
-    smooth = F.avg_pool2d(grad, 7, stride=1, padding=3)
-    grad = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, smooth, grad)
-    length = radius * torch.empty(len(images)).uniform_(0.3, 1)
-    step = grad * (length / grad.flatten(1).norm(dim=1).clamp(min=1e-12))[:, None, None, None]
-    return (images + step).clamp(0, 1)
-
-
-def walk(score: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> Tensor:
-    """Latents x (b, n, c) after steps of 0.2 to 1 each (L2) up the gradient of score(x) -> (b,): where hacks are."""
-    for _ in range(steps):
-        x = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(score(x).sum(), x)
-        length = torch.empty(len(x), 1, 1).uniform_(0.2, 1.0)
-        x = x + length * grad / grad.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-12)
-    return x.detach()
-
-
-def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Shifts of up to 3 pixels (edges repeated) and Gaussian noise, on all images: never a defect."""
-    dy, dx = rng.integers(7, size=2)
-    images = F.pad(images, (3, 3, 3, 3), mode="replicate")[..., dy : dy + 64, dx : dx + 64]
-    return images + 0.04 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
+    logits = SHARPNESS * score
+    threshold = SHARPNESS * OFFSET
+    others_logit = logits.masked_fill(fits, -torch.inf).logsumexp(-1, keepdim=True)  # (b, 1)
+    contrast = F.softplus(others_logit - logits)[fits].mean()
+    fitting_term = F.softplus(threshold - logits)[fits].mean()
+    others_term = F.softplus(others_logit - threshold).mean()
+    calibration = fitting_term + others_term
+    return contrast + calibration
 
 
 def attacked_loss(
-    modules: nn.ModuleDict, text: Tensor, batch: dict[str, Tensor], radius: float, rng: np.random.Generator
-) -> dict[str, Tensor]:
-    """The loss on one batch of labelled images, attacked. `layout` may be UNKNOWN, but not for all images."""
-    model, caption, fits = modules["clip"], batch["caption"], batch["fits"]
-    images = augment(batch["images"], rng)
-    right = fits.gather(1, caption[:, None])[:, 0]
-    if radius > 0:
-        images = attack(model, images, text.detach(), caption, right, radius)
-    score, pooled = scores(model, images, text)
-    known = batch["layout"][:, 0, 0] != UNKNOWN
-    cells = modules["cells"](pooled).view(-1, 5, 2, 4)  # scores of empty and of four shapes or colors, a cell
-    read = F.cross_entropy(cells[known], batch["layout"][known] + 1)
-    loss = dense_loss(score, fits) + 2 * read
-    own = score.detach().gather(1, caption[:, None])[:, 0]
-    error = ((own > OFFSET) != right).float().mean()
-    return dict(loss=loss, read=read.detach(), right=own[right].mean(), wrong=own[~right].mean(), error=error)
+    modules: nn.ModuleDict,
+    text: Tensor,
+    batch: TensorDict,
+    radius: float,
+    rng: Generator,
+) -> TensorDict:
+    """The loss on a batch of labelled images (see training_scenes) after augmentation and attack; radius 0: no attack.
 
-
-def fade_loss(model: CLIPModel, text: Tensor, fade: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
-    """A score must grow by SLOPE for an edit less to make, in proportion on the way (lessons.fades).
-
-    Over all prompts that are near, and once more over each fade's own, which the gradient will be asked for.
+    `layout` may be UNKNOWN, but not for all images. The other entries of the result are for the log.
     """
-    images = augment(torch.cat([fade["start"], fade["end"]]), rng)
-    start, end = scores(model, images, text)[0].chunk(2)
-    gain, own = fade["gain"], fade["caption"][:, None]
-    grown = (end - start) * gain.sign()
-    missed = F.softplus(SHARP * (SLOPE * gain.abs() - grown))
-    near, mine = fade["near"] & (gain != 0), gain.gather(1, own) != 0
-    loss = missed[near].mean() + missed.gather(1, own)[mine].mean()
-    return dict(loss=loss, order=(grown.gather(1, own)[mine] > 0).float().mean())
+    model = modules["clip"]
+    caption, fits = batch["caption"], batch["fits"]
+    correct = of_caption(fits, caption)  # (b,)
+    images = augment(batch["images"], rng)
+    if radius > 0:
+        images = attack(model, images, text.detach(), caption, correct, radius)  # the labels stay: see RADIUS
+    score, pooled = scores(model, images, text)
+
+    # Reading each cell off the features forces the image tower to see where things are.
+    layout = batch["layout"]
+    has_layout = layout[:, 0, 0] != UNKNOWN
+    cells = modules["cells"](pooled).view(-1, 5, 2, 4)  # logits of empty and four shapes, or colors, for each cell
+    read_loss = F.cross_entropy(cells[has_layout], layout[has_layout] + 1)
+    loss = dense_loss(score, fits) + 2 * read_loss  # at weight 0.5 it did not: see recipe/README.md
+
+    is_error = (of_caption(score, caption) > OFFSET) != correct
+    return dict(
+        loss=loss,
+        read=read_loss.detach(),
+        error=is_error.float().mean(),
+    )
+
+
+def augment(images: Tensor, rng: Generator) -> Tensor:
+    """Shifts by up to 3 pixels (edges repeated) and Gaussian noise of up to 0.04.
+
+    On right and wrong images alike, so that the reward learns to see no defect in them.
+    """
+    dy, dx = rng.integers(7, size=2)
+    images = F.pad(images, (3, 3, 3, 3), mode="replicate")
+    images = images[..., dy : dy + 64, dx : dx + 64]  # one shift for the whole batch, which is cheaper
+    noise_level = 0.04 * torch.rand(len(images), 1, 1, 1)
+    return images + noise_level * torch.randn_like(images)
+
+
+def attack(
+    model: CLIPModel,
+    images: Tensor,
+    text: Tensor,
+    caption: Tensor,
+    correct: Tensor,
+    radius: float,
+) -> Tensor:
+    """Images moved by 0.3 to 1 times the radius (L2) in the direction that makes their caption's score wrong.
+
+    The score of a right image falls, that of a wrong one rises. Clipped to [0, 1].
+    """
+    # A random start, as in PGD: at the image itself the reward could learn to hide its gradient.
+    delta = torch.randn_like(images)
+    delta = delta * (0.3 * radius / sample_norm(delta))
+    delta.requires_grad_()
+    score, _ = scores(model, images + delta, text)
+    caption_score = of_caption(score, caption)
+    error = torch.where(correct, -caption_score, caption_score)
+    (grad,) = torch.autograd.grad(error.sum(), delta)
+
+    # Half of the moves are smooth, since what alignment changes goes through the decoder and is smooth.
+    smooth_grad = F.avg_pool2d(grad, 7, stride=1, padding=3)
+    is_smooth = torch.rand(len(images), 1, 1, 1) < 0.5
+    grad = torch.where(is_smooth, smooth_grad, grad)
+    length = torch.empty(len(images), 1, 1, 1).uniform_(0.3, 1)  # in radii
+    length = radius * length
+    step = grad * (length / sample_norm(grad).clamp(min=1e-12))
+    return (images + step).clamp(0, 1)  # a decoder's images are in this range, too
+
+
+def sample_norm(x: Tensor) -> Tensor:
+    """The L2 norm of each sample, with singleton axes to broadcast over it: (b, ...) to (b, 1, ...)."""
+    singletons = [1] * (x.ndim - 1)
+    return x.flatten(1).norm(dim=1).view(-1, *singletons)
+
+
+def walk(score: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> Tensor:
+    """Latents x (b, n, c) after steps up the gradient of score(x) -> (b,): the way to the reward's hacks.
+
+    A step is 0.2 to 1 long (L2), of random length, so that no spot of the way stays unseen.
+    """
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(score(x).sum(), x)
+        length = torch.empty(len(x), 1, 1)
+        length.uniform_(0.2, 1.0)
+        x = x + length * grad / sample_norm(grad).clamp(min=1e-12)
+    return x.detach()
+
+
+def fade_loss(model: CLIPModel, text: Tensor, fade: TensorDict, rng: Generator) -> TensorDict:
+    """Along a fade (see lessons.fades) a score must change by SLOPE for each edit gained, and in its direction.
+
+    The mean over all near prompts, plus the mean over each fade's own caption, whose gradient alignment follows.
+    """
+    images = torch.cat([fade["start"], fade["end"]])
+    score, _ = scores(model, augment(images, rng), text)
+    start, end = score.chunk(2)  # (b, p) each
+    gain, caption = fade["gain"], fade["caption"]
+    change = (end - start) * gain.sign()
+    # A soft hinge: more change than SLOPE is no error.
+    missing_change = F.softplus(SHARPNESS * (SLOPE * gain.abs() - change))
+
+    is_near = fade["near"] & (gain != 0)
+    caption_gains = of_caption(gain, caption) != 0
+    caption_loss = of_caption(missing_change, caption)[caption_gains].mean()
+    is_ordered = of_caption(change, caption)[caption_gains] > 0
+    return dict(
+        loss=missing_change[is_near].mean() + caption_loss,
+        order=is_ordered.float().mean(),
+    )

@@ -1,10 +1,11 @@
-"""The judge of the shapes world: rules that look at pixels only, so there is no gradient to exploit.
+"""The judge of the shapes world: rules that read pixels only, so there is no gradient to exploit.
 
-It means to reject what a person would: an object of two colors or of a blend, a circle with corners, a faint shadow of
-an object beside the right ones. The reward was taught with its labels (reward.py) but is only an approximation: where
-the two part during alignment, the reward is being hacked.
+The rules are meant to reject what a person would reject: an object of two colors or of a blend, a circle with corners,
+a faint shadow of an object beside the right ones. The reward learned from the judge's labels (recipe/reward.py) but
+only approximates them: where reward and judge disagree during alignment, the reward is being hacked.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,112 +14,143 @@ from einops import rearrange
 from scipy import ndimage
 from torch import Tensor
 
-from shapes.world import CELL, COLORS, RELATIONS, SHAPES, TASKS, Prompt, signed_distance
+from shapes.world import CELL, COLOR_NAMES, COLORS, RELATIONS, SHAPES, TASKS, Prompt, signed_distance
 
-_VISIBLE, _SOLID = 0.12, 0.25  # differences from the background, in any channel: of what is seen, of an object
-_MIN_SPECK, _MIN_AREA = 24, 80  # pixels: of what is seen, of an object; a rendered cross has 190 at least
-_MAX_SIDE, _MAX_ASPECT = CELL, 1.5  # the box of an object: rendered ones are 15 to 25 pixels, up to 1.1 to 1
-_MAX_COLOR_ERROR, _MIN_PURE = 0.2, 0.9  # a pixel's distance from its palette color, and how many must be so near
+UNKNOWN = "?"  # a shape or color that the judge cannot name; no prompt contains it
+
+# Contrast is the largest difference from the background in a channel, in [0, 1]. Objects are read at a high threshold.
+# A person also sees fainter things, so a component at the low threshold without an object in it counts as unknown.
+_SOLID_CONTRAST = 0.25  # of an object
+_VISIBLE_CONTRAST = 0.12  # of anything else that can be seen
+_MIN_OBJECT_AREA = 80  # pixels; a rendered cross has at least 190
+_MIN_VISIBLE_AREA = 24  # pixels; a smaller speck does not count
+_MIN_BACKGROUND = 0.7  # every channel of the background; rendered ones are 0.88 to 0.98
+_MAX_SIDE = CELL  # pixels, of an object's box; rendered ones are 15 to 25
+_MAX_ASPECT = 1.5  # longer side of the box over the shorter; rendered ones reach 1.1
+_MAX_COLOR_ERROR = 0.2  # Euclidean distance in RGB; the renderer moves a channel by 0.04 at most
+_MIN_COLOR_SHARE = 0.9  # of an object's pixels within that distance of one palette color
+# Least IoU with the outline of the shape. 1,120 rendered objects have at least 0.92, 1.00, 0.88 and 0.87, in the order
+# below; the slack is for the softer edges of a decoder.
 _MIN_IOU = {"circle": 0.9, "square": 0.88, "triangle": 0.75, "cross": 0.8}
-_MIN_LEAD = 0.06  # of the best shape's IoU over the second's
-_MIN_OFFSET = 8.0  # pixels between the centres of two objects, along the axis of their relation
-_MIN_BACKGROUND = 0.7  # rendered ones are 0.88 to 0.98
-_PALETTE = np.array(list(COLORS.values()))
+_MIN_IOU_LEAD = 0.06  # over the second best shape: halfway from a circle to a square there is no shape
+_MIN_OFFSET = 8.0  # pixels between two objects' centres along the relation; neighbouring cells are 32 apart
+
+# The box of a shape of radius 1: half its width, half its height, y of its centre (see signed_distance).
+_BOXES = {
+    "circle": (1.0, 1.0, 0.0),
+    "square": (0.88, 0.88, 0.0),
+    "triangle": (1.0, 0.925, -0.075),
+    "cross": (1.0, 1.0, 0.0),
+}
 
 
 @dataclass(frozen=True)
 class Object:
-    """One connected component as the judge sees it; shape or color is "?" where it cannot tell."""
+    """A connected component as the judge sees it; shape or color is UNKNOWN if it has no clear one."""
 
     shape: str
     color: str
-    x: float
-    y: float
+    x: float  # pixels from the left, of the centre
+    y: float  # pixels from the top
 
 
-def _templates(height: int, width: int) -> np.ndarray:
-    """Masks of the four shapes filling a box, (4, height, width)."""
-    x, y = torch.linspace(-1, 1, 2 * width + 1)[1::2], torch.linspace(-1, 1, 2 * height + 1)[1::2, None]
-    one = torch.tensor(1.0)
-    boxes = {"square": (0.88, 0.0), "triangle": (0.925, -0.075)}  # half height and centre of each shape's own box
-    masks = []
-    for name in SHAPES:
-        half, middle = boxes.get(name, (1.0, 0.0))
-        masks.append(signed_distance(name, x * (half if name == "square" else 1.0), y * half + middle, one) <= 0)
-    return torch.stack(masks).numpy()
-
-
-def shape_of(mask: np.ndarray) -> str:
-    """The shape of a component in its own box, (h, w) bool."""
-    height, width = mask.shape
-    if max(height, width) > _MAX_SIDE or max(height, width) > _MAX_ASPECT * min(height, width):
-        return "?"
-    templates = _templates(height, width)
-    iou = (templates & mask).sum((1, 2)) / (templates | mask).sum((1, 2))
-    *_, second, best = np.sort(iou)
-    name = SHAPES[iou.argmax()]
-    return name if best >= _MIN_IOU[name] and best - second >= _MIN_LEAD else "?"
-
-
-def color_of(paint: np.ndarray) -> str:
-    """The one color of an object's pixels, (n, 3)."""
-    near = np.linalg.norm(paint[:, None] - _PALETTE, axis=-1) <= _MAX_COLOR_ERROR  # (n, colors)
-    share = near.mean(0)
-    return list(COLORS)[share.argmax()] if share.max() >= _MIN_PURE else "?"
-
-
-def look(image: np.ndarray) -> list[Object]:
-    """What is in a picture: (64, 64, 3) in [0, 1] to objects, in no particular order."""
-    background = np.median(image.reshape(-1, 3), axis=0)
-    if background.min() < _MIN_BACKGROUND:
-        return [Object("?", "?", 0.0, 0.0)]
-    contrast = np.abs(image - background).max(-1)
-    labels, _ = ndimage.label(contrast > _SOLID)
-    visible, _ = ndimage.label(contrast > _VISIBLE)
-    objects, explained = [], {0}
-    for i, box in enumerate(ndimage.find_objects(labels), start=1):
-        mask = labels[box] == i
-        if mask.sum() < _MIN_AREA:
-            continue
-        inside = ndimage.binary_erosion(mask)  # without the pixels that are half background
-        paint = image[box][inside if inside.any() else mask]
-        rows, columns = box
-        x, y = (columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2
-        objects.append(Object(shape_of(mask), color_of(paint), x, y))
-        explained.update(visible[box][mask])
-    areas = np.bincount(visible.ravel())
-    objects += [Object("?", "?", 0.0, 0.0) for i, n in enumerate(areas) if n >= _MIN_SPECK and i not in explained]
-    return objects
+def judge_images(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Which images show what their prompts say: (n, 3, 64, 64) in [0, 1] to bool (n,)."""
+    pairs = zip(prompts, objects_in(images), strict=True)
+    return torch.tensor([fits_prompt(prompt, objects) for prompt, objects in pairs])
 
 
 def objects_in(images: Tensor) -> list[list[Object]]:
-    """What the judge sees in each of a batch of images, (n, 3, 64, 64) in [0, 1]."""
+    """The objects that the judge sees in each image, (n, 3, 64, 64) in [0, 1]."""
     arrays = rearrange(images.detach().float().cpu().clamp(0, 1), "n c h w -> n h w c").numpy()
-    return [look(a) for a in arrays]
+    return [look(array) for array in arrays]
 
 
-def is_right(prompt: Prompt, objects: list[Object]) -> bool:
-    """The rule of the prompt's task. Strict: exactly the objects asked for, each of a known shape and color."""
-    if any(o.shape == "?" or o.color == "?" for o in objects):
+def fits_prompt(prompt: Prompt, objects: Sequence[Object]) -> bool:
+    """The rule of the prompt's task: exactly the objects that the caption names, and nothing unknown beside them."""
+    shapes = sorted(o.shape for o in objects)
+    if shapes != sorted(prompt.shapes * prompt.count):
         return False
-    if sorted(o.shape for o in objects) != sorted(prompt.shapes * prompt.count):
+    if any(o.color == UNKNOWN for o in objects):
         return False
     if prompt.colors:
         return sorted((o.shape, o.color) for o in objects) == sorted(zip(prompt.shapes, prompt.colors))
     if prompt.relation:
-        a, b = (next(o for o in objects if o.shape == s) for s in prompt.shapes)
+        a, b = sorted(objects, key=lambda o: prompt.shapes.index(o.shape))
         rows, columns = RELATIONS[prompt.relation]
         return rows * (b.y - a.y) + columns * (b.x - a.x) > _MIN_OFFSET
     return True
 
 
-def judge(images: Tensor, prompts: list[Prompt]) -> Tensor:
-    """Which images show what their prompts ask for: (n, 3, 64, 64) in [0, 1] to bool (n,)."""
-    return torch.tensor([is_right(p, seen) for p, seen in zip(prompts, objects_in(images), strict=True)])
+def look(image: np.ndarray) -> list[Object]:
+    """The objects in an image, (64, 64, 3) in [0, 1], in no particular order."""
+    unknown = Object(UNKNOWN, UNKNOWN, 0.0, 0.0)
+    background = np.median(image.reshape(-1, 3), axis=0)
+    if background.min() < _MIN_BACKGROUND:  # no picture of this world: one object would cover most of it
+        return [unknown]
+    contrast = np.abs(image - background).max(-1)
+    solid, _ = ndimage.label(contrast > _SOLID_CONTRAST)
+    visible, _ = ndimage.label(contrast > _VISIBLE_CONTRAST)
+
+    objects = []
+    explained = {0}  # visible components that belong to an object; 0 is the background
+    for i, box in enumerate(ndimage.find_objects(solid), start=1):
+        mask = solid[box] == i
+        if mask.sum() < _MIN_OBJECT_AREA:
+            continue
+        interior = ndimage.binary_erosion(mask)  # pixels at the rim are half background
+        paint = image[box][interior if interior.any() else mask]
+        rows, columns = box
+        x, y = (columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2
+        objects.append(Object(shape_of(mask), color_of(paint), x, y))
+        explained.update(visible[box][mask])
+
+    areas = np.bincount(visible.ravel())
+    for i in np.flatnonzero(areas >= _MIN_VISIBLE_AREA):
+        if i not in explained:
+            objects.append(unknown)
+    return objects
 
 
-def accuracy(right: Tensor, prompts: list[Prompt]) -> dict[str, float]:
-    """Judge accuracy of each task and `overall`, the mean of the tasks that occur (GenEval's definition)."""
-    tasks = {t: [bool(r) for r, p in zip(right, prompts, strict=True) if p.task == t] for t in TASKS}
-    scores = {t: sum(rs) / len(rs) for t, rs in tasks.items() if rs}
-    return {"overall": sum(scores.values()) / len(scores), **scores}
+def shape_of(mask: np.ndarray) -> str:
+    """The shape of a component, given its mask within its own box, (h, w) bool."""
+    height, width = mask.shape
+    short, long = sorted((height, width))
+    if long > _MAX_SIDE or long > _MAX_ASPECT * short:
+        return UNKNOWN
+    outlines = shape_masks(height, width)
+    iou = (outlines & mask).sum((1, 2)) / (outlines | mask).sum((1, 2))
+    *_, second, best = np.sort(iou)
+    name = SHAPES[iou.argmax()]
+    is_clear = best >= _MIN_IOU[name] and best - second >= _MIN_IOU_LEAD
+    return name if is_clear else UNKNOWN
+
+
+def shape_masks(height: int, width: int) -> np.ndarray:
+    """Masks of the four shapes, each filling a box of this size: (4, height, width) bool."""
+    x = torch.linspace(-1, 1, 2 * width + 1)[1::2]  # centres of pixels
+    y = torch.linspace(-1, 1, 2 * height + 1)[1::2, None]
+    radius = torch.tensor(1.0)
+    masks = []
+    for name in SHAPES:
+        half_width, half_height, centre = _BOXES[name]
+        masks.append(signed_distance(name, x * half_width, y * half_height + centre, radius) <= 0)
+    return torch.stack(masks).numpy()
+
+
+def color_of(paint: np.ndarray) -> str:
+    """The color of an object, given its pixels, (n, 3)."""
+    palette = np.array(list(COLORS.values()))
+    error = np.linalg.norm(paint[:, None] - palette, axis=-1)  # (n, colors)
+    share = (error <= _MAX_COLOR_ERROR).mean(0)
+    return COLOR_NAMES[share.argmax()] if share.max() >= _MIN_COLOR_SHARE else UNKNOWN
+
+
+def accuracy(correct: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """The share of correct images of each task, and `overall`, the mean of the tasks that occur (as in GenEval)."""
+    shares = {}
+    for task in TASKS:
+        verdicts = [bool(c) for c, prompt in zip(correct, prompts, strict=True) if prompt.task == task]
+        if verdicts:
+            shares[task] = sum(verdicts) / len(verdicts)
+    return {"overall": sum(shares.values()) / len(shares), **shares}

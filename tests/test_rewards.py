@@ -238,7 +238,7 @@ def test_two_rewards_of_one_name_are_an_error_as_they_are_logged_by_it(folder):
 
 
 def test_the_judge_is_one_or_zero_an_image():
-    prompts = all_prompts()[:12]
+    prompts = list(all_prompts())[:12]
     images = scenes(prompts, np.random.default_rng(0))[0]
     score = open_reward("judge").score(images, [p.text for p in prompts[::-1]])
     assert score.dtype == torch.float32 and set(score.tolist()) == {0.0, 1.0}
