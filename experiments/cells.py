@@ -12,6 +12,7 @@ neither hash: after a change of one, remove the lines of your method.
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -123,9 +124,15 @@ def input_paths(cfg: Config) -> list[str]:
     """Files, folders and hub ids whose contents decide a run. CODE is not among them."""
     paths = [cfg.model, cfg.base, cfg.prompts, cfg.eval_prompts, cfg.method]
     # A watched reward trains nothing, but what it measures is part of a run's line.
-    paths += [parse_reward(spec)[1] for spec in (*cfg.reward, *cfg.watch)]
-    files = [re.sub(r"\.py:.*", ".py", str(path)) for path in paths if path]  # FILE.py of FILE.py:FUNCTION
-    return [file for file in files if file not in CODE]
+    for spec in (*cfg.reward, *cfg.watch):
+        _, path, _ = parse_reward(spec)
+        paths.append(path)
+    files = []
+    for path in filter(None, paths):
+        file = re.sub(r"\.py:.*", ".py", str(path))  # FILE.py of FILE.py:FUNCTION
+        if file not in CODE:
+            files.append(file)
+    return files
 
 
 @cache
@@ -150,7 +157,10 @@ def code_hash() -> str:
 
 def warn_of_other_code(entries: Iterable[Entry]) -> None:
     """Print a warning if runs of a table were made by other code than today's."""
-    revisions = [entry["revision"] for entry in entries if entry["code"] != code_hash()]
+    revisions = []
+    for entry in entries:
+        if entry["code"] != code_hash():
+            revisions.append(entry["revision"])
     if revisions:
         print(
             f"warning: {len(revisions)} runs were made with other code of {', '.join(CODE)}, at revisions "
@@ -279,12 +289,17 @@ def summarize_run(folder: Path) -> dict[str, Any]:
         # The rest is lists of scores by prompt.
         point = {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
         del point["seconds"]
-        point["evaluations"] = total_cost(update for update in updates if update["step"] < evaluation["step"])
+        point["evaluations"] = total_cost(updates, before_step=evaluation["step"])
         curve.append(point)
     seconds = sum(update["seconds"] for update in updates)
     memory = max((update["memory"] for update in updates), default=0.0)
     return dict(curve=curve, evaluations=total_cost(updates), seconds=seconds, memory=memory)
 
 
-def total_cost(updates: Iterable[Entry]) -> int:
-    return sum(cost(update["forwards"], update["backwards"]) for update in updates)
+def total_cost(updates: Sequence[Entry], before_step: float = math.inf) -> int:
+    """Evaluations of the network in the updates before a step."""
+    total = 0
+    for update in updates:
+        if update["step"] < before_step:
+            total += cost(update["forwards"], update["backwards"])
+    return total

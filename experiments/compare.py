@@ -151,7 +151,9 @@ def compare_methods(cfg: CompareFlags) -> None:
     rates, trials = choose_rates(cfg, rows, finished)
     run = partial(run_cell, work=cfg.work, finished=finished)
     entries = run_parallel(run, table_cells(cfg, updates, rates), cfg.jobs)
-    table = {spec: [entry for cell, entry in entries.items() if cell.spec == spec] for spec in rows}
+    table: dict[str, list[Entry]] = {spec: [] for spec in rows}
+    for cell, entry in entries.items():
+        table[cell.spec].append(entry)
     path = cfg.results or Path("runs") / f"{cfg.table}.json"
     write_result(path, kind=cfg.table, rewards=rewards, select=cfg.select, grid=trials, tables={cfg.equal: table})
     draw_result(path)

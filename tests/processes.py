@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -49,8 +50,14 @@ def spread(world: int, function: Callable, *args: Any) -> list[Any]:
     """function(*args) on every rank of a world; the results in the order of ranks."""
     queue = CONTEXT.Queue()
     processes = start(world, function, *args, queue=queue)
+    results = []
     try:
-        results = [torch.load(io.BytesIO(queue.get(timeout=600)), weights_only=False) for _ in processes]
+        while len(results) < world:
+            try:
+                results.append(torch.load(io.BytesIO(queue.get(timeout=5)), weights_only=False))
+            except Empty:  # ranks are busy, however busy the machine is; or one has died without a word
+                dead = [process.exitcode for process in processes if process.exitcode]
+                assert not dead, f"a rank ended with {dead}"
     finally:
         for process in processes:
             process.join(5)

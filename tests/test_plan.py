@@ -171,9 +171,9 @@ def measured_bytes(cfg: Config) -> tuple[int, int, int]:
         train.one_update(cfg, setup, run, world, 0)
         with Collectives() as collectives:
             train.batch_gradient(cfg, setup, world, 1, Meter(world.device))
-        tensors = [*run.params, *run.averaged]
-        tensors += [p.grad for p in run.params]
-        for state in run.optimizer.state.values():
+        tensors = [*run.params.values(), *run.averages.values()]
+        tensors += [p.grad for p in run.params.values()]
+        for state in run.optimizers[0].state.values():
             tensors += [state["exp_avg"], state["exp_avg_sq"]]
         held_bytes = sum(local_shard(t).nbytes for t in tensors)
         return collectives.gathered, collectives.reduced, held_bytes

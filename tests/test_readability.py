@@ -18,7 +18,7 @@ VAGUE = set(
 )
 # Bounds: tokens per line of code, comments per 100 lines (at least), comprehensions per 100 lines, vague names.
 BOUNDS = {
-    "model.py": (12.2, 7, 3, 0),
+    "model.py": (12.3, 7, 3, 0),
     "leaps.py": (12.2, 20, 5, 0),
     "baselines.py": (11, 15, 5, 0),
     "root": (10, 10, 5, 0),

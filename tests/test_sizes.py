@@ -46,7 +46,7 @@ def test_anything_else_is_no_size(size):
     ],
 )
 def test_a_size_that_cannot_be_is_told_before_any_weights_are_read(flags, words, monkeypatch, tmp_path):
-    monkeypatch.setattr("start.load_pipeline", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("train.build_network", lambda *_: pytest.fail("weights were read"))
     flags = dict(watch=(), eval_prompts=Config().eval_prompts) | flags
     with pytest.raises(ValueError, match=words), join("cpu") as world:
         train.set_up(replace(WIDE, out=tmp_path / "run", **flags), world)
@@ -58,7 +58,7 @@ def square(images, prompts):
     assert images.shape[2] == images.shape[3], "only squares"
     return images.mean((1, 2, 3))
 """)
-    monkeypatch.setattr("start.load_pipeline", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("train.build_network", lambda *_: pytest.fail("weights were read"))
     cfg = replace(WIDE, out=tmp_path / "run", size=("64", "32x64"), reward=(f"{tmp_path / 'square.py'}:square",))
     with pytest.raises(ValueError, match=r"fails on images .*32, 64.*only squares"), join("cpu") as world:
         train.set_up(cfg, world)
@@ -88,19 +88,6 @@ def test_a_run_over_two_sizes_is_evaluated_at_the_first_and_resumes_only_with_th
     assert len(flops) == 2
     with pytest.raises(ValueError, match="--resume with --size"), join("cpu") as world:
         train.set_up(replace(cfg, resume=True, size=("32x96",)), world)
-
-
-def test_a_run_from_when_a_size_was_one_number_goes_on(tmp_path):
-    cfg = replace(WIDE, out=tmp_path / "run", size=("64",), updates=1)
-    with join("cpu") as world:
-        train.run(cfg, train.set_up(cfg, world), world)
-    file = cfg.out / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(size=64)))
-    with join("cpu") as world:
-        train.set_up(replace(cfg, resume=True), world)
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(size=48)))
-    with pytest.raises(ValueError, match="--size"), join("cpu") as world:
-        train.set_up(replace(cfg, resume=True), world)
 
 
 def test_the_sample_command_draws_high_by_wide(tmp_path, monkeypatch, capsys):

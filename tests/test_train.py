@@ -89,7 +89,7 @@ def test_a_short_run_writes_all_its_files(short_run):
         (dict(low=0.99), "cannot pick 2 leaps from 1 steps"),
         (dict(method="refl", leaps=3), "--leaps means nothing with --method refl"),
         (dict(method="full", weight="none"), "--weight means nothing with --method full"),
-        (dict(model="no/such/folder"), "no model folder"),
+        (dict(model="no/such/folder"), "no model at 'no/such/folder'"),
     ],
 )
 def test_what_cannot_be_is_told_before_any_weights_are_read(flags, words, monkeypatch):
