@@ -4,7 +4,6 @@ import inspect
 import json
 import re
 import signal
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -246,45 +245,3 @@ def test_signals_are_noted_within_and_handled_as_before_after():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, outer)
-
-
-# ------------------------------------------------------------------------------------------------ the README
-
-
-def test_the_readmes_own_method_runs_from_its_file_and_resumes_only_as_it_was(tmp_path, monkeypatch, capsys):
-    (tmp_path / "my_method.py").write_text(blocks("python", "def noisy_steps"))
-    (tmp_path / "few.txt").write_text("a photo of a circle\na photo of two squares\n")
-    monkeypatch.chdir(tmp_path)
-    flags = ["--steps", "2", "--batch", "4", "--eval-prompts", "few.txt", "--out", "run"]
-
-    def command(*more: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["train.py", "--method", "my_method.py:noisy_steps", *flags, *more])
-        train.main()
-
-    command("--option", "count=2", "power=0.5")
-    entry = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert entry["backwards"] == 4 * 2 and 0 < entry["k"] <= 1
-    with pytest.raises(SystemExit, match="2"):
-        command("--resume", "--option", "count=3")
-    assert "was started with ['count=2', 'power=0.5']" in capsys.readouterr().err
-
-
-def test_every_name_in_the_readmes_table_of_equations_is_where_it_says():
-    rows = re.findall(r"^\| Eq\. .*$", README, re.MULTILINE)
-    assert len(rows) >= 7
-    for row in rows:
-        where = row.split("|")[-2]
-        names = re.findall(r"`(\w+)`", where)
-        files = re.findall(r"\]\((\w+\.py)\)", where) or ["leaps.py"]
-        source = "".join((ROOT / file).read_text() for file in files)
-        assert names and all(f"def {name}(" in source for name in names), row
-        for equation in re.findall(r"\d+", re.match(r"\| Eq\. ([\d, -]+)", row)[1]):
-            assert re.search(rf"Eq\.[ \d,-]*\b{equation}\b|Eq. \d+-{equation}", source), (equation, row)
-
-
-def test_every_file_in_the_readmes_tree_is_there_and_none_of_the_root_is_left_out():
-    tree = README.split("## The files")[1].split("##")[0]
-    names = set(re.findall(r"\b[\w/]+\.py\b", tree))
-    root = {f.name for f in ROOT.glob("*.py")}
-    assert root <= names and len(root) <= 10
-    assert all((ROOT / n).exists() or list(ROOT.glob(f"*/{n}")) for n in names)

@@ -74,6 +74,7 @@ def open_run(flags: str = "") -> Run:
     --batch is 4 where it is not given, or a group of samples of one prompt if the method compares them.
     """
     words = flags.split()
+    # The same flags as train.py's, so that an update looks here as it does in a run.
     cfg, preset = parse(words)
     cfg = replace(cfg, out=Path("runs/look"), resume=True)  # resume: nothing is refused because the folder exists
     if "--batch" not in words:
@@ -96,7 +97,7 @@ def explain(run: Run, update: int = 0) -> str:
 
     def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
         """The method's vjp, which notes how much each call adds to the gradient in the weights."""
-        gradient_before = flat_gradient(flux)
+        gradient_before = flat_gradient(flux)  # gradients of several calls add up in .grad
         through_network = samples.vjp(x, sigma, u, wrt_x)
         norm = (flat_gradient(flux) - gradient_before).norm().item()
         level = torch.as_tensor(sigma).mean().item()
@@ -104,6 +105,7 @@ def explain(run: Run, update: int = 0) -> str:
         terms.append(f"{level:8.3f}{u.norm().item():12.4f}{norm:14.3f}{nested}")
         return through_network
 
+    # The method runs as in a run; only its vjp is wrapped.
     flux.zero_grad()
     log = setup.method(samples._replace(vjp=vjp))
     total_norm = flat_gradient(flux).norm().item()
@@ -131,7 +133,7 @@ def flat_gradient(flux: torch.nn.Module) -> Tensor:
 
 def sample_table(log: dict[str, Tensor], values: dict[str, Tensor], prompts: list[str]) -> str:
     """A row per sample: what the method drew for it, its rewards and its loss."""
-    names = [name for name in values if name != "satisfied"]
+    names = [name for name in values if name != "satisfied"]  # the loss says it already
     rows = ["".join(f"{name:>10}" for name in names) + "  prompt"]
     for i, prompt in enumerate(prompts):
         numbers = [f"{values[name][i].item():10.3f}" for name in names]
@@ -160,7 +162,7 @@ def draw(run: Run, path: Path, update: int = 0) -> None:
     for row in range(run.cfg.batch):
         for level, of_step in zip(levels, images_of_steps):
             images.append(of_step[row].cpu())
-            captions.append(f"{level:.2f}")
+            captions.append(f"{level:.2f}")  # the noise level that the leap starts from
     contact_sheet(images, captions, path, columns=len(levels), side=64)
 
 
