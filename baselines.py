@@ -199,7 +199,8 @@ def flowbp_bridge(
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
     _, bridge = pick_leaps(s.sigmas, s.generator)
 
-    # 2. The two sides of the bridge share the other active steps by their lengths, the noisy side at least one.
+    # 2. The active steps are divided in proportion to the lengths of the two sides. The noisy side gets at least one,
+    # and the bridge itself counts on the clean side.
     noisy_count = max(1, round(active * bridge / steps))
     noisy_count = min(noisy_count, active - 1)  # the bridge itself is active
     clean_count = active - noisy_count - 1
@@ -287,8 +288,8 @@ def draw_steps(steps: range, count: int, bias: float, generator: torch.Generator
 def rescaled(terms: list[Term], total: Tensor, rho: float) -> list[Term]:
     """Terms with weights times 1 + rho (total / sum |weight| - 1).
 
-    `total` is the sum of |weight| over all steps, with gradient or without.  At rho = 1 the terms stand for all
-    steps: their |weight| sums to `total`.  At rho = 0 they stay as they are.
+    `total` is the sum of |weight| over all velocities that the terms stand for, of a rollout or of a leap.  At rho = 1
+    the |weight| of the terms sums to `total`.  At rho = 0 the terms stay as they are.
     """
     active_total = sum(term.weight.abs() for term in terms)
     factor = 1 + rho * (total / active_total - 1)

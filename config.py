@@ -57,7 +57,8 @@ class Experiment:
     text_length: int | None = None
     """T5 tokens that a prompt is padded or truncated to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
     seed: int = 0
-    """All randomness is a function of (seed, update)."""
+    """Seed of the order of prompts, the noise, k and j, and a LoRA's first values. The noise of evaluations does not
+    depend on it."""
     lam: tuple[float | None, ...] = ()
     """Score above which a sample has no loss (lambda of Eq. 11), one per reward, in the loss's units; None switches the
     hinge off. Default: the paper's (hpsv2 0.55, pickscore 0.4, hpsv3 13.5; tiny 0.4), no hinge for other rewards."""
@@ -202,7 +203,7 @@ class Machine:
     offload_encoders: bool = False
     """Keep T5 on the CPU, and move each of its layers to the GPU only while it computes: for a single small GPU."""
     check_every: int = 50
-    """Updates between checks that all ranks hold the same weights."""
+    """Updates between checks that all ranks have the same flags, prompts and VAE, and replicas the same weights."""
 
 
 GROUPS = (Experiment, Method, Run, Machine)

@@ -7,14 +7,15 @@
 Prints means with 95% intervals, and the differences to the first model, paired by prompt.  Writes to --out:
 
     results.json                            all of the printed numbers, and the scores of every prompt
-    best.png  worst.png  changed.png        by the first reward: of the last model, and its change from the first
-    config.json                             the flags that the numbers depend on; a command with others is refused
+    best.png  worst.png  changed.png        by the first reward: where the last model is best, worst, or has changed
+    config.json                             the flags, but --model, --out, --batch, --device; others must stay alike
     MODEL/00000.json  00000.png             a prompt's scores and a thumbnail of its first image
 
 The same command again goes on where the last one ended: prompts that have scores are not drawn again.
 
 The interval is Student's over prompts: images of one prompt are averaged first, as they are not independent.  So the
-judge's mean is over prompts, where a run's own evaluations have the mean over tasks: the same with as many of each.
+judge's mean is over prompts, where a run's own evaluations average over tasks. The two agree if all tasks have equally
+many prompts.
 """
 
 import gc
@@ -203,7 +204,7 @@ def image_sizes(cfg: EvaluateFlags, folder: Path) -> list[tuple[int, int]]:
 
 
 def hash_of_weights(location: Location) -> str:
-    """A hash that changes when a model is trained further: every tensor does, so the end of each file is enough."""
+    """A hash of the end of each file: training changes every tensor, so that is enough to see it."""
     digest = hashlib.sha256()
     # Both of a LoRA: its scores depend on the transformer beneath, too.
     for path in filter(None, (location.transformer, location.lora)):

@@ -18,11 +18,12 @@ One iteration, `leapalign` at the end of this file:
 
 The connectors fix every value beforehand: weight, reward and dL/dx_0 are known before any leap is evaluated.
 So the gradient of step 3 (Eq. 10) is a reverse sweep that re-evaluates and differentiates one leap at a time, after
-the reward and the VAE have left the memory.  The price is one more forward per leap.  `leap` is the same gradient as
+the activations of reward and VAE were freed.  The price is one more forward per leap.  `leap` is the same gradient as
 the paper states it, by autograd.
 
 A method (LeapAlign, a function of baselines.py, or yours) is a function of `Samples` that adds its gradient to the
-weights and returns values to log.  It sees no text, no VAE, no micro-batch and no rank: samples.py hides those.
+weights and returns values to log.  It sees no text, no VAE, no micro-batch and, but for `total`, no rank: samples.py
+hides those.
 
 Precision: `velocity` may compute in bf16.  All else is fp32 (float64 if the noise is), because connectors and
 distances are differences of nearly equal numbers.
@@ -225,7 +226,7 @@ def similarity_weight(
 
 
 def hinge(reward: Tensor, lam: float | None) -> Tensor:
-    """Eq. 11: max(0, lam - r), (b,): a sample at lam or above asks for no more, where hacking would start.
+    """Eq. 11: max(0, lam - r), (b,): a reward of lam or more has no gradient, as raising it further invites hacking.
 
     lam is in the units of the reward; None is no hinge, -r.
     """
@@ -236,17 +237,19 @@ def hinge(reward: Tensor, lam: float | None) -> Tensor:
 
 
 class Samples(NamedTuple):
-    """Some of a batch: all that a method may know of it."""
+    """All that a method may know of its samples, which may be a part of a batch."""
 
     noise: Callable[[int], Tensor]  # the i-th Gaussian of each sample, (b, n, c); noise(0) is x_1
     sigmas: Tensor  # (T + 1,), from 1 down to 0
-    generator: torch.Generator  # on the CPU, alike on all ranks and parts: for what all samples share, such as steps
+    generator: (
+        torch.Generator
+    )  # on the CPU, seeded alike for all parts of a batch: for what samples share, such as steps
     velocity: Velocity  # without gradient
     base: Velocity | None  # the untuned network's velocity, without gradient; None for a method that never asks for it
     vjp: VJP  # x, sigma, u: adds (dv/dtheta)^T u to the weights' .grad; with wrt_x=True returns (dv/dx)^T u
     reward: Callable[..., Tensor]  # x_0, weight (b,) = 1 -> dL/dx_0, L the batch's mean of weight x hinge (Eq. 11, 13)
-    score: Callable[[Tensor], Tensor]  # x_0 -> (b,), the sum of weighted rewards; works for those without a gradient
-    total: int  # samples that the batch's mean is over, on this rank: these and perhaps others
+    score: Callable[[Tensor], Tensor]  # x_0 -> (b,), the weighted sum of the rewards, which need no gradient
+    total: int  # the samples of this rank, by which a loss is divided: these and perhaps others
     update: int  # number of the update, from 0: for methods whose settings change while they train
 
 
@@ -263,7 +266,7 @@ def leapalign(
     distance: float | None = None,
     nested_only: bool = False,
 ) -> dict[str, Tensor]:
-    """LeapAlign (arXiv 2604.15311), Eq. 3-13, with the paper's defaults for HPSv2.1; all else is its ablations."""
+    """LeapAlign (arXiv 2604.15311), Eq. 3-13, with the paper's defaults for HPSv2.1; other values are its ablations."""
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
     picks = pick_leaps(ro.sigmas, s.generator, leaps, low, high, distance)
     w, d = similarity_weight(ro, picks, tau, weight)  # Eq. 12, from cached velocities: no network call

@@ -215,8 +215,10 @@ def mean_scores(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[
 def reported_means(rewards: list[Reward], means: dict[str, float]) -> dict[str, float]:
     """What is logged of the trained rewards: each by its name as it is reported, and `reward`.
 
-    The latter is the only one; or, of several, the weighted sum of their scores in the loss, which training raises.
+    With one reward, `reward` is its reported mean; with several, the sum of weight x score, which the loss raises.
     """
-    # Reports differ a hundredfold in scale, which the loss does not know: what is summed is the scores.
-    total = sum(r.weight * means[r.name] / (r.scale if len(rewards) > 1 else 1) for r in rewards)
+    if len(rewards) == 1:
+        return {"reward": means[rewards[0].name], **means}
+    # The loss sums unscaled scores: reports differ a hundredfold in scale.
+    total = sum(r.weight * means[r.name] / r.scale for r in rewards)
     return {"reward": total, **means}

@@ -151,12 +151,12 @@ def velocity_of(
 
 
 def draw_noise(pipe: Pipeline, seeds: Sequence[int], rows: int, columns: int) -> Tensor:
-    """x_1 of images, (b, n, c): of a seed, the noise that FluxPipeline draws from a CPU generator of that seed."""
+    """x_1 of images, (b, n, c), one per seed: the noise that FluxPipeline draws from a CPU generator with that seed."""
     channels = pipe.flux.config.in_channels // PATCH**2
     shape = (channels, rows * PATCH, columns * PATCH)
     noise = []
     for seed in seeds:
-        # A generator an image, so that a seed is the same picture in a batch of any size, and on any number of ranks.
+        # One generator per image, so that a seed gives the same picture in a batch of any size, on any number of ranks.
         # On the CPU, because a GPU's generator draws other numbers.
         generator = torch.Generator().manual_seed(seed)
         noise.append(torch.randn(shape, generator=generator))
@@ -185,7 +185,7 @@ def sample(
         text = encode(pipe, prompts[i : i + batch])
         velocity = velocity_of(pipe.flux, text, rows, columns, guidance, pipe.compute)
         noise = draw_noise(pipe, seeds[i : i + batch], rows, columns)
-        # The same Euler steps that training differentiates; of all states the last is the image.
+        # The same Euler steps as in training. The last state is the clean latent.
         x_0 = rollout(velocity, noise, levels).x[-1]
         for latents in x_0.split(decode_batch):
             images.append(decode(pipe, latents, height, width).cpu())
@@ -326,7 +326,7 @@ def truncation_warning(pipe: Pipeline, prompts: Sequence[str]) -> str | None:
             notes.append(f"{name} reads {limit} tokens, {too_long} of {len(prompts)} have more, up to {max(lengths)}")
     if not notes:
         return None
-    return f"warning: prompts are cut: {'; '.join(notes)}"
+    return f"warning: prompts are truncated: {'; '.join(notes)}"
 
 
 if __name__ == "__main__":

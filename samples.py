@@ -44,8 +44,8 @@ class Size:
 def draw_x_1(seed: int, update: int, shape: Sequence[int]) -> tuple[Tensor, torch.Generator]:
     """The noise x_1 of a whole batch, (batch, n, c) on the CPU, and the generator that drew it.
 
-    The noise is a function of (seed, update) alone. It does not depend on the number of ranks or on how the batch is
-    split, so a run resumes bitwise and any update can be repeated.
+    The noise is a function of (seed, update) and of the shape of the whole batch. It does not depend on the number of
+    ranks or on how the batch is split, so a run resumes bitwise and any update can be repeated.
     """
     generator = generator_of(seed, update)
     return torch.randn(*shape, generator=generator), generator
@@ -263,7 +263,7 @@ class RewardLog:
         self.add("satisfied", satisfied.float())
 
     def add_losses(self, losses: Sequence[Tensor], image_gradients: Sequence[Tensor]) -> None:
-        """The loss, and of several rewards the norm of each one's gradient in the image: which one dominates?"""
+        """The loss; and of several rewards the norm of each one's gradient in the image: which of them dominates?"""
         self.add("loss", sum(losses))
         if len(self.rewards) > 1:
             for reward, gradient in zip(self.rewards, image_gradients):

@@ -38,7 +38,7 @@ from infra.methods import (
     try_method,
     user_code_hashes,
 )
-from infra.prompts import print_once, prompts_hash, prompts_of_update, read_prompts
+from infra.prompts import print_on_first_rank, prompts_hash, prompts_of_update, read_prompts
 from infra.user_code import describe_error, is_user_code
 from infra.watch import watched_value
 from leaps import Samples
@@ -142,7 +142,7 @@ def describe_model(cfg: Config) -> Description:
     if model.weights.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
     changes = earlier_lora(cfg, model.weights.config)
-    if changes:  # a LoRA is continued: does it fit into one of this rank?
+    if changes:  # --model is a LoRA: does it fit into a LoRA of the rank that --lora names?
         flux = empty_flux(cfg, model.weights.config)
         try:
             for _ in first_values(flux, cfg.seed, changes):
@@ -190,7 +190,7 @@ def earlier_lora(cfg: Config, config: FluxConfig) -> Changes | None:
 def initial_tensors(cfg: Config, flux: Flux, model: Description) -> Iterator[tuple[str, Tensor]]:
     """Names and values of all parameters of `flux`, read from disk as they are asked for."""
     for note in model.weights.notes:
-        print_once(note)
+        print_on_first_rank(note)
     tensors = model.weights.tensors
     lora = model.location.lora
     if lora and not cfg.lora:
@@ -223,7 +223,8 @@ def try_user_code(
     for size in sizes:
         trial = try_method(method, size.sigmas, group)
     check_needs(cfg, trial.needs_gradient)
-    # Of networks it is known that they run and have a gradient; code is tried before any weights are read.
+    # Rewards with weights are this repository's and need no trial. The user's functions are tried before any weights
+    # are read.
     functions = {}
     for spec in (*cfg.reward, *cfg.watch):
         if is_user_code(spec) or reward_name(spec) in RULES:
@@ -278,14 +279,14 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
         # What is truncated is neither drawn nor learned, and nobody would see it in the pictures.
         warning = truncation_warning(setup.pipe, [*setup.prompts, *setup.eval_prompts])
         if warning:
-            print_once(warning)
+            print_on_first_rank(warning)
     rewards = []
     for spec in (*cfg.reward, *cfg.watch):
         reward = setup.functions.get(spec)
         rewards.append(reward or open_reward(spec, process.device, setup.pipe.clip_tokenizer, cfg.recompute))
     setup.rewards = rewards[: len(cfg.reward)]
     setup.watched = rewards[len(cfg.reward) :]
-    # Without --lam each reward has the paper's lambda, and a policy gradient never asks for it.
+    # Without --lam a reward has its default lambda, or no hinge.
     if cfg.lam:
         setup.rewards = [replace(reward, lam=lam) for reward, lam in zip(setup.rewards, cfg.lam, strict=True)]
     setup.sizes = [replace(size, sigmas=size.sigmas.to(process.device)) for size in setup.sizes]
@@ -304,7 +305,7 @@ class History:
     watched: list[str]  # names of the watched rewards; the first one chooses best/
 
     def is_better(self, entry: Entry) -> bool:
-        """Whether an evaluation is the best so far, by the first watched reward."""
+        """Whether an evaluation is the best so far by the first watched reward."""
         if not self.watched:
             return False
         name = self.watched[0]
@@ -325,7 +326,7 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
         # best/ belongs to an evaluation that this run forgets: keep it under another name.
         mark = f".step_{best['step']:06d}"
         put_in_place(out / "best", beside(out / "best", mark))
-        print_once(f"{out / 'best'} is of step {best['step']}, and is kept as best{mark}")
+        print_on_first_rank(f"{out / 'best'} is of step {best['step']}, and is kept as best{mark}")
     truncate_log(out / "metrics.jsonl", first)
     # The evaluation at `first` is made again if the loop evaluates there. Where it does not, as after the end of a run
     # that is made longer, the old one stays.
@@ -353,7 +354,7 @@ def set_later_checkpoints_aside(cfg: Config, out: Path, first: int) -> None:
             shutil.rmtree(folder)
         else:  # the disk may have been at fault, not the checkpoint
             put_in_place(folder, beside(folder, ".unreadable"))
-            print_once(f"{folder} is kept as {folder.name}.unreadable, and made again")
+            print_on_first_rank(f"{folder} is kept as {folder.name}.unreadable, and made again")
     for unfinished in (out / "checkpoints").glob(f"*{PART}"):  # of a save that was killed, up to 190 GB
         remove(unfinished)
 

@@ -7,10 +7,12 @@
     torchrun --nproc-per-node 8 train.py flux-dev-hpsv2 --resume
 
 Read from top to bottom: main and the set-up; the network and FSDP2; optimizers; the loop; one update; one evaluation.
-The gradient itself is a method's: a function of leaps.py, of baselines.py, or yours. A run writes, to --out:
+The gradient itself is a method's: a function of leaps.py, of baselines.py, or yours. Beside what FSDP2 sends, ranks
+exchange: the run's history, checks of agreement, signals, the values of an update, the images of an evaluation.
+A run writes, to --out:
 
     config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png
-    checkpoints/step_NNNNNN/  best/  final/
+    checkpoints/step_NNNNNN/  best/  final/  nonfinite.jsonl, if a number was not finite
 
 The shapes preset differs from the paper in learning rate, decay, length, T, EMA and the image that is rewarded:
 shapes/README.md says why.
@@ -52,17 +54,19 @@ from start import (
     prepare,
 )
 
-REQUEUE = 75  # exit code of a run that a signal stopped: a scheduler may start the same command again
+REQUEUE = 75  # exit code after SIGTERM or SIGUSR1: a scheduler may start the command again, with --resume
 NONFINITE = 3  # exit code of a run that stopped before an update with a number that is not finite
 
 
 def main() -> None:
+    # torchrun starts one process per GPU and sets RANK, LOCAL_RANK and WORLD_SIZE. Without these there is one rank, by
+    # the same path. RANK is read before the ranks are joined, because --help must print once.
     rank = int(os.environ.get("RANK", 0))
     cfg, preset = parse(sys.argv[1:], console_outputs=rank == 0)
     with ExitStack() as stack:
         try:
-            # torchrun starts one process per GPU and tells each its RANK. `python train.py` alone is a group of one
-            # rank, by the same path. The timeout is long because all ranks wait while one writes a large model.
+            # The process group, this rank's GPU, and the mesh. All ranks wait while rank 0 writes a large model, so the
+            # timeout is long.
             process = stack.enter_context(distributed.join(cfg.device, cfg.shard, timeout=timedelta(hours=1)))
             setup = set_up(cfg, process, preset)
         except ValueError as error:  # a flag or a file cannot be used; perhaps only on this rank's node
@@ -80,13 +84,15 @@ def main() -> None:
 
 
 def set_up(cfg: Config, process: Process, preset: Config | None = None) -> Setup:
-    """All that a run needs, in the order of cost: what can be refused is refused before any weights are read.
+    """The inputs and networks of a run, in the order of cost: what can be refused is refused before weights are read.
 
+    `preset` holds the values that the flags started from.
     Raises ValueError naming the flag or the file, what was found and what to do.
     """
     setup = prepare(cfg, process, preset)  # flags, prompts, the model's headers, the user's code
     flux = build_network(cfg, setup, process)
     load_networks(cfg, setup, flux, process)  # VAE, text encoders, rewards
+    # Before a checkpoint is read: the copy must hold the weights that training starts from.
     if setup.needs_base and not cfg.export:
         setup.base = flux if cfg.lora else frozen_copy(flux, setup, process)
     return setup
@@ -107,16 +113,14 @@ def run(cfg: Config, setup: Setup, process: Process) -> None:
             print(f"wrote {cfg.export}, the averaged weights after {first} updates")
         return
 
-    # Rank 0 alone reads and writes the run's folder; all ranks get what it reads.
+    # Rank 0 alone prepares the folder and writes logs, and its History goes to all ranks. All ranks write checkpoints,
+    # so on several nodes the folder must be on a disk that they share.
     history = distributed.on_first_rank(partial(open_folder, cfg, setup, first))
     log = logs.Log(cfg, setup.out, first, is_first_rank=process.rank == 0)
     if first:
         log.say(f"goes on from step {first}")
     try:
         train(cfg, setup, state, process, log, history)
-    except OSError as error:  # a log cannot be written: the disk is full, for instance
-        folder = setup.out / "checkpoints"
-        raise Stop(1, f"{error}; --resume goes on from the newest checkpoint in {folder}") from error
     finally:
         state.wait()  # for the checkpoint that is being written
         log.bar.close()
@@ -128,33 +132,35 @@ def run(cfg: Config, setup: Setup, process: Process) -> None:
 
 
 def build_network(cfg: Config, setup: Setup, process: Process) -> Flux:
-    """The network that is trained: shapes first, then sharded, then filled. No rank ever holds a large one whole."""
+    """The network that is trained: shapes first, then sharded, then filled, so that no rank need hold all of it."""
     dtype = compute_dtype(cfg)
     flux = empty_flux(cfg, setup.model.weights.config)  # on the meta device: shapes without memory
     tensors = initial_tensors(cfg, flux, setup.model)  # names and tensors, read from disk as they are asked for
     flux.recompute = cfg.recompute
     if cfg.compile:
-        # Blocks of one kind share their compiled variants: each size, with and without gradients. Torch allows 8.
+        # All blocks of a kind are one function to torch, compiled anew for each image size, with and without gradients.
+        # Beyond 8 variants torch would run it uncompiled.
         torch._dynamo.config.recompile_limit = 64
         for block in (*flux.double_blocks, *flux.single_blocks):
             block.compile()
-    if not (cfg.lean or cfg.fp8):  # those keep all weights on one GPU, in dtypes that FSDP2 would change
+    if not (cfg.lean or cfg.fp8):  # --lean and --fp8 run on one GPU, with dtypes of weights that FSDP2 would change
         shard(flux, process, dtype)
     distributed.fill(flux, tensors, process.device)
     return flux
 
 
 def shard(flux: Flux, process: Process, dtype: torch.dtype) -> None:
-    """Make the network distributed: FSDP2 keeps 1 / N of the rows of every parameter on each of N ranks.
+    """Make the network distributed: FSDP2 splits every parameter by rows over N ranks, all ranks or a group of --shard.
 
     A block's parameters are all-gathered just before it runs and freed after it, in the forward and again in the
-    backward. Its gradients are reduce-scattered as they appear: each rank gets the mean over all ranks of its rows.
+    backward. After each backward of a block its gradients are reduce-scattered: a rank gets, for the rows that it
+    holds, the mean over the ranks. Where groups are replicas of each other, an all-reduce completes the mean.
     """
     if process.device.type not in distributed.FSDP_DEVICES:
-        return
+        return  # mps: one rank, whose weights compute in the dtype that they have
     if process.world_size == 1 and dtype == torch.float32:
         return  # nothing to share and nothing to cast; FSDP2's hooks made steps of the tiny Flux 6 to 24% longer
-    # Torch warns that modules return views, which would matter if anything here worked in place.
+    # Torch warns that blocks return views. Nothing here modifies an output in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,  # what is all-gathered and computed with; the shards that AdamW updates stay fp32
@@ -162,19 +168,22 @@ def shard(flux: Flux, process: Process, dtype: torch.dtype) -> None:
         cast_forward_inputs=False,  # position ids stay integers and noise levels fp32, which bf16 would round
     )
     for module in (*flux.double_blocks, *flux.single_blocks, flux):
-        # The root frees its parameters too: kept ones would be stale when evaluation swaps the averages in.
+        # The root too, which by default keeps what it gathered: evaluation copies averages into the shards, and a kept
+        # copy would be out of date.
         fully_shard(module, mesh=process.mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 @torch.no_grad()
 def frozen_copy(flux: Flux, setup: Setup, process: Process) -> Flux:
-    """The untuned network, for a method that compares with it; with a LoRA the network itself is enough."""
+    """A frozen copy of the network as it is, for a method that compares the trained network with the untuned one."""
     with torch.device("meta"):
         copy = Flux(flux.config).to(setup.pipe.compute).requires_grad_(False)
     shard(copy, process, setup.pipe.compute)
     copy.to_empty(device=process.device)
     for target, source in zip(copy.parameters(), flux.parameters(), strict=True):
-        distributed.local_shard(target).copy_(distributed.local_shard(source))  # both are sharded alike
+        distributed.local_shard(target).copy_(
+            distributed.local_shard(source)
+        )  # sharded alike, or one rank holds all of both
     return copy
 
 
@@ -214,13 +223,13 @@ def set_learning_rates(cfg: Config, state: checkpoints.State, update: int) -> No
     factor = 1 - update / cfg.updates if cfg.decay else 1.0
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
-            lr = group["initial_lr"] * factor  # in proportion, where optimizers have rates of their own
+            lr = group["initial_lr"] * factor  # set by State: optimizers with other learning rates keep their ratio
             group["lr"] = torch.tensor(lr) if isinstance(group["lr"], Tensor) else lr  # torchao keeps a tensor
 
 
 @torch.no_grad()
 def update_averages(state: checkpoints.State, decay: float) -> None:
-    """EMA: averages <- decay x averages + (1 - decay) x parameters. They are evaluated and saved."""
+    """EMA: averages <- decay x averages + (1 - decay) x parameters. Evaluations, best/ and final/ use the averages."""
     for name, average in state.averages.items():
         param = state.params[name].to(average.device, average.dtype)
         average.lerp_(param, 1 - decay)
@@ -244,7 +253,7 @@ def train(
 ) -> None:
     """Agree, evaluate, update, save, until the end of the run. `history` grows by an entry per evaluation.
 
-    Raises Stop where the run must end early, after saving.
+    Raises Stop, after saving, if a signal came or a number was not finite; and without saving if ranks disagree.
     """
     skipped = 0
     saved = history.first
@@ -252,13 +261,14 @@ def train(
         for update in range(history.first, cfg.updates + 1):
             is_last = update == cfg.updates
 
-            # A rank that differs would train a model of its own and spoil the mean, without an error.
+            # Ranks must have the same flags, prompts and VAE, and replicas the same weights. Otherwise the mean
+            # gradient is wrong, and nothing reports it.
             if update == history.first or update % cfg.check_every == 0:
                 shared = dict(step=update, flags=repr(cfg), prompts=batch_prompts(cfg, setup, update))
                 shared["vae"] = distributed.weights_hash(setup.pipe.vae.parameters())
                 distributed.check_agreement(process, shared, state.params.values())
 
-            # The averaged weights are evaluated and kept: they are better than the last ones, and steadier.
+            # The averaged weights are evaluated and kept in best/: they vary less from update to update.
             if update % cfg.eval_every == 0 or is_last:
                 with distributed.swapped(state.params.values(), state.averages.values()):
                     entry, images = evaluate(cfg, setup, process)
@@ -283,12 +293,12 @@ def train(
             try:
                 entry = one_update(cfg, setup, state, process, update)
                 log.update(entry)
-            except Stop as stop:  # a number was not finite: the weights are as before, and are saved to be replayed
+            except Stop as stop:  # a number was not finite: the weights did not change
                 skipped += 1
                 if skipped > cfg.skip_nonfinite:
-                    checkpoints.save_checkpoint(setup.out, state, update, cfg.keep)
-                    raise
-                log.say(f"warning: {stop.message}; it is left out")
+                    checkpoints.save_checkpoint(setup.out, state, update, cfg.keep)  # to look at this very update
+                    raise Stop(stop.code, f"{stop.message}. --resume --skip-nonfinite 1 leaves it out") from None
+                log.say(f"warning: {stop.message}. The update is left out")
             log.bar.update()
 
             # A signal reaches one rank first: all ranks must agree that it came, and save the same update.
@@ -315,9 +325,10 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
     """
     began = time.perf_counter()
     meter = Meter(process.device)  # seconds by stage, and evaluations of the network
-    values = batch_gradient(cfg, setup, process, update, meter)
+    values = accumulate_batch_gradient(cfg, setup, process, update, meter)
     with meter("update"):
-        # The norm of the whole gradient, over all ranks' shards, and equal on all of them.
+        # Clip by the norm over all parameters and ranks. Of sharded gradients it is a DTensor of partial norms, which
+        # full_tensor reduces to one number, the same on all ranks.
         grad_norm = nn.utils.clip_grad_norm_(state.params.values(), cfg.clip)
         grad_norm = distributed.full_tensor(grad_norm).item()
 
@@ -335,7 +346,8 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
 
     with meter("update"):
         set_learning_rates(cfg, state, update)
-        torch.manual_seed(seeds.generator_of(cfg.seed, update, 1).initial_seed())  # --lean rounds at random
+        # The stochastic rounding of --lean draws from torch's own generator: make it a function of (seed, update), too.
+        torch.manual_seed(seeds.generator_of(cfg.seed, update, 1).initial_seed())
         for optimizer in state.optimizers:
             optimizer.step()
         zero_gradients(state)
@@ -347,27 +359,30 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
     return dict(step=update, **rewards, grad_norm=grad_norm, **cost)
 
 
-def batch_gradient(cfg: Config, setup: Setup, process: Process, update: int, meter: Meter) -> dict[str, Tensor]:
-    """Add the gradient of this rank's rows of the batch to the weights' `.grad`; returns what to log, (rows,) each."""
+def accumulate_batch_gradient(
+    cfg: Config, setup: Setup, process: Process, update: int, meter: Meter
+) -> dict[str, Tensor]:
+    """Add the gradient of this rank's samples to the weights' `.grad`; returns values to log, one per sample."""
     # Every rank draws the noise of the whole batch and takes its own rows, so the noise does not depend on the ranks.
     size = setup.size(update)
     channels = setup.pipe.flux.config.in_channels
     x_1, generator = draw_x_1(cfg.seed, update, (cfg.batch, size.rows * size.columns, channels))
-    rows_per_rank = cfg.batch // process.world_size
-    first_row = process.rank * rows_per_rank
-    last_row = first_row + rows_per_rank
-    rollout_batch = cfg.rollout_batch or rows_per_rank
+    samples_per_rank = cfg.batch // process.world_size
+    first_sample = process.rank * samples_per_rank
+    end_sample = first_sample + samples_per_rank
+    rollout_batch = cfg.rollout_batch or samples_per_rank
 
-    # Gradient accumulation: each rollout batch adds to `.grad`, where FSDP takes the mean over the ranks. So a
-    # method divides by the rows of its rank, and the result is the mean over the batch.
+    # Gradient accumulation: every backward, of each leap and micro-batch, adds its mean over the ranks to `.grad`. A
+    # loss is a sum over samples divided by `total`, the samples of one rank. So `.grad` becomes the gradient of the
+    # mean over the batch.
     logged = []
-    for row in range(first_row, last_row, rollout_batch):
-        rows = slice(row, min(row + rollout_batch, last_row))
-        logged.append(gradient(cfg, setup, process, update, rows, x_1, generator, meter))
+    for start in range(first_sample, end_sample, rollout_batch):
+        rows = slice(start, min(start + rollout_batch, end_sample))
+        logged.append(accumulate_gradient(cfg, setup, process, update, rows, x_1, generator, meter))
     return {name: torch.cat([values[name] for values in logged]) for name in logged[0]}
 
 
-def gradient(
+def accumulate_gradient(
     cfg: Config,
     setup: Setup,
     process: Process,
@@ -380,7 +395,7 @@ def gradient(
     """Add the gradient of some rows of the batch, by the run's method; returns values to log, (rows,) each."""
     size = setup.size(update)
     prompts = batch_prompts(cfg, setup, update)[rows]
-    with meter("rollout"):  # encodes the text
+    with meter("rollout"):  # of all that follows only the encoding of the prompts is computed at once
         samples, reward_log = build_samples(
             setup.pipe,
             prompts,
@@ -394,6 +409,8 @@ def gradient(
             update=update,
             micro_batch=cfg.micro_batch,
         )
+    # The method runs here: rollout, reward, backward. Its `vjp` calls .backward(), so FSDP2 gathers weights and reduces
+    # gradients inside of this call (vjp_of in leaps.py).
     method_log = setup.method(metered(samples, meter, len(prompts)))
     values = method_log | reward_log.means(len(prompts))
     return {name: value.detach().float().cpu().expand(len(prompts)) for name, value in values.items()}
@@ -414,8 +431,8 @@ def evaluate(cfg: Config, setup: Setup, process: Process) -> tuple[dict[str, Any
     """
     prompts = setup.eval_prompts
     batch = cfg.rollout_batch or 64
-    # Each rank draws as many images, the last prompt again where there are too few: all ranks must call the network
-    # equally often, because each call all-gathers its weights.
+    # Every rank draws the same number of images; the last prompt is repeated to fill up, and the repeats are removed
+    # below. Each call of the network all-gathers its weights, so ranks must make the same number of calls.
     images_per_rank = -(-len(prompts) // process.world_size)
     first_image = process.rank * images_per_rank
     indices = [min(i, len(prompts) - 1) for i in range(first_image, first_image + images_per_rank)]

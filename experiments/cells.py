@@ -4,8 +4,9 @@ A line is found again by its key, a hash of all that decides the run: the flags,
 of the files that the run reads, a method's file of yours among them. So a finished run is not repeated, on this machine
 or another; an interrupted run goes on from its checkpoint; and other weights make another run.
 
-The repository's code is not in the key, because most of its changes change no result. A line has a hash of the code
-that could (`CODE`), and a table warns if that code has changed since. Modules that a method of yours imports are in
+The repository's code is not in the key, because most of its changes change no result. A line has a hash of the sampler,
+the methods and the vivid reward (`CODE`), comments included, and a table warns if one of them has changed since. Other
+files can change results without a warning. Modules that a method of yours imports are in
 neither hash: after a change of one, remove the lines of your method.
 """
 
@@ -40,7 +41,7 @@ from start import prepare
 
 CELLS = RESULTS / "cells.jsonl"  # the runs that the repository ships
 NEW_CELLS = Path("runs/cells.jsonl")  # yours; append its lines to CELLS to ship them
-# Code that can change a run's numbers. Runs outlive most of its changes, so it is not in a run's key.
+# Code that is most likely to change a run's numbers. Runs outlive most of its changes, so it is not in a run's key.
 CODE = ("sample.py", "leaps.py", "baselines.py", "shapes/vivid.py")
 # A run is repeatable to the bit, and two runs fit on two cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -110,7 +111,7 @@ def flag_names(words: str) -> list[str]:
 def decisive_flags(cfg: Config) -> dict[str, Any]:
     """The flags that decide a run's numbers.
 
-    A flag that is off (None, False, 0 or empty) is left out, so a key stays the same when train.py gets a new flag, or
+    A flag whose value is None, False, 0 or empty is left out, so a key stays the same when train.py gets a new flag, or
     loses one, that the run does not set.
     """
     paths = {"model", "base", "prompts", "eval_prompts"}  # their contents count, not where they are
@@ -137,7 +138,7 @@ def input_paths(cfg: Config) -> list[str]:
 
 @cache
 def digest(path: str) -> str:
-    """A hash of a file, or of all files in a folder and their names. What is no path, such as a hub id, is its own."""
+    """A hash of a file, or of all files in a folder and their names. A hub id, which is no path, is returned."""
     root = Path(path)
     files = [file for file in sorted([root, *root.rglob("*")]) if file.is_file()]
     if not files:

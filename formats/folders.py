@@ -26,7 +26,7 @@ from formats.locations import Location, locate
 from formats.lora_files import read_lora
 from formats.reading import parse_file, parse_json
 from formats.weights import Weights, build_flux, build_with_lora, interpolate, open_flux
-from infra.prompts import print_once
+from infra.prompts import print_on_first_rank
 from model import Flux
 
 PATCH = 2  # FLUX sees 2x2 patches of latents
@@ -159,7 +159,7 @@ def load_pipeline(
             f"--strength {strength} needs --base FOLDER: {name} is no LoRA, and what it changed is unknown"
         )
     for note in weights.notes:
-        print_once(note)
+        print_on_first_rank(note)
     # A tokenizer without a limit has a model_max_length of 1e30.
     text_length = text_length or min(description.tokenizers[1].model_max_length, 512)
     return load_parts(description, flux.to(device), device, dtype, text_length, offload)

@@ -27,7 +27,7 @@ from torch import Tensor
 from formats.lora import FILE, NOTE, Change, Changes, NamedTensors
 from formats.names import to_diffusers
 from formats.reading import parse_file, tensor_names
-from infra.prompts import print_once
+from infra.prompts import print_on_first_rank
 from model import Flux, FluxConfig
 
 PEFT = "adapter_model.safetensors"
@@ -127,7 +127,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
 
 @cache  # once a file: it has many such tensors, and is read twice, to check it and to use it
 def note_text_encoders(file: Path) -> None:
-    print_once(f"note: {file} changes text encoders too: only what it changes of the transformer is used")
+    print_on_first_rank(f"note: {file} changes text encoders too: only what it changes of the transformer is used")
 
 
 def check_lora(state: dict[str, Tensor], file: Path) -> None:

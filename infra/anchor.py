@@ -1,10 +1,11 @@
 """--anchor BETA: any method, with the trained velocity held near the untuned network's.
 
-Wherever the method differentiates the network, at a state x that does not move, the loss gains
+Wherever the method differentiates the network, at a state x that the anchor treats as constant, the loss gains
 
     BETA x mean over samples of mean |v(x) - v_base(x)|^2        the inner mean is over all entries of a latent
 
 A method that differentiates at several states gains as many terms. The logged `anchor` is their mean, without BETA.
+The price is two more forwards at each of these states, and a second backward where the method asks for (dv/dx)^T u.
 """
 
 from collections.abc import Callable

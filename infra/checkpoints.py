@@ -3,8 +3,9 @@
     RUN/checkpoints/step_000060/     weights, averages and optimizers, a file per rank (torch.distributed.checkpoint)
 
 Training waits while a checkpoint is copied to the host's memory, and continues while the copy is written to disk.
-Resumed on as many ranks, a run is bitwise the undisturbed one; on another number of ranks, where tensors are sharded
-anew, it is the same up to rounding. A checkpoint holds no random state: randomness is a function of (seed, update).
+Resumed on the same number of ranks, a run is bitwise the undisturbed one where kernels are deterministic, as on CPUs;
+on another number of ranks, where tensors are sharded anew, it is the same up to rounding. A checkpoint holds no random
+state: randomness is a function of (seed, update).
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""Flags and the run's folder, checked before anything is read. Errors name the flag, what was found and what to do."""
+"""Flags and the run's folder, checked before a model is read. Errors name the flag, what was found and what to do."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ from infra.distributed import FSDP_DEVICES, Process
 from infra.files import PART, check_writable
 from infra.jsonl import read_log
 from infra.logs import EvaluationLog, UpdateLog
-from infra.prompts import print_once, prompts_hash
+from infra.prompts import print_on_first_rank, prompts_hash
 from infra.trackers import check_trackers
 from rewards import Reward, reward_name
 
@@ -69,7 +69,7 @@ def check_machine(cfg: Config, process: Process) -> None:
     """Raise ValueError if the flags ask for what this device or this number of ranks cannot do."""
     ranks = process.world_size
     has_fsdp = process.device.type in FSDP_DEVICES
-    # Each rank takes as many rows of the batch, so that the mean over ranks is the mean over the batch.
+    # Every rank takes the same number of samples, so that the mean over ranks is the mean over the batch.
     if cfg.batch % ranks:
         raise ValueError(f"--batch {cfg.batch} does not divide into {ranks} ranks: take a multiple of it")
     if cfg.bf16 and not has_fsdp and not (cfg.lora or cfg.lean):
@@ -131,7 +131,7 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
     """
     check_writable(f"--out {out}", out)
     if cfg.export and cfg.export.exists():
-        raise ValueError(f"--export {cfg.export} is there already: give a folder or file that is not")
+        raise ValueError(f"--export {cfg.export} exists: give a path that does not")
     has_files = out.exists() and any(out.iterdir())
     if not cfg.resume:
         if has_files:
@@ -185,7 +185,7 @@ def tell_changes(out: Path, hashes: dict[str, str]) -> None:
     for file, value in sorted(hashes.items()):
         if file in recorded and recorded[file] != value:
             text = f"warning: {file} has changed since {out} was started: numbers before and after may not be alike"
-            print_once(text)
+            print_on_first_rank(text)
 
 
 def check_checkpoints(cfg: Config, out: Path) -> None:

@@ -175,7 +175,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The all-gathered tensor, or the tensor itself if it is not sharded. All ranks must call it together."""
+    """A whole tensor on every rank: shards are all-gathered, partial sums reduced. All ranks must call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -214,7 +214,7 @@ def copy_values(values: Sequence[Tensor], params: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def weights_hash(params: Iterable[Tensor]) -> int:
-    """A number that differs if any weight of this rank's shards does."""
+    """A checksum of this rank's shards: the sum and the sum of squares of each tensor."""
     sums = []
     for param in params:
         shard = local_shard(param)  # no all-gather: each rank looks at its own rows
@@ -234,7 +234,7 @@ def check_agreement(process: Process, shared: dict[str, Any], params: Iterable[T
     for rank, (index, values, weights) in enumerate(ranks):
         for name in shared:
             if values[name] != ranks[0][1][name]:
-                raise Stop(1, f"rank {rank} has gone its own way: its {name} are not rank 0's; --resume goes on")
+                raise Stop(1, f"ranks 0 and {rank} have different {name}: start all with one command, code and files")
         replica = first_with_shard.setdefault(index, rank)
         if weights != ranks[replica][2]:
-            raise Stop(1, f"rank {rank} has gone its own way: its weights are not rank {replica}'s; --resume goes on")
+            raise Stop(1, f"ranks {replica} and {rank}, replicas, have different weights: --resume restarts them alike")

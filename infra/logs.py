@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
+from infra.distributed import Stop
 from infra.jsonl import Entry, append_line
 from infra.pictures import before_after, contact_sheet, curves
 from infra.trackers import open_trackers
@@ -46,19 +47,19 @@ class EvaluationLog(TypedDict):
 
 
 class Log:
-    """The voice of a run. Rank 0 prints and writes; on other ranks every call does nothing."""
+    """The voice of a run. Rank 0 alone prints and writes."""
 
     def __init__(self, cfg: Config, out: Path, first: int, is_first_rank: bool) -> None:
         self.cfg = cfg
         self.out = out
         self.is_first_rank = is_first_rank
         self.began = time.time()
-        self.lowered_lambda = False  # whether the warning of a loss that is zero was given
+        self.warned_of_zero_gradient = False
         self.track = open_trackers(cfg.log if is_first_rank else (), out, asdict(cfg), first)
         self.bar = tqdm(total=cfg.updates, initial=first, unit="update", file=sys.stderr, disable=not is_first_rank)
 
     def seconds(self) -> float:
-        """Since the run started or was resumed."""
+        """Since training started or was resumed, without the time of loading."""
         return time.time() - self.began
 
     def say(self, text: str) -> None:
@@ -68,13 +69,12 @@ class Log:
 
     def update(self, entry: Entry) -> None:
         """Log an update in metrics.jsonl."""
-        if self.is_first_rank:
-            append_line(self.out / "metrics.jsonl", entry)
+        self.write("metrics.jsonl", entry)
         self.track(entry["step"], entry, [])
         self.bar.set_postfix_str(f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}")
         # A loss of zero trains nothing. A policy gradient has no loss and may meet a batch without a gradient.
-        if "loss" in entry and entry["grad_norm"] == 0 and not self.lowered_lambda:
-            self.lowered_lambda = True
+        if "loss" in entry and entry["grad_norm"] == 0 and not self.warned_of_zero_gradient:
+            self.warned_of_zero_gradient = True
             self.say(self.zero_gradient_warning(entry))
 
     def zero_gradient_warning(self, entry: Entry) -> str:
@@ -95,7 +95,7 @@ class Log:
                 if entry["step"] == 0:
                     torch.save(images[indices], samples / "first.pt")
                 torch.save(images[indices], samples / "last.pt")
-            append_line(self.out / "eval.jsonl", entry)
+        self.write("eval.jsonl", entry)
         self.track(entry["step"], entry, [sheet] if sheet.exists() else [])
         numbers = []  # all means, but not the lists by prompt
         for name, value in entry.items():
@@ -105,9 +105,10 @@ class Log:
 
     def finish(self, setup: Any, history: Any) -> None:
         """Draw the run's pictures, and say what it wrote and which of best/ and final/ to use."""
-        if self.is_first_rank:
-            with self.pictures_may_fail():
-                self.draw(setup, history)
+        if not self.is_first_rank:
+            return
+        with self.pictures_may_fail():
+            self.draw(setup, history)
         names = sorted(path.name for path in self.out.iterdir())
         self.say(f"{self.seconds():.0f} s; wrote {self.out}: {', '.join(names)}")
         if history.watched:
@@ -136,12 +137,22 @@ class Log:
         captions = [prompts[i] for i in indices]
         before_after(first_images, last_images, captions, self.out / "before_after.png", correct=is_correct)
 
+    def write(self, name: str, entry: Entry) -> None:
+        """Add a line to a log. Raises Stop if that fails: a run without its log could not be resumed."""
+        if not self.is_first_rank:
+            return
+        try:
+            append_line(self.out / name, entry)
+        except OSError as error:  # the disk is full, for instance
+            folder = self.out / "checkpoints"
+            raise Stop(1, f"{error}; --resume goes on from the newest checkpoint in {folder}") from error
+
     @contextmanager
     def pictures_may_fail(self) -> Iterator[None]:
         """A picture that cannot be written, as on a full disk, is no reason to lose a run."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
             self.say(f"warning: a picture is not written: {error}")
 
 
@@ -182,5 +193,5 @@ def note_nonfinite(
     ranks = f"on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "in the gradient, though every loss is finite"
     return (
         f"step {update}: {', '.join(bad_names) or 'a number'} is not finite {ranks}; prompts such as {prompt!r}. "
-        f"{file} has all of them. The step would be the same again: --skip-nonfinite 1 leaves it out"
+        f"{file} has all of them"
     )

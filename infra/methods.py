@@ -17,7 +17,7 @@ from infra.user_code import describe_error, file_hashes, is_user_code, load_func
 from leaps import Samples
 from samples import zero_samples
 
-# Each field of the flag group Method is a keyword of some method, but these two.
+# The flags of the group Method that choose a method. Its other flags are keywords of methods.
 NO_KEYWORDS = ("method", "option")
 
 
@@ -36,7 +36,7 @@ def find_method(name: str) -> Callable[..., Log]:
     """The function that --method names: of leaps.py or baselines.py, or FILE.py:FUNCTION. Raises ValueError."""
     if is_user_code(name):
         return load_function(name, "method")
-    # No registry: a function of either file with the signature of a method is one.
+    # No registry: every function of the two files that has the signature of a method is a method.
     function = getattr(leaps, name, None) or getattr(baselines, name, None)
     if not inspect.isfunction(function) or not is_method(inspect.signature(function)):
         raise ValueError(f"--method {name}: it is a function of leaps.py or baselines.py, or FILE.py:FUNCTION of yours")

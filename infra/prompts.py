@@ -53,7 +53,7 @@ def read_entries(path: Path) -> list[Entry]:
     match = OTHER_FORMAT.search("\n".join(entry["prompt"] for entry in entries))
     if match:
         format_name = match.lastgroup.replace("_", " ")
-        print_once(f"warning: {path} looks like {format_name}, and this is read as a prompt: {match[0]:.200}")
+        print_on_first_rank(f"warning: {path} looks like {format_name}, and this is read as a prompt: {match[0]:.200}")
     return entries
 
 
@@ -108,7 +108,7 @@ def with_prompt(item: Any, number: int) -> Entry:
     raise ValueError(f'line {number} has no "prompt": {item!r:.80}')
 
 
-def print_once(text: str) -> None:
+def print_on_first_rank(text: str) -> None:
     """Print to stderr, on rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)

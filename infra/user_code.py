@@ -69,8 +69,8 @@ def check_neighbours(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             modules += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules.append(node.module or "")  # none in `from . import`, which fails in a file on its own
+        elif isinstance(node, ast.ImportFrom) and not node.level:  # a relative import fails in a file on its own
+            modules.append(node.module)
 
     folder = path.parent
     for module in modules:

@@ -149,7 +149,7 @@ def freeze(model: nn.Module, recompute: bool = False) -> nn.Module:
     model.eval().requires_grad_(False)
     if not recompute:
         return model
-    # Reentrant checkpoints raise in torch.autograd.grad, which train.py calls for each reward.
+    # Reentrant checkpoints raise in torch.autograd.grad, which samples.py calls for each reward.
     if hasattr(model, "activation_checkpointing_enable"):  # transformers 5
         model.activation_checkpointing_enable(dict(use_reentrant=False))
     else:

@@ -97,7 +97,7 @@ def gradient(cfg: Config, process: Process, by: float = 0.0, **changes) -> tuple
     cfg = replace(cfg, **changes)
     setup = train.set_up(cfg, process)
     move(setup.pipe.flux, by)
-    log = train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
+    log = train.accumulate_batch_gradient(cfg, setup, process, 0, Meter(process.device))
     return gradient_in(setup), log, setup
 
 
@@ -132,7 +132,7 @@ def test_in_a_run_it_adds_the_gradient_of_the_distance_at_the_leap_states(cfg, l
         plain, _, _ = gradient(cfg, process, by, lora=lora, anchor=0.0)
         setup = train.set_up(replace(cfg, lora=lora, anchor=0.0), process)
         move(setup.pipe.flux, by)
-        train.batch_gradient(cfg, replace(setup, method=recording), process, 0, Meter(process.device))
+        train.accumulate_batch_gradient(cfg, replace(setup, method=recording), process, 0, Meter(process.device))
         prompts = batch_prompts(cfg, setup, 0)
         setup.pipe.flux.zero_grad()
         text, base = encode(setup.pipe, prompts), load_pipeline(cfg.model)
@@ -167,7 +167,7 @@ def test_an_update_costs_what_is_counted(cfg):
     flags = "--rollout-steps 4 --batch 8 --anchor 3"
     with join("cpu") as process:
         setup, meter = train.set_up(cfg, process), Meter(process.device)
-        train.batch_gradient(cfg, setup, process, 0, meter)
+        train.accumulate_batch_gradient(cfg, setup, process, 0, meter)
     evaluations = meter.without_gradient + meter.with_gradient
     assert cost(evaluations, meter.with_gradient) == evaluations_of("leapalign", flags, 1)
     # Network and base at both leaps, and the second leap's gradient once more.

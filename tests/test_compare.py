@@ -87,7 +87,7 @@ def metered_evaluations():
             meter = Meter(process.device)
             method, _ = load_method(spec, SMALL)
             setup.method, setup.group = method, 8 if "grpo" in spec else 1
-            train.batch_gradient(cfg, setup, process, update, meter)
+            train.accumulate_batch_gradient(cfg, setup, process, update, meter)
             return cost(meter.without_gradient + meter.with_gradient, meter.with_gradient)
 
         yield count

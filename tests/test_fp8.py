@@ -97,7 +97,7 @@ def gradient(cfg: Config, process: Process, round_weights: bool = False) -> Tens
             if round_weights and "blocks" in name and p.ndim == 2 and not p.requires_grad:
                 weight = local_shard(p)
                 weight.copy_(up_cast(*quantize(weight), weight.dtype))
-    train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
+    train.accumulate_batch_gradient(cfg, setup, process, 0, Meter(process.device))
     return torch.cat([full_tensor(p.grad).flatten().float() for p in parameters.values() if p.requires_grad])
 
 

@@ -85,7 +85,7 @@ def change_and_bytes(cfg: Config) -> tuple[Tensor, dict[str, float]]:
         for average, first_average in zip(state.averages.values(), first_averages):
             changes.append((full_tensor(average) - full_tensor(first_average)).flatten())
 
-        train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
+        train.accumulate_batch_gradient(cfg, setup, process, 0, Meter(process.device))
         params = list(state.params.values())
         moments = []
         for param_state in state.optimizers[0].state.values():

@@ -188,7 +188,7 @@ def test_a_method_may_have_a_noise_level_a_sample_however_the_batch_is_split():
         setup = train.set_up(cfg, process)
         for method, micro in ((one_by_one, None), (levels, None), (levels, 3), (levels, 1)):
             flags, given = replace(cfg, micro_batch=micro), replace(setup, method=method)
-            train.batch_gradient(flags, given, process, 0, Meter(process.device))
+            train.accumulate_batch_gradient(flags, given, process, 0, Meter(process.device))
             gradients.append(torch.cat([p.grad.flatten() for p in setup.pipe.flux.parameters()]))
             setup.pipe.flux.zero_grad()
     assert all((g - gradients[0]).norm() < 1e-5 * gradients[0].norm() for g in gradients)

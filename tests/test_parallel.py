@@ -50,7 +50,7 @@ def base(tmp_path_factory) -> Config:
 def gradient_of(cfg: Config) -> Tensor:
     with join("cpu", cfg.shard) as process:
         setup = train.set_up(cfg, process)
-        train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
+        train.accumulate_batch_gradient(cfg, setup, process, 0, Meter(process.device))
         return torch.cat([full_tensor(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
 
 
@@ -59,7 +59,7 @@ def plain_gradient(cfg: Config) -> Tensor:
     pipe = load_pipeline(cfg.model)
     with join("cpu") as process:
         setup = train.set_up(cfg, process)
-        train.batch_gradient(cfg, replace(setup, pipe=pipe), process, 0, Meter(process.device))
+        train.accumulate_batch_gradient(cfg, replace(setup, pipe=pipe), process, 0, Meter(process.device))
     return torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
 
 
@@ -128,7 +128,7 @@ def gradients_in_double(cfg: Config, changes: list[dict]) -> list[Tensor]:
         for model in (pipe.flux, pipe.vae, pipe.clip, pipe.t5, setup.rewards[0].model):
             model.double()
         setup = replace(setup, pipe=pipe, sizes=[replace(s, sigmas=s.sigmas.double()) for s in setup.sizes])
-        train.batch_gradient(now, setup, process, 0, Meter(process.device))
+        train.accumulate_batch_gradient(now, setup, process, 0, Meter(process.device))
         gradients.append(torch.cat([p.grad.flatten() for p in pipe.flux.parameters()]))
     return gradients
 
@@ -202,7 +202,7 @@ def precisions(cfg: Config) -> dict[str, set]:
             lambda m, x, y: seen["inside"].add((x[0].dtype, m.weight.dtype))
         )
         flux.register_forward_pre_hook(lambda m, x: seen["times"].add((x[1].dtype, x[4].dtype)))
-        measured = train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
+        measured = train.accumulate_batch_gradient(cfg, setup, process, 0, Meter(process.device))
         seen["gradients"] = {p.grad.dtype for p in flux.parameters()}
         seen["weights"] = {p.dtype for p in flux.parameters()}
         seen["finite"] = {measured["loss"].isfinite().all().item()}
@@ -248,8 +248,8 @@ def test_ranks_that_differ_are_named(base):
     (group, _) = spread(2, disagreement_within_a_group, base)
     for same, steps, weights in spread(2, disagreements, base):
         assert same is None
-        assert "rank 1 has gone its own way: its step are not rank 0's" in steps and steps == group
-        assert "rank 1 has gone its own way: its weights are not rank 0's" in weights
+        assert "ranks 0 and 1 have different step" in steps and steps == group
+        assert "ranks 0 and 1, replicas, have different weights" in weights
 
 
 # --------------------------------------------------------------------------------------- loading, averages

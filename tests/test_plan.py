@@ -170,7 +170,7 @@ def measured_bytes(cfg: Config) -> tuple[int, int, int]:
         run = train.make_state(cfg, setup.pipe.flux)
         train.one_update(cfg, setup, run, world, 0)
         with Collectives() as collectives:
-            train.batch_gradient(cfg, setup, world, 1, Meter(world.device))
+            train.accumulate_batch_gradient(cfg, setup, world, 1, Meter(world.device))
         tensors = [*run.params.values(), *run.averages.values()]
         tensors += [p.grad for p in run.params.values()]
         for state in run.optimizers[0].state.values():

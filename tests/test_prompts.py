@@ -191,7 +191,7 @@ def test_prompts_that_are_cut_are_told_with_the_numbers_of_each_encoder():
     assert truncation_warning(pipe, [short] * 3) is None
     t5, clip = (len(tokenizer(long).input_ids) for tokenizer in (pipe.t5_tokenizer, pipe.clip_tokenizer))
     assert truncation_warning(pipe, [short, long, short]) == (
-        f"warning: prompts are cut: T5 (--text-length) reads 12 tokens, 1 of 3 have more, up to {t5}; "
+        f"warning: prompts are truncated: T5 (--text-length) reads 12 tokens, 1 of 3 have more, up to {t5}; "
         f"CLIP reads 12 tokens, 1 of 3 have more, up to {clip}"
     )
     assert (encode(pipe, [long]).txt == encode(pipe, [long + " and a cross"]).txt).all()  # it is what `encode` cuts
@@ -210,7 +210,7 @@ def test_the_commands_tell_it_once(command, flags, tmp_path, monkeypatch, capsys
     file = prompt_file(tmp_path, "a photo of " + "a circle and " * 9 + "a square\n")
     monkeypatch.setattr(sys, "argv", ["command", "--prompts", str(file), "--device", "cpu", *flags])
     command.main()
-    assert capsys.readouterr().err.count("warning: prompts are cut") == 1
+    assert capsys.readouterr().err.count("warning: prompts are truncated") == 1
 
 
 # ---------------------------------------------------------------------------------------------- order

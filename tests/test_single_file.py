@@ -248,6 +248,6 @@ def test_an_export_that_cannot_be_one_file_is_refused_and_an_existing_file_is_sp
             check_flags(replace(cfg, lora=4), world)
         write_model(cfg.export, whole, world)
     contents = cfg.export.read_bytes()
-    with pytest.raises(ValueError, match="is there already: give a folder or file that is not"):
+    with pytest.raises(ValueError, match="exists: give a path that does not"):
         check_folder(cfg, cfg.out, {}, [])
     assert cfg.export.read_bytes() == contents and [p.name for p in tmp_path.iterdir()] == ["one.safetensors"]

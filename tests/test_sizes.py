@@ -67,7 +67,7 @@ def square(images, prompts):
 def gradients(cfg: Config, step: int) -> list[torch.Tensor]:
     with join("cpu") as world:
         setup = train.set_up(cfg, world)
-        train.batch_gradient(cfg, setup, world, step, Meter(world.device))
+        train.accumulate_batch_gradient(cfg, setup, world, step, Meter(world.device))
         return [p.grad for p in setup.pipe.flux.parameters()]
 
 

@@ -188,7 +188,9 @@ def gradient_of_a_step(cfg: Config) -> torch.Tensor:
     cfg = replace(cfg, out=Path("nonexistent"), batch=4)
     with join("cpu") as process:
         setup = train.set_up(cfg, process)
-        train.batch_gradient(cfg, setup, process, 4, Meter(process.device))  # two long leaps, from steps 0 and 2 of 5
+        train.accumulate_batch_gradient(
+            cfg, setup, process, 4, Meter(process.device)
+        )  # two long leaps, from steps 0 and 2 of 5
     return torch.cat([p.grad.flatten() for p in setup.pipe.flux.parameters()])
 
 
@@ -205,7 +207,7 @@ def test_the_same_step_has_the_same_gradient():
 def test_a_method_that_asks_for_the_reward_several_times_logs_one_value_a_sample():
     cfg = Config(out=Path("nonexistent"), batch=4, rollout_steps=2, method="draft_lv", micro_batch=2)
     with join("cpu") as process:
-        values = train.batch_gradient(cfg, train.set_up(cfg, process), process, 0, Meter(process.device))
+        values = train.accumulate_batch_gradient(cfg, train.set_up(cfg, process), process, 0, Meter(process.device))
     assert {len(value) for value in values.values()} == {4}
 
 
@@ -223,7 +225,7 @@ def test_updates_are_adamws_of_the_clipped_gradient_at_a_rate_that_falls_to_zero
         weights = averages = flat(run.params.values())
         first = second = torch.zeros_like(weights)
         for step in range(2):
-            train.batch_gradient(cfg, setup, process, step, Meter(process.device))
+            train.accumulate_batch_gradient(cfg, setup, process, step, Meter(process.device))
             g = flat(p.grad for p in run.params.values())
             train.zero_gradients(run)
             assert g.norm() > 2 * cfg.clip
@@ -244,7 +246,7 @@ def test_what_has_reached_its_lambda_has_no_gradient_and_is_satisfied_where_all_
     for lam, satisfied in (((-2.0, -2.0), 1.0), ((-2.0, 2.0), 0.0)):
         cfg = Config(out=Path("nonexistent"), batch=4, rollout_steps=2, reward=("tiny", vivid), lam=lam)
         with join("cpu") as process:
-            values = train.batch_gradient(cfg, train.set_up(cfg, process), process, 0, Meter(process.device))
+            values = train.accumulate_batch_gradient(cfg, train.set_up(cfg, process), process, 0, Meter(process.device))
         assert values["satisfied"].mean() == satisfied
 
 
@@ -253,7 +255,7 @@ def test_a_policy_gradient_raises_the_weighted_sum_of_the_rewards():
         cfg = Config(method="flow_grpo", reward=rewards, out=Path("nonexistent"), batch=8, rollout_steps=2)
         with join("cpu") as process:
             setup = train.set_up(cfg, process)
-            train.batch_gradient(cfg, setup, process, 0, Meter(process.device))
+            train.accumulate_batch_gradient(cfg, setup, process, 0, Meter(process.device))
         return torch.cat([p.grad.flatten() for p in setup.pipe.flux.parameters()])
 
     vivid = f"{ROOT / 'shapes' / 'vivid.py'}:vivid"

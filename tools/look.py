@@ -6,7 +6,7 @@
 
 Prints what the method drew, what each sample scored, and the gradient that each differentiated step of the rollout
 adds. Writes runs/look.png: what a leap from each noise level predicts, decoded, a row per prompt. In a Python prompt,
-the same pieces are three lines:
+an update's gradient takes three lines:
 
     from tools.look import open_run
     run = open_run("shapes --batch 4")
@@ -14,6 +14,7 @@ the same pieces are three lines:
 """
 
 import atexit
+import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ import train
 from config import Config, parse
 from infra.distributed import Process, join
 from infra.meter import Meter
+from infra.methods import find_method, method_keywords
 from infra.pictures import contact_sheet
 from leaps import Rollout, Samples, prediction, rollout
 from sample import decode
@@ -37,7 +39,7 @@ SAMPLES = 4  # of the batch, where --batch is not given: enough to see, seconds 
 
 
 @dataclass
-class Run:
+class OpenRun:
     """A run's inputs in this process: flags, networks, rewards, prompts."""
 
     cfg: Config
@@ -46,7 +48,7 @@ class Run:
 
     def add_gradient(self, update: int = 0) -> dict[str, Tensor]:
         """Add the gradient of an update's batch to the weights' `.grad`; returns what is logged, (batch,) each."""
-        return train.batch_gradient(self.cfg, self.setup, self.process, update, Meter(self.process.device))
+        return train.accumulate_batch_gradient(self.cfg, self.setup, self.process, update, Meter(self.process.device))
 
     def samples(self, update: int = 0) -> Samples:
         """What a method is given of an update's batch."""
@@ -68,27 +70,28 @@ class Run:
         return samples
 
 
-def open_run(flags: str = "") -> Run:
+def open_run(flags: str = "") -> OpenRun:
     """The inputs of a run of train.py, given its flags as on the command line; no folder is made.
 
     --batch is 4 where it is not given, or a group of samples of one prompt if the method compares them.
     """
-    words = flags.split()
+    words = shlex.split(flags)
     # The same flags as train.py's, so that an update looks here as it does in a run.
     cfg, preset = parse(words)
     cfg = replace(cfg, out=Path("runs/look"), resume=True)  # resume: nothing is refused because the folder exists
-    if "--batch" not in words:
-        cfg = replace(cfg, batch=max(SAMPLES, cfg.group or 0, 8 if "grpo" in cfg.method else 0))
+    if not any(word.startswith("--batch") for word in words):
+        group = cfg.group or method_keywords(find_method(cfg.method)).get("group", 1)
+        cfg = replace(cfg, batch=max(SAMPLES, group))
     stack = ExitStack()
     atexit.register(stack.close)  # the process group lives as long as the Python prompt
     process = stack.enter_context(join(cfg.device))
-    return Run(cfg, train.set_up(cfg, process, preset), process)
+    return OpenRun(cfg, train.set_up(cfg, process, preset), process)
 
 
 # ----------------------------------------------------------------------------------- the explanation
 
 
-def explain(run: Run, update: int = 0) -> str:
+def explain(run: OpenRun, update: int = 0) -> str:
     """An update in words and numbers."""
     setup = run.setup
     flux = setup.pipe.flux
@@ -107,17 +110,17 @@ def explain(run: Run, update: int = 0) -> str:
 
     # The method runs as in a run; only its vjp is wrapped.
     flux.zero_grad()
-    log = setup.method(samples._replace(vjp=vjp))
+    setup.method(samples._replace(vjp=vjp))
     total_norm = flat_gradient(flux).norm().item()
 
     b = run.cfg.batch
     sigmas = " ".join(f"{level:.2f}" for level in samples.sigmas.tolist())
     steps = len(samples.sigmas) - 1
     lines = [f"{run.cfg.method}, update {update}: {b} samples, {steps} steps at noise levels {sigmas}"]
-    lines += ["", sample_table(log, run.add_gradient(update), batch_prompts(run.cfg, setup, update))]
+    lines += ["", sample_table(run.add_gradient(update), batch_prompts(run.cfg, setup, update))]
     lines += ["", "Each differentiated call of the network (of the whole batch):"]
-    lines += [f"{'sigma':>8}{'norm of u':>12}{'|dL/dtheta|':>14}{'|dv/dx^T u|':>12}", *terms]
-    lines += ["", f"norm of the whole gradient {total_norm:.3f}; --clip {run.cfg.clip} scales it down to that at most"]
+    lines += [f"{'sigma':>8}{'norm of u':>12}{'norm added':>14}{'|dv/dx^T u|':>12}", *terms]
+    lines += ["", f"norm of the whole gradient {total_norm:.3f}; an update uses at most --clip {run.cfg.clip}"]
     return "\n".join(lines)
 
 
@@ -131,8 +134,8 @@ def flat_gradient(flux: torch.nn.Module) -> Tensor:
     return torch.cat(gradients)
 
 
-def sample_table(log: dict[str, Tensor], values: dict[str, Tensor], prompts: list[str]) -> str:
-    """A row per sample: what the method drew for it, its rewards and its loss."""
+def sample_table(values: dict[str, Tensor], prompts: list[str]) -> str:
+    """A row per sample: what the method logs of it, its rewards and its loss."""
     names = [name for name in values if name != "satisfied"]  # the loss says it already
     rows = ["".join(f"{name:>10}" for name in names) + "  prompt"]
     for i, prompt in enumerate(prompts):
@@ -145,7 +148,7 @@ def sample_table(log: dict[str, Tensor], values: dict[str, Tensor], prompts: lis
 
 
 @torch.no_grad()
-def predictions(run: Run, update: int = 0) -> tuple[Rollout, list[Tensor]]:
+def predictions(run: OpenRun, update: int = 0) -> tuple[Rollout, list[Tensor]]:
     """A rollout, and the decoded prediction of a leap to x_0 from each of its noise levels: T images per sample."""
     samples = run.samples(update)
     size = run.setup.size(update)
@@ -154,7 +157,7 @@ def predictions(run: Run, update: int = 0) -> tuple[Rollout, list[Tensor]]:
     return ro, [decode(run.setup.pipe, prediction(ro, step), size.height, size.width) for step in steps]
 
 
-def draw(run: Run, path: Path, update: int = 0) -> None:
+def draw(run: OpenRun, path: Path, update: int = 0) -> None:
     """A row per prompt: what a leap predicts from each noise level, from pure noise on the left to the image."""
     ro, images_of_steps = predictions(run, update)
     levels = ro.sigmas[:-1].tolist()
@@ -168,7 +171,7 @@ def draw(run: Run, path: Path, update: int = 0) -> None:
 
 def main() -> None:
     try:
-        run = open_run(" ".join(sys.argv[1:]))
+        run = open_run(shlex.join(sys.argv[1:]))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

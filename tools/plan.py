@@ -95,7 +95,7 @@ def main() -> None:
     print(
         f"Hours assume that a run attains {cfg.mfu:.0%} (--mfu) of the {cfg.gpu}'s {PEAK[cfg.gpu] / 1e12:.0f} TFLOP/s"
     )
-    print("| each GPU, of | " + " | ".join(map(str, cfg.gpus)) + " |\n|---|" + "--:|" * len(cfg.gpus))
+    print("| each GPU, of this many | " + " | ".join(map(str, cfg.gpus)) + " |\n|---|" + "--:|" * len(cfg.gpus))
     for name in columns[0]:
         print(f"| {name} | " + " | ".join(f"{column[name]:,.1f}" for column in columns) + " |")
 
@@ -158,7 +158,7 @@ def memory(cfg: PlanFlags, gpus: int, flux: Flux) -> dict[str, float]:
 
 
 def evaluations(cfg: PlanFlags) -> tuple[float, float]:
-    """Evaluations of the network a sample and update, without and with a gradient, as the method makes them on zeros.
+    """Evaluations of the network per sample and update, without and with a gradient, as the method makes them on zeros.
 
     Means over the run, because some methods stop at a random step. Raises ValueError for a method that does not exist.
     """
@@ -169,7 +169,7 @@ def evaluations(cfg: PlanFlags) -> tuple[float, float]:
         samples, calls = zero_samples(sigmas, cfg.batch, torch.Generator().manual_seed(update), update)
         method(samples)
         total += calls
-    return total["velocity"] / cfg.updates, total["vjp"] / cfg.updates
+    return (total["velocity"] + total["base"]) / cfg.updates, total["vjp"] / cfg.updates
 
 
 def traffic(cfg: PlanFlags, gpus: int, flux: Flux, forwards: float, backwards: float) -> dict[str, float]:

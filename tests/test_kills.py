@@ -1,0 +1,162 @@
+"""A run can be killed or told to stop at any moment, and continues as if nothing had been."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import train
+from config import Config
+from infra import checkpoints
+from infra.checkpoints import checkpoint_folders
+from infra.files import PART
+from infra.jsonl import read_log
+from tests.processes import spread, start
+from tests.runs import completed, run, same_run, short_config, stopped_after, undisturbed_run
+
+ROOT = Path(train.__file__).parent
+SEED = 7  # of the moments of the kills
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Config:
+    return short_config(tmp_path_factory.mktemp("prompts"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory) -> Config:
+    return undisturbed_run(base, tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+# ---------------------------------------------------------------------------------------------- killed
+
+
+def killed_at(cfg: Config, count: int) -> None:
+    """Train, and die by SIGKILL just before the count-th time that a file or folder of the run is touched."""
+    touched = itertools.count(1)
+
+    def hook(event: str, args: tuple) -> None:
+        file = event == "open" or event.startswith(("os.", "shutil."))
+        if file and args and str(args[0]).startswith(str(cfg.out)) and next(touched) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    run(cfg)
+
+
+def test_twenty_kills_at_any_moment_leave_no_trace(base, undisturbed, tmp_path):
+    """While it starts, trains, evaluates, saves, and, once done, while it writes its end again.
+
+    What a kill leaves is what is on the disk, so moments are counted in what changes the disk, not in seconds.
+    """
+    cfg, chance, kept = replace(base, out=tmp_path / "run", resume=True), random.Random(SEED), []
+    while len(kept) < 20:
+        (process,) = start(1, killed_at, cfg, chance.randint(1, 150))
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            kept.append(len(checkpoint_folders(cfg.out)))
+        else:  # the run had ended before that moment came: from then on its end is written again
+            assert process.exitcode == 0
+    assert len(set(kept)) > 1, kept
+    assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
+
+
+def interrupted_save(cfg: Config, when: str) -> None:
+    """Die by SIGKILL within the save of step 4."""
+
+    real = checkpoints.dcp.save
+
+    def save(state, checkpoint_id, **options):
+        if int(state["step"]) == 4 and when == "before":
+            checkpoint_id.mkdir(parents=True)
+            (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(state, checkpoint_id=checkpoint_id, **options)
+        if int(state["step"]) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.dcp.save = save
+    run(cfg)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_within_a_save_leaves_the_checkpoint_before(when, base, undisturbed, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", resume=True)
+    (process,) = start(1, interrupted_save, cfg, when)
+    process.join(600)
+    assert process.exitcode == -signal.SIGKILL
+    assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000002"] and list(
+        cfg.out.glob(f"checkpoints/*{PART}")
+    )
+    assert completed(1, cfg) == "" and same_run(undisturbed, cfg) and not list(cfg.out.glob(f"checkpoints/*{PART}"))
+
+
+def slow_save(cfg: Config) -> None:
+    """Each checkpoint is written only once training has made another update; the run ends after five."""
+
+    real = checkpoints.dcp.save
+
+    def save(state, **options):
+        while len(read_log(cfg.out / "metrics.jsonl")) <= int(state["step"]):
+            time.sleep(0.01)
+        real(state, **options)
+
+    checkpoints.dcp.save = save
+    stopped_after(cfg, 5)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_there_before(base, undisturbed, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", resume=True)
+    spread(1, slow_save, cfg)
+    assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000002", "step_000004"]
+    assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
+
+
+def signalled(cfg: Config, number: int) -> str:
+    """Train; in the third update the last rank gets a signal."""
+    real = train.one_update
+
+    def one_update(c, setup, state, process, update):
+        if update == 2 and process.rank == process.world_size - 1:
+            os.kill(os.getpid(), number)
+        return real(c, setup, state, process, update)
+
+    train.one_update = one_update
+    return run(cfg)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops_with_a_code_to_requeue_on(number, code, base, undisturbed, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", resume=True)
+    messages = spread(2, signalled, cfg, number)  # one rank hears it, all stop
+    assert all(m.startswith(f"{code} stopped by signal {int(number)}") and "step_000003" in m for m in messages)
+    assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000002", "step_000003"]
+    assert len(read_log(cfg.out / "metrics.jsonl")) == 3
+    if number == signal.SIGTERM:  # what is saved does not depend on the signal
+        assert completed(1, cfg) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 8
+
+
+def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
+    # So many updates that the signal comes before the last one, however busy the machine is.
+    cfg = replace(base, out=tmp_path / "run", updates=1000, decay=False, resume=True, reward_input="xhat_0")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", "localhost:0"]
+    launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "900"]
+    flags = ["--batch", "4", "--rollout-steps", "2", "--steps", "1000", "--eval-every", "4", "--save-every", "2"]
+    flags += ["--ema", "0.9", "--no-decay", "--eval-prompts", str(cfg.eval_prompts), "--out", str(cfg.out), "--resume"]
+    process = subprocess.Popen([sys.executable, *launcher, "train.py", *flags], cwd=ROOT, stderr=subprocess.PIPE)
+    while process.poll() is None and not (cfg.out / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=600)[1].decode()
+    assert process.returncode == 1 and "stopped by signal" in said and "--resume goes on" in said, said
+    done = int(checkpoint_folders(cfg.out)[-1].name[-6:])
+    assert len(read_log(cfg.out / "metrics.jsonl")) == done < 1000
+    assert completed(1, replace(cfg, updates=done + 1)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == done + 1
