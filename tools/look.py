@@ -45,6 +45,7 @@ class OpenRun:
     cfg: Config
     setup: Setup
     process: Process
+    stack: ExitStack  # closes the process group
 
     def add_gradient(self, update: int = 0) -> dict[str, Tensor]:
         """Add the gradient of an update's batch to the weights' `.grad`; returns what is logged, (batch,) each."""
@@ -85,7 +86,7 @@ def open_run(flags: str = "") -> OpenRun:
     stack = ExitStack()
     atexit.register(stack.close)  # the process group lives as long as the Python prompt
     process = stack.enter_context(join(cfg.device))
-    return OpenRun(cfg, train.set_up(cfg, process, preset), process)
+    return OpenRun(cfg, train.set_up(cfg, process, preset), process, stack)
 
 
 # ----------------------------------------------------------------------------------- the explanation
