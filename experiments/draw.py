@@ -19,14 +19,14 @@ KINDS = dict(methods=draw_compare, ablations=draw_compare, ranges=draw_compare, 
 
 
 @flags
-class DrawFlags:
+class ResultFlags:
     """Write the tables and pictures of results."""
 
     results: tyro.conf.Positional[tuple[Path, ...]]
     """Files that compare or fidelity wrote."""
 
 
-def draw_all(cfg: DrawFlags) -> None:
+def draw_all(cfg: ResultFlags) -> None:
     for path in cfg.results:
         draw_result(path)
 
@@ -45,4 +45,4 @@ def draw_result(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(draw_all, DrawFlags, __doc__)
+    run_command(draw_all, ResultFlags, __doc__)

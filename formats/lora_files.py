@@ -73,7 +73,7 @@ def read_lora(file: Path, config: FluxConfig) -> Changes:
     Changes of text encoders are left out, which a line on stderr reports.
     Raises ValueError naming the file and what is not understood.
     """
-    state, settings = parse_file(file, read_tensors)
+    state, settings = parse_file(file, read_lora_tensors)
     check_lora(state, file)
     table = layer_rows(config)
     changes = {}
@@ -104,7 +104,7 @@ def read_lora(file: Path, config: FluxConfig) -> Changes:
     return changes
 
 
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
+def read_lora_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
     """The transformer's tensors in a LoRA file, in fp32, and PEFT's settings: lora_alpha, alpha_pattern, use_rslora."""
     state = {}
     for name, tensor in load_file(file).items():

@@ -144,7 +144,7 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
         if has_files and any(f.name != "samples" and PART not in f.name for f in out.iterdir()):
             raise ValueError(f"--out {out} is occupied by something that is no run: choose another folder")
         return
-    recorded = read_config(out)
+    recorded = read_run_config(out)
     # Other flags, such as --micro-batch or --keep, may change from start to start.
     for name in fixed:
         if flags[name] != recorded.get(name):
@@ -157,7 +157,7 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
     check_checkpoints(cfg, out)
 
 
-def read_config(out: Path) -> dict[str, Any]:
+def read_run_config(out: Path) -> dict[str, Any]:
     """The config.json of a run. Raises ValueError if it is damaged or of something else."""
     file = out / "config.json"
     try:
@@ -173,14 +173,14 @@ def check_prompts(out: Path, prompts: list[str], eval_prompts: list[str], paths:
     """Raise ValueError if a run was started with other prompts than these, which were read from `paths`."""
     hashes = [prompts_hash(prompts), prompts_hash(eval_prompts)]
     flags = ("--prompts", "--eval-prompts")
-    for flag, path, value, recorded in zip(flags, paths, hashes, read_config(out)["prompts_read"], strict=True):
+    for flag, path, value, recorded in zip(flags, paths, hashes, read_run_config(out)["prompts_read"], strict=True):
         if value != recorded:
             raise ValueError(f"--resume with {flag} {path}, which says something else than when {out} was started")
 
 
 def tell_changes(out: Path, hashes: dict[str, str]) -> None:
     """Warn if a file of the user's code is not the one that the run was made with so far."""
-    recorded = read_config(out).get("code_read", {})
+    recorded = read_run_config(out).get("code_read", {})
     # A warning, not an error: the change may be a comment, or a fix that the user wants.
     for file, value in sorted(hashes.items()):
         if file in recorded and recorded[file] != value:
