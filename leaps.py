@@ -241,9 +241,7 @@ class Samples(NamedTuple):
 
     noise: Callable[[int], Tensor]  # the i-th Gaussian of each sample, (b, n, c); noise(0) is x_1
     sigmas: Tensor  # (T + 1,), from 1 down to 0
-    generator: (
-        torch.Generator
-    )  # on the CPU, seeded alike for all parts of a batch: for what samples share, such as steps
+    generator: torch.Generator  # on the CPU, alike for all parts of a batch: for what samples share, such as steps
     velocity: Velocity  # without gradient
     base: Velocity | None  # the untuned network's velocity, without gradient; None for a method that never asks for it
     vjp: VJP  # x, sigma, u: adds (dv/dtheta)^T u to the weights' .grad; with wrt_x=True returns (dv/dx)^T u

@@ -2,8 +2,8 @@
 
 A method (leaps.py, baselines.py, or yours) knows noise, noise levels, a velocity, a vector-Jacobian product and the
 reward of a latent. Everything else about a batch is hidden here: the prompts, the VAE, the dtype of the network,
-several rewards with their weights and lambdas, and micro-batches. The mathematics comes first; counting and logging
-stand at the end of the file, not between its lines.
+several rewards with their weights and lambdas, and micro-batches. The mathematics comes first; what counts and logs,
+called there in a line each, is at the end of the file.
 
 Legend as in leaps.py: b samples, n tokens, c channels.
 """
@@ -145,7 +145,7 @@ def reward_functions(
 
     def reward(x_0: Tensor, weight: Tensor | None = None) -> Tensor:
         """dL/dx_0, (b, n, c), of the loss L = mean over the batch of weight x hinge (Eq. 11 to 13)."""
-        if weight is None:  # methods other than LeapAlign weigh all samples alike
+        if weight is None:  # a method that gives no weights counts all samples alike
             weight = torch.ones_like(x_0[:, 0, 0])
         gradients = []
         for rows in micro_batches:
@@ -254,7 +254,7 @@ class RewardLog:
         self.values.setdefault(name, []).append(value.detach())
 
     def add_scores(self, scores: Sequence[Tensor]) -> None:
-        """The reported scores, and whether a sample has reached every lambda."""
+        """The reported scores, and whether a sample has no loss left; without a lambda it always has."""
         satisfied = torch.ones_like(scores[0], dtype=torch.bool)
         for reward, score in zip(self.rewards, scores):
             self.add(reward.name, reward.scale * score)  # as it is reported, PickScore times its logit scale

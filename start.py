@@ -1,7 +1,7 @@
 """What a run needs, read and checked in the order of cost, before anything expensive starts.
 
 `prepare` looks at the flags, then the prompts, then the headers of the model, then the user's code. train.py builds the
-network, and `load_networks` reads all other weights. `open_folder` makes the run's folder, or finds where it stopped.
+network, and `load_networks` reads all other weights. `open_folder` makes the run's folder.
 Every error is a ValueError that names the flag or the file, what was found and what to do.
 """
 
@@ -50,7 +50,7 @@ from samples import Size
 
 @dataclass
 class Setup:
-    """The inputs of a run. `prepare` makes all but the networks, which `load_networks` adds."""
+    """The inputs of a run. `load_networks` adds pipe, rewards and watched; train.set_up adds base."""
 
     out: Path
     method: Callable[[Samples], dict[str, Tensor]]  # with its keywords
@@ -60,7 +60,7 @@ class Setup:
     eval_prompts: list[str]
     model: Description  # the model's small files and the headers of its weights
     sizes: list[Size]  # they take turns, an update each
-    functions: dict[str, Reward]  # the rewards that have no weights: the user's code, and rules
+    functions: dict[str, Reward]  # the rewards that are no network: the user's code, and rules
     pipe: Pipeline | None = None
     rewards: list[Reward] | None = None
     watched: list[Reward] | None = None
@@ -188,7 +188,10 @@ def earlier_lora(cfg: Config, config: FluxConfig) -> Changes | None:
 
 
 def initial_tensors(cfg: Config, flux: Flux, model: Description) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of all parameters of `flux`, read from disk as they are asked for."""
+    """Names and values of all parameters of `flux`, read from disk as they are asked for.
+
+    With --fp8 the frozen linear layers of `flux` become Fp8Linear first, in place.
+    """
     for note in model.weights.notes:
         print_on_first_rank(note)
     tensors = model.weights.tensors
@@ -219,7 +222,7 @@ def try_user_code(
     prompts: list[str],
     eval_prompts: list[str],
 ) -> tuple[dict[str, Reward], Trial]:
-    """The rewards that have no weights, and what the method asks for. All of it is run once, on small inputs."""
+    """The rewards that are no network, and what the method asks for. All of it is run once, on small inputs."""
     for size in sizes:
         trial = try_method(method, size.sigmas, group)
     check_needs(cfg, trial.needs_gradient)
@@ -323,7 +326,8 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
     watched = [reward.name for reward in setup.watched]
     best = evaluation_of_best(out, watched)
     if cfg.at is not None and best and best["step"] > first:
-        # best/ belongs to an evaluation that this run forgets: keep it under another name.
+        # best/ belongs to an evaluation that this run forgets: keep it under another name. Without --at the run makes
+        # the same evaluation again, bitwise where kernels are deterministic.
         mark = f".step_{best['step']:06d}"
         put_in_place(out / "best", beside(out / "best", mark))
         print_on_first_rank(f"{out / 'best'} is of step {best['step']}, and is kept as best{mark}")

@@ -8,14 +8,15 @@
 
 Read from top to bottom: main and the set-up; the network and FSDP2; optimizers; the loop; one update; one evaluation.
 The gradient itself is a method's: a function of leaps.py, of baselines.py, or yours. Beside what FSDP2 sends, ranks
-exchange: the run's history, checks of agreement, signals, the values of an update, the images of an evaluation.
+exchange: the run's history, checks of agreement, signals, the values of an update, the images of an evaluation,
+whether a checkpoint is whole, and the tensors of a model that is saved.
 A run writes, to --out:
 
     config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png
     checkpoints/step_NNNNNN/  best/  final/  nonfinite.jsonl, if a number was not finite
 
-The shapes preset differs from the paper in learning rate, decay, length, T, EMA and the image that is rewarded:
-shapes/README.md says why.
+The shapes preset differs from the paper in learning rate, decay, T, EMA, lambda and the image that is rewarded, for
+which shapes/README.md has the reasons, and in length.
 """
 
 import os
@@ -150,7 +151,7 @@ def build_network(cfg: Config, setup: Setup, process: Process) -> Flux:
 
 
 def shard(flux: Flux, process: Process, dtype: torch.dtype) -> None:
-    """Make the network distributed: FSDP2 splits every parameter by rows over N ranks, all ranks or a group of --shard.
+    """Make the network distributed: FSDP2 splits every parameter by rows over all ranks, or over groups of --shard N.
 
     A block's parameters are all-gathered just before it runs and freed after it, in the forward and again in the
     backward. After each backward of a block its gradients are reduce-scattered: a rank gets, for the rows that it
@@ -181,9 +182,8 @@ def frozen_copy(flux: Flux, setup: Setup, process: Process) -> Flux:
     shard(copy, process, setup.pipe.compute)
     copy.to_empty(device=process.device)
     for target, source in zip(copy.parameters(), flux.parameters(), strict=True):
-        distributed.local_shard(target).copy_(
-            distributed.local_shard(source)
-        )  # sharded alike, or one rank holds all of both
+        # Sharded alike, or one rank holds all of both.
+        distributed.local_shard(target).copy_(distributed.local_shard(source))
     return copy
 
 
@@ -253,7 +253,8 @@ def train(
 ) -> None:
     """Agree, evaluate, update, save, until the end of the run. `history` grows by an entry per evaluation.
 
-    Raises Stop, after saving, if a signal came or a number was not finite; and without saving if ranks disagree.
+    Raises Stop, after saving, if a signal came or a number was not finite; and without saving if ranks
+    disagree or a log cannot be written.
     """
     skipped = 0
     saved = history.first
@@ -282,23 +283,24 @@ def train(
                             log.say(f"warning: {error}")
                 history.evaluations.append(entry)
                 log.evaluation(entry, images, setup.eval_prompts)
-                warnings = watch.hacking_warnings(history.evaluations, history.watched, cfg.patience)
-                for warning in warnings:
+                hacked = watch.hacking_warnings(history.evaluations, history.watched, cfg.patience)
+                for warning in hacked:
                     log.say(warning)
-                if cfg.stop_early and warnings:
+                if cfg.stop_early and hacked:
                     is_last = True
             if is_last:
                 break
 
             try:
                 entry = one_update(cfg, setup, state, process, update)
-                log.update(entry)
             except Stop as stop:  # a number was not finite: the weights did not change
                 skipped += 1
                 if skipped > cfg.skip_nonfinite:
                     checkpoints.save_checkpoint(setup.out, state, update, cfg.keep)  # to look at this very update
                     raise Stop(stop.code, f"{stop.message}. --resume --skip-nonfinite 1 leaves it out") from None
                 log.say(f"warning: {stop.message}. The update is left out")
+            else:
+                log.update(entry)
             log.bar.update()
 
             # A signal reaches one rank first: all ranks must agree that it came, and save the same update.
@@ -395,7 +397,7 @@ def accumulate_gradient(
     """Add the gradient of some rows of the batch, by the run's method; returns values to log, (rows,) each."""
     size = setup.size(update)
     prompts = batch_prompts(cfg, setup, update)[rows]
-    with meter("rollout"):  # of all that follows only the encoding of the prompts is computed at once
+    with meter("rollout"):  # the prompts are encoded now; all else in `samples` is a function that the method calls
         samples, reward_log = build_samples(
             setup.pipe,
             prompts,

@@ -5,7 +5,8 @@ Wherever the method differentiates the network, at a state x that the anchor tre
     BETA x mean over samples of mean |v(x) - v_base(x)|^2        the inner mean is over all entries of a latent
 
 A method that differentiates at several states gains as many terms. The logged `anchor` is their mean, without BETA.
-The price is two more forwards at each of these states, and a second backward where the method asks for (dv/dx)^T u.
+The price is two more forwards at each of these states, and a second
+forward and backward where the method asks for (dv/dx)^T u.
 """
 
 from collections.abc import Callable

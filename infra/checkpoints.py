@@ -182,7 +182,7 @@ def publish(draft: Path, folder: Path, checksums_of_ranks: list[dict[str, int]])
         merged |= checksums
     try:
         (draft / CHECKSUMS).write_text(json.dumps(merged))
-        put_in_place(draft, folder)  # replaces a checkpoint of this update, which a fallback to an older one leaves
+        put_in_place(draft, folder)  # a resumed run whose first update is not finite saves its checkpoint again
         return None
     except OSError as error:
         return first_cause(error)

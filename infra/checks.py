@@ -71,7 +71,7 @@ def check_machine(cfg: Config, process: Process) -> None:
     has_fsdp = process.device.type in FSDP_DEVICES
     # Every rank takes the same number of samples, so that the mean over ranks is the mean over the batch.
     if cfg.batch % ranks:
-        raise ValueError(f"--batch {cfg.batch} does not divide into {ranks} ranks: take a multiple of it")
+        raise ValueError(f"--batch {cfg.batch} does not divide into {ranks} ranks: take a multiple of {ranks}")
     if cfg.bf16 and not has_fsdp and not (cfg.lora or cfg.lean):
         # FSDP2 keeps fp32 weights beside a bf16 network; without FSDP2 the weights compute in the dtype they have.
         raise ValueError(f"--bf16 with --device {cfg.device}: trained weights are fp32 there: add --lora")

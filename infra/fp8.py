@@ -1,7 +1,7 @@
 """--fp8: the frozen network under a LoRA at a byte a weight, for a small GPU.
 
 Each row of a linear layer's weight is scaled so that its largest entry is 448, the largest number of e4m3, and rounded
-to e4m3's 4 significant bits. The error of a weight is at most 1/16 of it and 1/40 on average, except for weights below
+to e4m3's 4 significant bits. The error of a weight is at most 1/16 of it and 1/44 on average, except for weights below
 1/28,000 of the largest in their row. A layer is up-cast as it computes, forward and backward, so that one layer at a
 time is in full precision.
 """

@@ -26,7 +26,7 @@ class UpdateLog(TypedDict):
     step: int  # the number of the update, from 0
     reward: float
     loss: NotRequired[float]  # a policy gradient has none
-    satisfied: float  # share of samples that have reached every lambda
+    satisfied: float  # share of samples with no loss left: each reward has reached its lambda
     grad_norm: float
     forwards: int  # evaluations of the network, those with a backward among them
     backwards: int
@@ -79,7 +79,7 @@ class Log:
 
     def zero_gradient_warning(self, entry: Entry) -> str:
         if entry["satisfied"] > 1 - 1e-6:
-            lam = " ".join(str(value) for value in self.cfg.lam) or "as the reward has it"
+            lam = " ".join(str(value) for value in self.cfg.lam) or "its default"
             return f"warning: every reward is above --lam {lam}: the loss is zero and nothing is learned"
         return "warning: the gradient is zero though rewards could rise: does the reward ignore the images?"
 

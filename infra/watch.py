@@ -79,7 +79,7 @@ def folder_advice(best: Entry | None, last: Entry, name: str) -> str:
     # best/ may have the lower value: a full disk keeps it from being written again.
     if last[name] > best[name]:
         return f"use final/: {value}; {best_value}, in best/"
-    return f"use final/: {value}; {best_value}, in best/, which is no more than chance"
+    return f"use final/: {value}; {best_value}, in best/, a difference that may be chance"
 
 
 def preview_indices(prompts: Sequence[str]) -> list[int]:

@@ -268,24 +268,35 @@ def test_a_save_that_fails_at_the_very_end_is_told_and_training_goes_on_on_all_r
 
 
 def without_room(cfg: Config, what: str) -> tuple[str, str]:
-    """Pictures cannot be written, or logs cannot; why it stopped, and what was said on stdout."""
+    """Pictures, or lines of a log, cannot be written; why the run stopped, and what was said on stdout."""
+    real = logs.append_line
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for name in ("contact_sheet", "before_after", "curves") if what == "pictures" else ("append_line",):
-        setattr(logs, name, fail)
+    def fail_for_log(path: Path, entry: dict) -> None:
+        fail() if path.name == what else real(path, entry)
+
+    if what == "pictures":
+        logs.contact_sheet = logs.before_after = logs.curves = fail
+    logs.append_line = fail_for_log
     with contextlib.redirect_stdout(io.StringIO()) as said:
         return run(cfg), said.getvalue()
 
 
-def test_a_picture_that_cannot_be_written_is_no_end_of_a_run_and_a_log_that_cannot_is_told(base, tmp_path):
+def test_a_picture_that_cannot_be_written_does_not_end_a_run(base, tmp_path):
     cfg = replace(base, out=tmp_path / "pictures")
     ((message, said),) = spread(1, without_room, cfg, "pictures")
     assert message == "" and said.count("warning: a picture is not written") == 4  # of each evaluation, and at the end
     assert len(read_log(cfg.out / "eval.jsonl")) == 3 and (cfg.out / "final").exists()
-    ((message, _),) = spread(1, without_room, replace(base, out=tmp_path / "logs"), "logs")
+
+
+@pytest.mark.parametrize("name", ["eval.jsonl", "metrics.jsonl"])
+def test_a_log_that_cannot_be_written_stops_the_run_without_a_checkpoint_that_has_other_updates(name, base, tmp_path):
+    cfg = replace(base, out=tmp_path / "logs", skip_nonfinite=1)
+    ((message, said),) = spread(1, without_room, cfg, name)
     assert message.startswith("1 [Errno 28] No space left") and "--resume goes on" in message
+    assert "left out" not in said and not checkpoint_folders(cfg.out)
 
 
 # ------------------------------------------------------------------------------------------ not finite

@@ -387,7 +387,7 @@ def test_the_last_lines_name_the_folder_to_use_and_why():
         {"step": i, "judge": j, "by_prompt": {"judge": by}}
         for i, (j, by) in enumerate([(0.5, [1, 0]), (0.49, [0, 0.98])])
     ]
-    assert "no more than chance" in folder_advice(*noise, "judge")
+    assert "may be chance" in folder_advice(*noise, "judge")
     assert folder_advice(None, last, "judge") == "use final/: judge is 0.600, and there is no best/"
     risen = folder_advice(entry(0, 0.4), last, "judge")  # where best/ could not be written again
     assert risen == "use final/: judge is 0.600; judge was 0.400 after 0 updates, in best/"
