@@ -128,7 +128,10 @@ def read_run_prompts(cfg: Config, out: Path) -> tuple[list[str], list[str]]:
 def batch_prompts(cfg: Config, setup: Setup, update: int) -> list[str]:
     """The prompts of an update's batch, each `setup.group` times where a method compares samples of one prompt."""
     distinct_prompts = prompts_of_update(setup.prompts, update, cfg.batch // setup.group, cfg.seed)
-    return [prompt for prompt in distinct_prompts for _ in range(setup.group)]
+    prompts = []
+    for prompt in distinct_prompts:
+        prompts += [prompt] * setup.group
+    return prompts
 
 
 # ---------------------------------------------------------------------------- 3. the model's headers

@@ -19,6 +19,7 @@ The shapes preset differs from the paper in learning rate, decay, T, EMA, lambda
 which shapes/README.md has the reasons, and in length.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -305,7 +306,7 @@ def train(
 
             # A signal reaches one rank first: all ranks must agree that it came, and save the same update.
             signals_of_ranks = distributed.all_gather_objects(list(signals))
-            received = [number for numbers in signals_of_ranks for number in numbers]
+            received = list(itertools.chain(*signals_of_ranks))
             if (update + 1) % cfg.save_every == 0 or received:
                 saved = update + 1
                 checkpoints.save_checkpoint(setup.out, state, saved, cfg.keep)
@@ -381,7 +382,10 @@ def accumulate_batch_gradient(
     for start in range(first_sample, end_sample, rollout_batch):
         rows = slice(start, min(start + rollout_batch, end_sample))
         logged.append(accumulate_gradient(cfg, setup, process, update, rows, x_1, generator, meter))
-    return {name: torch.cat([values[name] for values in logged]) for name in logged[0]}
+    merged = {}
+    for name in logged[0]:
+        merged[name] = torch.cat([values[name] for values in logged])
+    return merged
 
 
 def accumulate_gradient(

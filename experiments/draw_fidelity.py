@@ -107,10 +107,11 @@ def predictors(d_j: np.ndarray, d_0: np.ndarray) -> dict[str, np.ndarray]:
 
 def pair_arrays(base: Base) -> dict[str, np.ndarray]:
     """The numbers of all pairs of steps: name -> (batches, pairs)."""
-    arrays = {}
-    for name in base["pairs"][0][0]:
-        arrays[name] = np.array([[pair[name] for pair in batch] for batch in base["pairs"]])
-    return arrays
+    rows: dict[str, list[list[float]]] = {}
+    for batch in base["pairs"]:
+        for name in batch[0]:
+            rows.setdefault(name, []).append([pair[name] for pair in batch])
+    return {name: np.array(values) for name, values in rows.items()}
 
 
 # --------------------------------------------------------------------------------------- pictures

@@ -182,7 +182,7 @@ def test_a_run_with_one_stays_nearer_to_the_base(cfg, flags):
     assert 0 < near < 0.7 * far
 
 
-def apart_after(cfg: Config, updates: int = 6) -> float:
+def apart_after(cfg: Config, updates: int = 4) -> float:
     """Mean squared distance of the velocity from the base's, at the states of the base's rollout."""
     cfg = replace(cfg, decay=False)
     with join("cpu") as process:

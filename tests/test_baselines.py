@@ -540,17 +540,17 @@ def test_samples_must_divide_into_groups_of_two_or_more(group):
 # ----------------------------------------------------------------------------------------------- on the tiny Flux
 
 
-def updates(cfg: Config) -> dict[str, Tensor]:
+def updates(cfg: Config, names: list[str]) -> dict[str, Tensor]:
     """What one update by each method changes of the trained weights."""
     result = {}
     with join("cpu") as process:
         setup = train.set_up(cfg, process)
         weights = [p for p in setup.pipe.flux.parameters() if p.requires_grad]
         first_weights = [p.detach().clone() for p in weights]
-        for name in METHODS:
+        for name in names:
             options = dict(group=2) if "grpo" in name else {}
             if name == "mix_grpo":
-                options |= dict(window=2)  # or it would be DanceGRPO in so few steps
+                options |= dict(window=1)  # with more it would be DanceGRPO in so few steps
             setup = replace(setup, method=partial(find_method(name), **options), group=options.get("group", 1))
             run = train.make_state(cfg, setup.pipe.flux)
             entry = train.one_update(cfg, setup, run, process, 0)
@@ -568,12 +568,14 @@ def updates(cfg: Config) -> dict[str, Tensor]:
 def test_every_method_trains_alike_on_one_rank_and_on_two_with_micro_batches(lora):
     # A learning rate so small that Adam's first step does not turn rounding into other signs of small gradients.
     cfg = Config(out=Path("nonexistent"), batch=4, rollout_steps=3, lora=lora, lr=1e-6, clip=1e9)
-    (one_rank,) = spread(1, updates, cfg)
-    for rank in spread(2, updates, replace(cfg, rollout_batch=2, micro_batch=1)):
-        for name in METHODS:
+    # Methods do not know of a LoRA: one of each kind is enough.
+    names = ["refl", "flowbp_bridge", "flow_grpo"] if lora else list(METHODS)
+    (one_rank,) = spread(1, updates, cfg, names)
+    for rank in spread(2, updates, replace(cfg, rollout_batch=2, micro_batch=1), names):
+        for name in names:
             update = one_rank[name]
             assert update.norm() > 0
             assert (rank[name] - update).norm() < 0.05 * update.norm(), name
-    for name, second in itertools.combinations(METHODS, 2):
+    for name, second in itertools.combinations(names, 2):
         update = one_rank[name]
         assert (update - one_rank[second]).norm() > 0.05 * update.norm(), (name, second)

@@ -13,7 +13,8 @@ from infra.checks import check_flags
 from infra.distributed import full_tensor, join
 from infra.meter import Meter
 from tests.processes import spread
-from tests.test_checkpoint import completed, same_run, slow_save
+from tests.runs import completed, same_run
+from tests.test_kills import slow_save
 
 
 @pytest.fixture(scope="module")
