@@ -25,7 +25,7 @@ from infra.anchor import anchored
 from infra.checkpoints import checkpoint_folders, update_of
 from infra.checks import check_flags, check_folder, check_groups, check_log_names, check_prompts, tell_changes
 from infra.distributed import Process
-from infra.files import PART, beside, put_in_place, recover, remove, replacing
+from infra.files import PART, beside, lock_folder, put_in_place, recover, remove, replacing
 from infra.jsonl import Entry, read_log, truncate_log
 from infra.meter import network_flops
 from infra.methods import (
@@ -319,8 +319,15 @@ class History:
 
 
 def open_folder(cfg: Config, setup: Setup, first: int) -> History:
-    """Make the run's folder; or remove from its logs what a resumed run will write again, from update `first` on."""
+    """Make the run's folder; or remove from its logs what a resumed run will write again, from update `first` on.
+
+    Raises ValueError if another process trains there.
+    """
     out = setup.out
+    # Two runs in one folder would mix their logs and remove each other's checkpoints. Another run may have begun, or
+    # ended, since the folder was checked.
+    lock_folder(out)
+    check_folder(cfg, out, recorded_flags(cfg), resume_flags(cfg))
     (out / "samples").mkdir(parents=True, exist_ok=True)
     for name in ("best", "final"):
         recover(out / name)  # from a kill while it was replaced

@@ -103,31 +103,31 @@ def set_up(cfg: Config, process: Process, preset: Config | None = None) -> Setup
 def run(cfg: Config, setup: Setup, process: Process) -> None:
     """Train from the newest checkpoint, or from the start, and write final/; or only write a checkpoint (--export)."""
     state = make_state(cfg, setup.pipe.flux)
+    first = 0
     try:
-        first = 0
         if cfg.resume:
             first = checkpoints.load_checkpoint(setup.out, state, cfg.at)
-    except ValueError as error:
+        if cfg.export:
+            write_averages(cfg.export, setup, state, process)
+            if process.rank == 0:
+                print(f"wrote {cfg.export}, the averaged weights after {first} updates")
+            return
+        # Rank 0 alone prepares the folder and writes logs, and its History goes to all ranks. All ranks write
+        # checkpoints, so on several nodes the folder must be on a disk that they share.
+        history = distributed.on_first_rank(partial(open_folder, cfg, setup, first))
+    except ValueError as error:  # no checkpoint can be read, or another process trains in the folder
         raise Stop(2, f"error: {error}") from None
-    if cfg.export:
-        write_averages(cfg.export, setup, state, process)
-        if process.rank == 0:
-            print(f"wrote {cfg.export}, the averaged weights after {first} updates")
-        return
 
-    # Rank 0 alone prepares the folder and writes logs, and its History goes to all ranks. All ranks write checkpoints,
-    # so on several nodes the folder must be on a disk that they share.
-    history = distributed.on_first_rank(partial(open_folder, cfg, setup, first))
     log = logs.Log(cfg, setup.out, first, is_first_rank=process.rank == 0)
     if first:
         log.say(f"goes on from step {first}")
     try:
         train(cfg, setup, state, process, log, history)
+        write_averages(setup.out / "final", setup, state, process)
+        log.finish(setup, history)
     finally:
         state.wait()  # for the checkpoint that is being written
-        log.bar.close()
-    write_averages(setup.out / "final", setup, state, process)
-    log.finish(setup, history)
+        log.close()
 
 
 # ------------------------------------------------------------------------- the network, and FSDP2
@@ -328,6 +328,9 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
     """
     began = time.perf_counter()
     meter = Meter(process.device)  # seconds by stage, and evaluations of the network
+    # Stochastic rounding (--lean) and a user's reward may draw from torch's own generator. Seeded here, a resumed run
+    # draws what an undisturbed one does, however often either was evaluated.
+    torch.manual_seed(seeds.generator_of(cfg.seed, update, 1, process.rank).initial_seed())
     values = accumulate_batch_gradient(cfg, setup, process, update, meter)
     with meter("update"):
         # Clip by the norm over all parameters and ranks. Of sharded gradients it is a DTensor of partial norms, which
@@ -349,8 +352,6 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
 
     with meter("update"):
         set_learning_rates(cfg, state, update)
-        # The stochastic rounding of --lean draws from torch's own generator: make it a function of (seed, update), too.
-        torch.manual_seed(seeds.generator_of(cfg.seed, update, 1).initial_seed())
         for optimizer in state.optimizers:
             optimizer.step()
         zero_gradients(state)
@@ -445,6 +446,8 @@ def evaluate(cfg: Config, setup: Setup, process: Process) -> tuple[dict[str, Any
     rank_prompts = [prompts[i] for i in indices]
     noise_seeds = [10**6 + i for i in indices]  # the same noise at every evaluation
     size = setup.sizes[0]
+    # A user's reward may draw random numbers: the same ones at every evaluation.
+    torch.manual_seed(seeds.generator_of(cfg.seed, 10**6, process.rank).initial_seed())
     images = sample(
         setup.pipe, rank_prompts, noise_seeds, cfg.rollout_steps, size.height, size.width, cfg.guidance, batch
     )

@@ -151,7 +151,7 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
             flag = name.replace("_", "-")
             started = recorded.get(name)
             raise ValueError(f"--resume with --{flag} {flags[name]}, but {out} was started with {started}")
-    # A damaged line is told now, not after the weights are loaded.
+    # A damaged line is reported now, not after the weights are loaded.
     for log in ("metrics.jsonl", "eval.jsonl"):
         read_log(out / log)
     check_checkpoints(cfg, out)

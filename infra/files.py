@@ -9,11 +9,19 @@ Nobody else makes such names, so what has them may be removed.
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
-PART, OLD = ".leapalign-part", ".leapalign-old"
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks, and goes without
+    fcntl = None
+
+PART, OLD, LOCK = ".leapalign-part", ".leapalign-old", ".leapalign-lock"
+LOCKS: dict[Path, TextIO] = {}  # open files of the folders that this process has locked
 
 
 @contextmanager
@@ -86,3 +94,34 @@ def check_writable(flag: str, folder: Path) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{flag}: nothing can be written in {parent}")
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other processes from training in a folder. Raises ValueError naming the process that does.
+
+    The system releases the lock when the process ends, however it ends.
+    """
+    if fcntl is None:
+        return
+    path = beside(folder, LOCK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read() or "another process"
+        file.close()
+        raise ValueError(f"--out {folder}: {owner} trains there: wait for it, or choose another folder") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    LOCKS[path] = file
+
+
+def unlock_folder(folder: Path) -> None:
+    """Release the lock, if this process has it."""
+    path = beside(folder, LOCK)
+    if path in LOCKS:
+        path.unlink(missing_ok=True)
+        LOCKS.pop(path).close()

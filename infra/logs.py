@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from config import Config
 from infra.distributed import Stop
+from infra.files import unlock_folder
 from infra.jsonl import Entry, append_line
 from infra.pictures import before_after, contact_sheet, curves
 from infra.trackers import open_trackers
@@ -146,6 +147,11 @@ class Log:
         except OSError as error:  # the disk is full, for instance
             folder = self.out / "checkpoints"
             raise Stop(1, f"{error}; --resume goes on from the newest checkpoint in {folder}") from error
+
+    def close(self) -> None:
+        """Close the progress bar, and let other runs use the folder."""
+        self.bar.close()
+        unlock_folder(self.out)
 
     @contextmanager
     def pictures_may_fail(self) -> Iterator[None]:

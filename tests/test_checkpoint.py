@@ -68,6 +68,17 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one_on_as_many_ranks(world, ba
     assert completed(world, resumed) == "" and same_run(straight, resumed)
 
 
+def test_a_reward_that_draws_random_numbers_resumes_bitwise(base, tmp_path):
+    (tmp_path / "random_reward.py").write_text(
+        "import torch\ndef noisy(images, prompts):\n    return (images * torch.rand_like(images)).mean((1, 2, 3))\n"
+    )
+    cfg = replace(base, reward=(f"{tmp_path / 'random_reward.py'}:noisy",))
+    straight, resumed = replace(cfg, out=tmp_path / "a"), replace(cfg, out=tmp_path / "b", resume=True)
+    assert completed(1, straight) == ""
+    spread(1, stopped_after, resumed, 5)
+    assert completed(1, resumed) == "" and same_run(straight, resumed)
+
+
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 4)])
 def test_a_run_resumes_on_another_number_of_ranks(before, after, base, undisturbed, tmp_path):
     cfg = replace(base, out=tmp_path / "run", resume=True)

@@ -1,9 +1,11 @@
 """A run can be killed or told to stop at any moment, and continues as if nothing had been."""
 
+import io
 import itertools
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,14 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from config import Config
 from infra import checkpoints
 from infra.checkpoints import checkpoint_folders
-from infra.files import PART
+from infra.files import PART, lock_folder, unlock_folder
 from infra.jsonl import read_log
-from tests.processes import spread, start
+from tests.processes import CONTEXT, spread, start
 from tests.runs import completed, run, same_run, short_config, stopped_after, undisturbed_run
 
 ROOT = Path(train.__file__).parent
@@ -160,3 +163,30 @@ def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
     done = int(checkpoint_folders(cfg.out)[-1].name[-6:])
     assert len(read_log(cfg.out / "metrics.jsonl")) == done < 1000
     assert completed(1, replace(cfg, updates=done + 1)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == done + 1
+
+
+# ----------------------------------------------------------------------------------- two runs, one folder
+
+
+def test_a_folder_in_which_a_run_trains_is_refused_until_that_run_ends(base, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", resume=True)
+    lock_folder(cfg.out)  # as a run of this process would
+    assert (
+        completed(1, cfg) == f"2 error: --out {cfg.out}: process {os.getpid()} on {socket.gethostname()} trains there: "
+        "wait for it, or choose another folder"
+    )
+    assert not cfg.out.exists() or not list(cfg.out.iterdir())
+    unlock_folder(cfg.out)
+    assert completed(1, cfg) == ""
+
+
+def test_of_two_runs_that_start_at_once_one_trains_as_if_alone(base, undisturbed, tmp_path):
+    cfg = replace(base, out=tmp_path / "run")
+    queue = CONTEXT.Queue()
+    processes = [*start(1, run, cfg, queue=queue), *start(1, run, cfg, queue=queue)]
+    messages = sorted(torch.load(io.BytesIO(queue.get(timeout=600)), weights_only=False)[1] for _ in processes)
+    for process in processes:
+        process.join()
+    assert messages[0] == "" and messages[1].startswith("2 "), messages
+    assert same_run(undisturbed, cfg)
+    assert not list(tmp_path.glob("*.leapalign-lock"))
