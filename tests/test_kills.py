@@ -1,27 +1,23 @@
-"""A run can be killed or told to stop at any moment, and continues as if nothing had been."""
+"""A run can be killed at any moment, and continues as if nothing had been."""
 
-import io
 import itertools
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import train
 from config import Config
 from infra import checkpoints
 from infra.checkpoints import checkpoint_folders
-from infra.files import PART, lock_folder, unlock_folder
+from infra.files import PART
 from infra.jsonl import read_log
-from tests.processes import CONTEXT, spread, start
+from tests.processes import spread, start
 from tests.runs import completed, run, same_run, short_config, stopped_after, undisturbed_run
 
 ROOT = Path(train.__file__).parent
@@ -120,73 +116,3 @@ def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_there_before
     spread(1, slow_save, cfg)
     assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000002", "step_000004"]
     assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
-
-
-def signalled(cfg: Config, number: int) -> str:
-    """Train; in the third update the last rank gets a signal."""
-    real = train.one_update
-
-    def one_update(c, setup, state, process, update):
-        if update == 2 and process.rank == process.world_size - 1:
-            os.kill(os.getpid(), number)
-        return real(c, setup, state, process, update)
-
-    train.one_update = one_update
-    return run(cfg)
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_stops_with_a_code_to_requeue_on(number, code, base, undisturbed, tmp_path):
-    cfg = replace(base, out=tmp_path / "run", resume=True)
-    messages = spread(2, signalled, cfg, number)  # one rank hears it, all stop
-    assert all(m.startswith(f"{code} stopped by signal {int(number)}") and "step_000003" in m for m in messages)
-    assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000002", "step_000003"]
-    assert len(read_log(cfg.out / "metrics.jsonl")) == 3
-    if number == signal.SIGTERM:  # what is saved does not depend on the signal
-        assert completed(1, cfg) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 8
-
-
-def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
-    # So many updates that the signal comes before the last one, however busy the machine is.
-    cfg = replace(base, out=tmp_path / "run", updates=1000, decay=False, resume=True, reward_input="xhat_0")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    launcher += ["--rdzv-endpoint", "localhost:0"]
-    launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "900"]
-    flags = ["--batch", "4", "--rollout-steps", "2", "--steps", "1000", "--eval-every", "4", "--save-every", "2"]
-    flags += ["--ema", "0.9", "--no-decay", "--eval-prompts", str(cfg.eval_prompts), "--out", str(cfg.out), "--resume"]
-    process = subprocess.Popen([sys.executable, *launcher, "train.py", *flags], cwd=ROOT, stderr=subprocess.PIPE)
-    while process.poll() is None and not (cfg.out / "metrics.jsonl").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    said = process.communicate(timeout=600)[1].decode()
-    assert process.returncode == 1 and "stopped by signal" in said and "--resume goes on" in said, said
-    done = int(checkpoint_folders(cfg.out)[-1].name[-6:])
-    assert len(read_log(cfg.out / "metrics.jsonl")) == done < 1000
-    assert completed(1, replace(cfg, updates=done + 1)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == done + 1
-
-
-# ----------------------------------------------------------------------------------- two runs, one folder
-
-
-def test_a_folder_in_which_a_run_trains_is_refused_until_that_run_ends(base, tmp_path):
-    cfg = replace(base, out=tmp_path / "run", resume=True)
-    lock_folder(cfg.out)  # as a run of this process would
-    assert (
-        completed(1, cfg) == f"2 error: --out {cfg.out}: process {os.getpid()} on {socket.gethostname()} trains there: "
-        "wait for it, or choose another folder"
-    )
-    assert not cfg.out.exists() or not list(cfg.out.iterdir())
-    unlock_folder(cfg.out)
-    assert completed(1, cfg) == ""
-
-
-def test_of_two_runs_that_start_at_once_one_trains_as_if_alone(base, undisturbed, tmp_path):
-    cfg = replace(base, out=tmp_path / "run")
-    queue = CONTEXT.Queue()
-    processes = [*start(1, run, cfg, queue=queue), *start(1, run, cfg, queue=queue)]
-    messages = sorted(torch.load(io.BytesIO(queue.get(timeout=600)), weights_only=False)[1] for _ in processes)
-    for process in processes:
-        process.join()
-    assert messages[0] == "" and messages[1].startswith("2 "), messages
-    assert same_run(undisturbed, cfg)
-    assert not list(tmp_path.glob("*.leapalign-lock"))

@@ -45,7 +45,7 @@ def few_prompts(tmp_path_factory) -> Path:
     """A handful of evaluation prompts, all tasks among them, so that a test need not draw 360 images."""
     lines = (ROOT / "shapes" / "eval-prompts.txt").read_text().splitlines()
     path = tmp_path_factory.mktemp("prompts") / "few.txt"
-    path.write_text("# a comment, and a blank line\n\n" + "\n".join(lines[::6]) + "\n")
+    path.write_text("# a comment, and a blank line\n\n" + "\n".join(lines[::12]) + "\n")
     return path
 
 
