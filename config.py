@@ -127,9 +127,8 @@ class Method:
     """leapalign (1): leaps start at noise levels of at most this."""
     distance: float | None = None
     """leapalign: fixed k - j instead of a random pair."""
-    pick_by: Literal["step", "level"] | None = None
-    """leapalign (step, the paper's): draw the steps that leaps start from uniformly, or with odds of their lengths in
-    noise level."""
+    by_level: bool = False
+    """leapalign: draw k and j by noise level, so that a step has odds of its length, and not uniformly by step."""
     nested_only: bool = False
     """leapalign: drop the first leap's own term (Eq. 14), a diagnostic."""
     draw: Literal["uniform", "midpoint", "midpoint_j", "dirichlet"] | None = None

@@ -81,12 +81,12 @@ def pick_leaps(
     low: float = 0.0,
     high: float = 1.0,
     distance: float | None = None,
-    pick_by: Literal["step", "level"] = "step",
+    by_level: bool = False,
 ) -> tuple[int, ...]:
     """Indices, in increasing order, of the steps that leaps start from; the last leap ends at x_0.
 
     Uniform over the sets of `leaps` distinct steps whose noise levels lie in [low, high]; that is the paper's draw.
-    By level, a step is drawn with odds of its length in noise level, without replacement.  With `distance`,
+    With `by_level`, a step is drawn with odds of its length in noise level, without replacement.  With `distance`,
     an ablation of the paper, k is uniform among the levels that leave room for it and j is the level nearest
     to k - distance (of two equally near, the noisier).  `generator` is a CPU one: seeded alike, all ranks
     pick alike.  Raises ValueError if there are no such steps.
@@ -97,16 +97,16 @@ def pick_leaps(
     if not 1 <= leaps <= len(in_range):
         raise ValueError(f"cannot pick {leaps} leaps from {len(in_range)} steps with sigma in [{low}, {high}]")
     if distance is None:
-        if pick_by == "step":
-            order = torch.randperm(len(in_range), generator=generator)[:leaps]
-        else:
+        if by_level:
             # Shifted schedules crowd their steps at high noise, where a uniform draw of steps puts most leaps.
             lengths = (sigmas[:-1] - sigmas[1:]).double().cpu()
             order = torch.multinomial(lengths[in_range], leaps, generator=generator)
+        else:
+            order = torch.randperm(len(in_range), generator=generator)[:leaps]
         picks = order.sort().values.tolist()
         return tuple(in_range[i] for i in picks)
 
-    if pick_by == "level":
+    if by_level:
         raise ValueError("a fixed distance draws k by step: it does not go with picks by level")
     if leaps != 2 or distance <= 0:
         raise ValueError(f"a fixed distance needs two leaps and must be positive, got {leaps} and {distance}")
@@ -271,12 +271,12 @@ def leapalign(
     low: float = 0.0,
     high: float = 1.0,
     distance: float | None = None,
-    pick_by: Literal["step", "level"] = "step",
+    by_level: bool = False,
     nested_only: bool = False,
 ) -> dict[str, Tensor]:
     """LeapAlign (arXiv 2604.15311), Eq. 3-13, with the paper's defaults for HPSv2.1; other values are its ablations."""
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
-    picks = pick_leaps(ro.sigmas, s.generator, leaps, low, high, distance, pick_by)
+    picks = pick_leaps(ro.sigmas, s.generator, leaps, low, high, distance, by_level)
     w, d = similarity_weight(ro, picks, tau, weight)  # Eq. 12, from cached velocities: no network call
     x0 = ro.x[-1] if reward_input == "x_0" else prediction(ro, picks[-1])
     grad = s.reward(x0, w)  # Eq. 11, 13: dL/dx_0, through reward and VAE

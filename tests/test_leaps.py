@@ -492,13 +492,13 @@ def test_picks_by_level_have_odds_of_the_length_of_their_steps():
         expected[k, j] = draws * either_first
     counts = dict.fromkeys(expected, 0)
     for _ in range(draws):
-        counts[pick_leaps(SIGMAS, g, pick_by="level")] += 1
+        counts[pick_leaps(SIGMAS, g, by_level=True)] += 1
     chi2 = sum((counts[pair] - n) ** 2 / n for pair, n in expected.items())
     assert chi2 < 27.9  # 99.9% of chi-square with 9 degrees of freedom
 
 
 def test_picks_by_level_keep_to_the_range():
-    picks = {pick_leaps(SIGMAS, generator(seed), low=0.3, high=0.9, pick_by="level") for seed in range(50)}
+    picks = {pick_leaps(SIGMAS, generator(seed), low=0.3, high=0.9, by_level=True) for seed in range(50)}
     assert picks == {(1, 2), (1, 3), (2, 3)}
 
 
@@ -556,7 +556,7 @@ def test_a_fixed_distance_takes_the_nearest_level():
         ({"distance": 0.5, "high": 0.5}, r"no two steps in \[0.0, 0.5\] are 0.5 apart"),
         ({"distance": 0.5, "leaps": 3}, r"needs two leaps"),
         ({"distance": 0.0}, r"must be positive"),
-        ({"distance": 0.5, "pick_by": "level"}, r"does not go with picks by level"),
+        ({"distance": 0.5, "by_level": True}, r"does not go with picks by level"),
     ],
 )
 def test_impossible_picks_say_so(options, message):
