@@ -5,15 +5,15 @@ of the files that the run reads, a method's file of yours among them. So a finis
 or another; an interrupted run goes on from its checkpoint; and other weights make another run.
 
 The repository's code is not in the key, because most of its changes change no result. A line has a hash of the sampler,
-the methods and the vivid reward (`CODE`), comments included, and a table warns if one of them has changed since. Other
-files can change results without a warning. Modules that a method of yours imports are in
-neither hash: after a change of one, remove the lines of your method.
+the methods and the vivid reward (`CODE`), and a table warns if one of them computes something else today. Other files
+can change results without a warning. Modules that a method of yours imports are in neither hash: after a change of one,
+remove the lines of your method.
 """
 
+import ast
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -45,7 +45,6 @@ NEW_CELLS = Path("runs/cells.jsonl")  # yours; append its lines to CELLS to ship
 CODE = ("sample.py", "leaps.py", "baselines.py", "shapes/vivid.py")
 # A run is repeatable to the bit, and two runs fit on two cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-TABLE_FLAGS = ("seed", "lr", "updates", "eval_every")  # of train.py, which a table sets for each run
 NONFINITE = 3  # train.py's exit code after a number that is not finite
 # The preset's --reward-input would count for all rows. Without it each row has its own method's default.
 AS_PUBLISHED = ["--reward-input", "None"]
@@ -64,18 +63,22 @@ class Cell:
     eval_every: int
 
     @property
+    def numbers(self) -> dict[str, float]:
+        """The flags of train.py that a table sets for each run."""
+        return dict(seed=self.seed, lr=self.lr, updates=self.updates, eval_every=self.eval_every)
+
+    @property
     def arguments(self) -> list[str]:
         """The words after `train.py`, all but --out."""
         words = row_arguments(self.spec, self.flags)
-        for name in TABLE_FLAGS:
-            words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
+        for name, value in self.numbers.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
         return words
 
     @property
     def key(self) -> str:
         """A hash of all that decides the run."""
-        numbers = {name: getattr(self, name) for name in TABLE_FLAGS}
-        cfg = replace(config_of(self.spec, self.flags), **numbers)  # tyro is slow: it reads each row once
+        cfg = replace(config_of(self.spec, self.flags), **self.numbers)  # tyro is slow: it reads each row once
         contents = [digest(path) for path in input_paths(cfg)]
         decisive = json.dumps([decisive_flags(cfg), contents], sort_keys=True)
         return hashlib.sha256(decisive.encode()).hexdigest()[:10]
@@ -89,8 +92,7 @@ class Cell:
 
 def row_arguments(spec: str, flags: str) -> list[str]:
     """The preset and flags of a row; its own flags come last, so they win."""
-    method, *method_flags = shlex.split(spec)
-    return ["shapes", *AS_PUBLISHED, *shlex.split(flags), "--method", method, *method_flags]
+    return ["shapes", *AS_PUBLISHED, *shlex.split(flags), "--method", *shlex.split(spec)]
 
 
 @cache
@@ -101,8 +103,8 @@ def config_of(spec: str, flags: str) -> Config:
 
 
 def flag_names(words: str) -> list[str]:
-    """The flags in words of a command line: "--lr=1e-4 --stop_early" has lr and stop-early."""
-    return re.findall(r"(?<!\S)--([\w-]+)", words.replace("_", "-"))
+    """The flags in words of a command line: "--lr=1e-4 --stop-early" has lr and stop-early."""
+    return re.findall(r"(?<!\S)--([\w-]+)", words)
 
 
 # -------------------------------------------------------------------------------------- what decides a run
@@ -126,14 +128,10 @@ def input_paths(cfg: Config) -> list[str]:
     paths = [cfg.model, cfg.base, cfg.prompts, cfg.eval_prompts, cfg.method]
     # A watched reward trains nothing, but what it measures is part of a run's line.
     for spec in (*cfg.reward, *cfg.watch):
-        _, path, _ = parse_reward(spec)
-        paths.append(path)
-    files = []
-    for path in filter(None, paths):
-        file = re.sub(r"\.py:.*", ".py", str(path))  # FILE.py of FILE.py:FUNCTION
-        if file not in CODE:
-            files.append(file)
-    return files
+        paths.append(parse_reward(spec)[1])
+    # FILE.py of FILE.py:FUNCTION
+    files = [re.sub(r"\.py:.*", ".py", str(path)) for path in paths if path]
+    return [file for file in files if file not in CODE]
 
 
 @cache
@@ -150,22 +148,25 @@ def digest(path: str) -> str:
     return total.hexdigest()
 
 
+@cache
 def code_hash() -> str:
-    """A hash of the repository's code that can change a run's numbers although its key stays."""
-    digests = "".join([digest(str(ROOT / name)) for name in CODE])
-    return hashlib.sha256(digests.encode()).hexdigest()[:10]
+    """A hash of what CODE computes: comments, docstrings and line breaks are left out."""
+    total = hashlib.sha256()
+    for name in CODE:
+        tree = ast.parse((ROOT / name).read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = None  # a docstring
+        total.update(ast.unparse(tree).encode())
+    return total.hexdigest()[:10]
 
 
 def warn_of_other_code(entries: Iterable[Entry]) -> None:
     """Print a warning if runs of a table were made by other code than today's."""
-    revisions = []
-    for entry in entries:
-        if entry["code"] != code_hash():
-            revisions.append(entry["revision"])
-    if revisions:
+    count = sum(entry["code"] != code_hash() for entry in entries)
+    if count:
         print(
-            f"warning: {len(revisions)} runs were made with other code of {', '.join(CODE)}, at revisions "
-            f"{', '.join(sorted(set(revisions)))}. To make them again, remove their lines from cells.jsonl."
+            f"warning: other code of {', '.join(CODE)} made {count} of these runs; a run without a line is made again"
         )
 
 
@@ -180,8 +181,6 @@ def load_method(spec: str, flags: str) -> tuple[Callable[..., Any], Size]:
     process = Process(rank=0, world_size=1, device=device_of(cfg.device), mesh=None)
     try:
         setup = prepare(cfg, process)
-        samples, _ = zero_samples(setup.sizes[0].sigmas, cfg.batch, torch.Generator())
-        setup.method(samples)  # a whole batch: train.py tries fewer samples
     except ValueError as error:
         raise ValueError(f"{spec} {flags}: {error}") from error
     return setup.method, setup.sizes[0]
@@ -257,9 +256,8 @@ def run_cell(cell: Cell, work: Path, finished: dict[str, Entry]) -> Entry:
     threads = [f"{name}={value}" for name, value in ONE_THREAD.items()]
     # Before the run, because the revision may change while it takes its minutes.
     source = provenance([*threads, "python", "train.py", *cell.arguments])
-    train = str(ROOT / "train.py")
     # --resume: a run that was interrupted goes on from its newest checkpoint.
-    code = launch([sys.executable, train, *cell.arguments, "--out", str(folder), "--resume"], log)
+    code = launch([sys.executable, ROOT / "train.py", *cell.arguments, "--out", folder, "--resume"], log)
     if code not in (0, NONFINITE):  # a run that diverged is a result: its learning rate is too high
         tail = "\n".join(log.read_text().splitlines()[-5:])
         raise ChildProcessError(f"{source['command']} ended with {code}; the end of {log}:\n{tail}")
@@ -272,11 +270,10 @@ def run_cell(cell: Cell, work: Path, finished: dict[str, Entry]) -> Entry:
     return entry
 
 
-def launch(command: list[str], log: Path) -> int:
+def launch(command: list[str | Path], log: Path) -> int:
     """Run a command with one thread, append what it prints to a file, and return its exit code."""
-    environment = os.environ | ONE_THREAD
     with log.open("a") as file:
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        return subprocess.run(command, stdout=file, stderr=file, env=os.environ | ONE_THREAD).returncode
 
 
 def summarize_run(folder: Path) -> dict[str, Any]:
@@ -285,22 +282,14 @@ def summarize_run(folder: Path) -> dict[str, Any]:
     Seconds are those of the updates alone. Memory is the highest of the process, in GB.
     """
     updates = read_log(folder / "metrics.jsonl")  # without the updates that were not finite
+    costs_of_steps = {update["step"]: cost(update["forwards"], update["backwards"]) for update in updates}
     curve = []
     for evaluation in read_log(folder / "eval.jsonl"):
         # The rest is lists of scores by prompt.
         point = {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
         del point["seconds"]
-        point["evaluations"] = total_cost(updates, before_step=evaluation["step"])
+        point["evaluations"] = sum(count for step, count in costs_of_steps.items() if step < point["step"])
         curve.append(point)
     seconds = sum(update["seconds"] for update in updates)
     memory = max((update["memory"] for update in updates), default=0.0)
-    return dict(curve=curve, evaluations=total_cost(updates), seconds=seconds, memory=memory)
-
-
-def total_cost(updates: Sequence[Entry], before_step: float = math.inf) -> int:
-    """Evaluations of the network in the updates before a step."""
-    total = 0
-    for update in updates:
-        if update["step"] < before_step:
-            total += cost(update["forwards"], update["backwards"])
-    return total
+    return dict(curve=curve, evaluations=sum(costs_of_steps.values()), seconds=seconds, memory=memory)

@@ -5,7 +5,7 @@
     python -m experiments.compare --methods leapalign refl "full --last 2" --seeds 3
     python -m experiments.compare --also my_method.py:noisy_steps                    # yours, in the table
     python -m experiments.compare --table ablations                                  # the paper's Fig. 4
-    python -m experiments.compare --table ranges --jobs 2                            # where do early steps matter?
+    python -m experiments.compare --table ranges                                     # where do early steps matter?
 
 A row is a method, or FILE.py:FUNCTION, and then any flags of train.py. The first row is the reference: it makes
 --updates updates, and the other rows are compared with it, seed by seed. All rows take as many evaluations of the
@@ -17,9 +17,10 @@ end of a run at equal evaluations. The choice begins in the middle of the grid a
 worse. Ablations and ranges have one low rate for all rows.
 
 A finished run is a line of cells.jsonl and is not repeated (cells.py), so a table that is there already takes seconds.
---plan prints how many runs a table still needs, and what they cost.
+--plan prints which runs are there, and what the others cost.
 """
 
+import itertools
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ from experiments.cells import (
     updates_within,
     warn_of_other_code,
 )
-from experiments.draw import draw_result
+from experiments.draw import draw_tables
 from experiments.record import run_command, write_result
 from infra.flags import flags
 from infra.jsonl import Entry
@@ -53,7 +54,7 @@ from shapes.world import TASKS
 # A rate that was chosen on a table's seed would flatter that table.
 GRID_SEED = 10**6  # of the runs that choose a learning rate; the tables' seeds are 0, 1, 2, ...
 GRID = (1.75e-5, 3.5e-5, 7e-5, 1.4e-4, 2.8e-4, 5.6e-4, 1.12e-3, 2.24e-3)
-LOW_RATE = 7e-5  # of ablations and ranges: at LeapAlign's best rate its seeds differ too much to compare rows
+LOW_RATE = (7e-5,)  # of ablations and ranges: at LeapAlign's best rate its seeds differ too much to compare rows
 POINTS = 4  # evaluations of a run, after the base's
 METHODS = (
     "leapalign",  # the paper's, with x_0 rewarded
@@ -93,6 +94,11 @@ RANGES = (  # a quarter of the preset's 12 steps each; ranges meet halfway betwe
     "leapalign --low 0.550 --high 0.779",
     "leapalign --low 0.000 --high 0.550",
 )
+TABLES = {  # rows, what all of them have as many of, and learning rates to choose from
+    "methods": (METHODS, "evaluations", GRID),
+    "ablations": (ABLATIONS, "updates", LOW_RATE),
+    "ranges": (RANGES, "updates", LOW_RATE),
+}
 
 
 @flags
@@ -128,19 +134,16 @@ class CompareFlags:
     results: Annotated[Path | None, tyro.conf.arg(aliases=("--out",))] = None
     """JSON file of the results; tables and pictures are written beside it. The default is runs/TABLE.json."""
     plan: bool = False
-    """Print which runs there would be and how many evaluations they take, and stop."""
+    """Print which runs there are and how many evaluations the others take, and stop."""
 
 
 def compare_methods(cfg: CompareFlags) -> None:
     """Make the runs that are not finished yet; write the results, tables and pictures."""
-    if cfg.table == "methods":
-        cfg = replace(cfg, equal=cfg.equal or "evaluations", grid=sorted(cfg.grid or GRID))
-    else:
-        cfg = replace(cfg, equal=cfg.equal or "updates", grid=sorted(cfg.grid or [LOW_RATE]))
-    check_compare_flags(cfg)
+    rows, equal, grid = TABLES[cfg.table]
+    cfg = replace(cfg, equal=cfg.equal or equal, grid=sorted(cfg.grid or grid))
     # A row that is named twice is run once.
-    rows = cfg.methods or dict(methods=METHODS, ablations=ABLATIONS, ranges=RANGES)[cfg.table]
-    rows = list(dict.fromkeys([*rows, *cfg.also]))
+    rows = list(dict.fromkeys([*(cfg.methods or rows), *cfg.also]))
+    check_compare_flags(cfg)
     rewards = check_rows(cfg, rows)
     updates = updates_of_rows(cfg, rows, cfg.equal)
     finished = read_cells()  # once: from here on this command alone adds runs
@@ -149,14 +152,17 @@ def compare_methods(cfg: CompareFlags) -> None:
         return
     # Every row has a learning rate of its own, or the comparison would be one of learning rates.
     rates, trials = choose_rates(cfg, rows, finished)
+    cells = []
+    for seed in range(cfg.seeds):  # seed by seed: an interrupted command leaves a whole table of fewer seeds
+        cells += [make_cell(cfg, spec, seed, rates[spec], updates[spec]) for spec in rows]
     run = partial(run_cell, work=cfg.work, finished=finished)
-    entries = run_parallel(run, table_cells(cfg, updates, rates), cfg.jobs)
+    entries = run_parallel(run, cells, cfg.jobs)
     table: dict[str, list[Entry]] = {spec: [] for spec in rows}
     for cell, entry in entries.items():
         table[cell.spec].append(entry)
     path = cfg.results or Path("runs") / f"{cfg.table}.json"
-    write_result(path, kind=cfg.table, rewards=rewards, select=cfg.select, grid=trials, tables={cfg.equal: table})
-    draw_result(path)
+    result = write_result(path, rewards=rewards, select=cfg.select, grid=trials, tables={cfg.equal: table})
+    draw_tables(result, path)
     # Last, below the tables, where it is read.
     warn_of_other_code(entries.values())
 
@@ -226,14 +232,6 @@ def make_cell(cfg: CompareFlags, spec: str, seed: int, lr: float, updates: int) 
     return Cell(spec, flags, seed, lr, updates, eval_every=math.ceil(updates / POINTS))
 
 
-def table_cells(cfg: CompareFlags, updates: dict[str, int], rates: dict[str, float]) -> list[Cell]:
-    """The runs of a table, seed by seed, so that an interrupted command leaves a whole table of fewer seeds."""
-    cells = []
-    for seed in range(cfg.seeds):
-        cells += [make_cell(cfg, spec, seed, rates[spec], updates[spec]) for spec in updates]
-    return cells
-
-
 def choose_rates(cfg: CompareFlags, rows: list[str], finished: dict[str, Entry]) -> tuple[dict, dict]:
     """The learning rate of each row; and for each row the rates that were tried, with their scores."""
     # At equal evaluations in tables of equal updates, too: so both tables have the same rates and share their trials.
@@ -241,12 +239,12 @@ def choose_rates(cfg: CompareFlags, rows: list[str], finished: dict[str, Entry])
     trials = {spec: [] for spec in rows}
 
     def choose_rate(spec: str) -> float:
-        def score(lr: float) -> tuple[bool, float]:
+        def score(lr: float) -> tuple[bool, float, float]:
             entry = run_cell(make_cell(cfg, spec, GRID_SEED, lr, updates[spec]), cfg.work, finished)
             value = entry["curve"][-1][cfg.select]
             trials[spec].append(dict(lr=lr, updates=updates[spec], score=value))
-            # A run that diverged is worse than any that did not, whatever its last evaluation says.
-            return not entry["diverged"], value
+            # A run that diverged is worse than any that did not. Of two equal scores the lower rate is safer.
+            return not entry["diverged"], value, -lr
 
         return climb(score, cfg.grid)
 
@@ -256,29 +254,27 @@ def choose_rates(cfg: CompareFlags, rows: list[str], finished: dict[str, Entry])
 def climb(score: Callable[[float], tuple], rates: Sequence[float]) -> float:
     """The rate at which going uphill from the middle of the sorted rates ends, upwards first.
 
-    `score` is called once per rate, and never for a single rate. Of two equal scores the lower rate's is better.
+    `score` is called once per rate, and never for a single rate.
     """
     score = cache(score)  # a score is a training run
     best = len(rates) // 2
     while best + 1 < len(rates) and score(rates[best + 1]) > score(rates[best]):
         best += 1
-    # >= also leaves the middle for a lower rate of the same score: low rates are safer.
-    while best > 0 and score(rates[best - 1]) >= score(rates[best]):
+    while best > 0 and score(rates[best - 1]) > score(rates[best]):
         best -= 1
     return rates[best]
 
 
 def print_plan(cfg: CompareFlags, updates: dict[str, int], finished: dict[str, Entry]) -> None:
-    """Print updates and evaluations of every row, and of the table's runs that are not finished."""
-    flags = common_flags(cfg)
+    """Print what a run of each row takes, and how many runs of the table are finished at some rate of the grid."""
     for spec, count in updates.items():
-        print(f"{spec:44s} {count:6d} updates {evaluations_of(spec, flags, count):10,d} evaluations")
-    # The rates are not known before the trials. The middle of the grid, where a climb begins, is the best guess.
-    middle = cfg.grid[len(cfg.grid) // 2]
-    cells = table_cells(cfg, updates, dict.fromkeys(updates, middle))
-    unfinished = [cell for cell in cells if cell.key not in finished]
-    total = sum(evaluations_of(cell.spec, flags, cell.updates) for cell in unfinished)
-    print(f"{len(unfinished)} runs of {len(cells)} are to do, {total:,} evaluations, if {middle:g} is each row's best")
+        evaluations = evaluations_of(spec, common_flags(cfg), count)
+        done = 0
+        for seed, lr in itertools.product(range(cfg.seeds), cfg.grid):
+            done += make_cell(cfg, spec, seed, lr, count).key in finished
+        print(
+            f"{spec:44s} {count:4d} updates {evaluations:9,d} evaluations a run, {done} of {cfg.seeds} runs are there"
+        )
     if len(cfg.grid) > 1:
         print("and three trials or more of each row, to choose its learning rate")
 

@@ -1,7 +1,7 @@
 """How good is a surrogate gradient?  Each method's against the true one, in the weights, on the same samples.
 
     python -m experiments.fidelity                                         # the base that the repository ships
-    python -m experiments.fidelity --model shapes/tiny-flux runs/leapalign-seed0/final --rollout-steps 5 8 16
+    python -m experiments.fidelity --model runs/leapalign-seed0/final --rollout-steps 25
     python -m experiments.fidelity --methods leapalign refl my_method.py:noisy_steps
 
 The true gradient is baselines.full, through every step. A method's gradient is drawn several times for the same noise,
@@ -12,19 +12,15 @@ which separates bias from variance:
     spread       of the draws about their mean, relative to its length: the standard deviation
 
 The mean is of finitely many draws, so its squared length is too large by the variance of a draw, divided by their
-number. That is subtracted; where nothing is left, mean_cosine is NaN and more --draws are needed. All numbers are
-measured for each layer, too; and for two leaps from every pair (k, j) of steps, with the distances of Eq. 12.
+number. That is subtracted; where nothing is left, mean_cosine is NaN and more --draws are needed.
 
 All methods see the same prompts and noise, but dance_grpo and mix_grpo start a group from the x_1 of its first sample.
 mix_grpo is as in its first update: its window is at the noisiest steps. Intervals are over batches of noise.
 """
 
-import itertools
-import os
 import shlex
 from collections.abc import Callable
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,28 +29,21 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from baselines import full
 from config import Config as TrainConfig
-from config import Method, sides
-from experiments.cells import config_of, evaluations_of, flag_names, load_method
-from experiments.draw import draw_result
-from experiments.record import run_command, write_result
+from config import Method
+from experiments.cells import evaluations_of, flag_names, load_method
+from experiments.record import format_interval, markdown_table, run_command, source_line, write_result, write_table
 from formats.folders import Pipeline, load_pipeline
-from infra.distributed import device_of
 from infra.flags import flags
 from infra.prompts import read_prompts
 from infra.seeds import generator_of
-from leaps import Samples, leapalign, rollout
+from leaps import Samples
 from rewards import Reward, open_reward
 from samples import Size, build_samples
-from start import check_gradient
 
 TRAIN = TrainConfig()
-SIZE = sides(TRAIN.size[0])
 # Neighbouring samples have one prompt, because policy gradients compare them and all methods see the same samples.
 GROUP = 8
-# The layers of a table, by the first part of a parameter's name. All other parameters are embedders.
-LAYERS = {"double_blocks": "double", "single_blocks": "single", "final_layer": "final"}
 METHODS = (
     "leapalign",
     "leapalign --weight none",
@@ -77,7 +66,6 @@ METHODS = (
     "dance_grpo",
     "mix_grpo",
 )
-Gradient = dict[str, Tensor]  # "all" or a layer -> a flat vector
 Numbers = dict[str, float]
 
 
@@ -85,12 +73,12 @@ Numbers = dict[str, float]
 class FidelityFlags:
     """Compare the gradients of methods with the true one."""
 
-    model: tuple[str, ...] = (TRAIN.model,)
-    """Model folders: bases of different straightness."""
+    model: str = TRAIN.model
+    """Model folder, whose gradients are compared."""
     methods: tuple[str, ...] = METHODS
     """Methods, each with its flags: "leapalign --alpha 0", or my_file.py:FUNCTION."""
-    rollout_steps: tuple[int, ...] = (TRAIN.rollout_steps,)
-    """Euler steps of a rollout (T); several are measured one after the other."""
+    rollout_steps: int = TRAIN.rollout_steps
+    """Euler steps of a rollout (T)."""
     noises: int = 8
     """Batches of prompts and noise, which the intervals are over."""
     batch: int = 16
@@ -99,85 +87,58 @@ class FidelityFlags:
     """Draws of each method's gradient in each batch."""
     reward: str = TRAIN.reward[0]
     """The reward, as train.py takes it."""
-    prompts: Path = TRAIN.prompts
-    """Prompts to draw from."""
     seed: int = 0
     """Seed of prompts, noise and draws."""
-    device: str = TRAIN.device
-    """Where to compute."""
     results: Annotated[Path, tyro.conf.arg(aliases=("--out",))] = Path("runs/fidelity.json")
-    """JSON file of the results; tables and pictures are written beside it."""
+    """JSON file of the results; the table is written beside it."""
 
 
 def measure_fidelity(cfg: FidelityFlags) -> None:
-    """Measure every model at every T. Each is written when it is finished."""
+    """Measure all methods, and write their numbers and a table."""
     check_fidelity_flags(cfg)
-    # A batch has each prompt once, for a group of samples.
-    prompts = read_prompts(cfg.prompts)
-    if len(prompts) < cfg.batch // GROUP:
-        raise ValueError(f"--prompts {cfg.prompts} has {len(prompts)}, and --batch {cfg.batch} takes one for {GROUP}")
-    conditions = list(itertools.product(cfg.model, cfg.rollout_steps))
-    # A wrong flag in the last row ends the command now, not after the minutes of the rows before.
-    for model, steps in conditions:
-        load_methods(cfg, model, steps)
-    bases = []
-    device = device_of(cfg.device)
-    for model, steps in conditions:
-        print(f"{model}, {steps} steps", flush=True)
-        methods, evaluations, size = load_methods(cfg, model, steps)
-        pipe = load_pipeline(Path(model), device, torch.float32)  # differences of gradients are small: no bf16
-        reward = open_reward(cfg.reward, cfg.device, pipe.clip_tokenizer)
-        check_gradient(reward, prompts[:1], SIZE, device)
-        batches = [build_batch(cfg, pipe, size, reward, prompts, n) for n in range(cfg.noises)]
-        numbers = measure_methods(cfg, methods, pipe.flux, batches)
-        # The file has the model's path from here, as it was given, not from the root of this machine.
-        bases.append(dict(model=os.path.relpath(model), rollout_steps=steps, evaluations=evaluations, **numbers))
-        write_result(cfg.results, kind="fidelity", draws=cfg.draws, batch=cfg.batch, bases=bases)
-    draw_result(cfg.results)
-
-
-def load_methods(cfg: FidelityFlags, model: str, steps: int) -> tuple[dict[str, Callable], dict[str, float], Size]:
-    """The methods by their rows, evaluations per sample of an update, and the size of the images with T's levels."""
-    flags = f"--model {shlex.quote(model)} --rollout-steps {steps} --batch {cfg.batch}"
+    # The methods are given a prompt's samples here, so a --group that does not divide them is refused.
+    flags = f"--model {shlex.quote(cfg.model)} --rollout-steps {cfg.rollout_steps} --batch {GROUP}"
+    flags += f" --reward {shlex.quote(cfg.reward)} --watch"  # none is watched
+    full, size = load_method("full", flags)  # refuses a reward without a gradient
     methods, evaluations = {}, {}
     for spec in cfg.methods:
-        methods[spec], size = load_method(spec, flags)
+        methods[spec], _ = load_method(spec, flags)
         # A mean over updates, because some methods differentiate as many steps as a random number says.
-        evaluations[spec] = evaluations_of(spec, flags, updates=100) / 100 / cfg.batch
-    return methods, evaluations, replace(size, sigmas=size.sigmas.to(cfg.device))
+        evaluations[spec] = evaluations_of(spec, flags, updates=100) / 100 / GROUP
+    pipe = load_pipeline(Path(cfg.model), dtype=torch.float32)  # differences of gradients are small: no bf16
+    reward = open_reward(cfg.reward, tokenizer=pipe.clip_tokenizer)
+    batches = [build_batch(cfg, pipe, size, reward, n) for n in range(cfg.noises)]
+    numbers = measure_methods(cfg, full, methods, pipe.flux, batches)
+    result = write_result(cfg.results, draws=cfg.draws, batch=cfg.batch, evaluations=evaluations, methods=numbers)
+    write_table(cfg.results, report_fidelity(result))
 
 
 def check_fidelity_flags(cfg: FidelityFlags) -> None:
     """Raise ValueError naming the flag."""
-    if not cfg.model or not cfg.methods or min(cfg.rollout_steps, default=0) < 1:
-        raise ValueError("--model, --methods and --rollout-steps: give at least one of each, of steps at least 1")
     if cfg.draws < 2 or cfg.noises < 1:
         raise ValueError(f"--draws {cfg.draws} must be 2 or more, for a variance, and --noises {cfg.noises} 1 or more")
     # A batch of half a prompt would hide samples from policy gradients.
     if cfg.batch < GROUP or cfg.batch % GROUP:
         raise ValueError(f"--batch {cfg.batch}: it is a multiple of {GROUP}, the samples of a prompt")
-    # Flags of --model, --rollout-steps and --batch are the same in all rows, and rows' own flags would win.
+    # All rows share what this command has flags for; a row's own would win.
     method_flags = {field.name for field in fields(Method)}
     for spec in cfg.methods:
         for flag in flag_names(spec):
             if flag.replace("-", "_") not in method_flags:
                 raise ValueError(f"--{flag} in {spec!r}: a row has flags of its method only")
-        group = config_of(spec, "").group or GROUP  # 8 is also the methods' own default
-        if GROUP % group:
-            raise ValueError(f"--group {group} in {spec!r}: a prompt has {GROUP} samples here, a multiple of a group")
 
 
 # ------------------------------------------------------------------------------------ the samples
 
 
-def build_batch(cfg: FidelityFlags, pipe: Pipeline, size: Size, reward: Reward, prompts: list[str], n: int) -> Samples:
+def build_batch(cfg: FidelityFlags, pipe: Pipeline, size: Size, reward: Reward, n: int) -> Samples:
     """The n-th batch. Prompts and noise are a function of (seed, n), the same for every model and T."""
     # Prompts before noise: the order of random draws is part of the result.
     generator = generator_of(cfg.seed, n)
+    prompts = read_prompts(TRAIN.prompts)
     indices = torch.randperm(len(prompts), generator=generator)[: cfg.batch // GROUP]
     texts = [prompts[i] for i in indices.repeat_interleave(GROUP).tolist()]
-    shape = (cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels)
-    x_1 = torch.randn(shape, generator=generator).to(pipe.device)  # drawn on the CPU, alike on all devices
+    x_1 = torch.randn(cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels, generator=generator)
     samples, _ = build_samples(pipe, texts, size, [reward], noise=lambda i: x_1, generator=generator)
     # All draws of all methods make the same rollout, which costs more than most gradients.
     return samples._replace(velocity=compute_once(samples.velocity))
@@ -190,7 +151,7 @@ def samples_of_draw(batch: Samples, *key: int) -> Samples:
     def noise(i: int) -> Tensor:
         if i == 0:
             return x_1
-        return torch.randn(x_1.shape, generator=generator_of(*key, i)).to(x_1)
+        return torch.randn(x_1.shape, generator=generator_of(*key, i), dtype=x_1.dtype)
 
     return batch._replace(noise=noise, generator=generator_of(*key))
 
@@ -201,7 +162,7 @@ def compute_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def call(*inputs: Tensor) -> Tensor:
         # Tensors are compared by identity, so their bytes are the key.
-        key = tuple(x.detach().cpu().numpy().tobytes() for x in inputs)
+        key = tuple(x.numpy().tobytes() for x in inputs)
         if key not in results:
             results[key] = function(*inputs)
         return results[key]
@@ -213,53 +174,37 @@ def compute_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def measure_methods(
-    cfg: FidelityFlags, methods: dict[str, Callable], network: nn.Module, batches: list[Samples]
-) -> dict[str, Any]:
-    """All numbers of one model and T: of each method and layer a list with an entry per batch."""
-    result: dict[str, Any] = dict(straightness=[], methods={spec: {} for spec in methods}, pairs=[])
+    cfg: FidelityFlags, full: Callable, methods: dict[str, Callable], network: nn.Module, batches: list[Samples]
+) -> dict[str, dict[str, list[float]]]:
+    """The numbers of each method, a list with an entry per batch. `full` makes the true gradient."""
+    result: dict[str, dict[str, list[float]]] = {spec: {} for spec in methods}
     for n, batch in enumerate(batches):
         # Any key would do: the true gradient is a function of x_1 alone.
-        true, _ = gradient_of_method(network, full, samples_of_draw(batch, cfg.seed, n))
-        if not true["all"].norm() > 0:  # there is no direction to compare with
+        true = gradient_of_method(network, full, samples_of_draw(batch, cfg.seed, n))
+        if not true.norm() > 0:  # there is no direction to compare with
             raise ValueError(f"the true gradient of batch {n} is zero: all is above lambda; give a larger --batch")
-        result["straightness"].append(path_bend(batch))
         for spec, method in methods.items():
             draws = []
             # Draws begin at 1: numpy makes the same random numbers of (seed, n, 0) and of (seed, n).
             for draw in range(1, cfg.draws + 1):
                 samples = samples_of_draw(batch, cfg.seed, n, draw)
-                gradient, _ = gradient_of_method(network, method, samples)
-                draws.append(gradient)
-            for layer in true:
-                gradients = torch.stack([gradient[layer] for gradient in draws])
-                numbers = result["methods"][spec].setdefault(layer, {})
-                for name, value in compare_draws(gradients, true[layer]).items():
-                    numbers.setdefault(name, []).append(value)
-        result["pairs"].append(pairs_of_steps(network, batch, true["all"]))
+                draws.append(gradient_of_method(network, method, samples))
+            for name, value in compare_draws(torch.stack(draws), true).items():
+                result[spec].setdefault(name, []).append(value)
         print(f"batch {n + 1} of {len(batches)}", flush=True)  # a batch takes minutes
     return result
 
 
-def path_bend(batch: Samples) -> float:
-    """Mean squared distance of the rollout's velocities from x_1 - x_0, which all of them are on straight paths."""
-    ro = rollout(batch.velocity, batch.noise(0), batch.sigmas)
-    straight = ro.x[0] - ro.x[-1]
-    distance = (ro.v - straight).square().mean()
-    return (distance / straight.square().mean()).item()  # relative: bases may have latents of other scales
-
-
-def gradient_of_method(network: nn.Module, method: Callable, samples: Samples) -> tuple[Gradient, dict]:
-    """A method's gradient in the weights, and what it logs."""
+def gradient_of_method(network: nn.Module, method: Callable, samples: Samples) -> Tensor:
+    """A method's gradient in all weights, a flat vector."""
     network.zero_grad()  # methods add to .grad
-    log = method(samples)
-    layers: dict[str, list[Tensor]] = {}
-    for name, parameter in network.named_parameters():
-        # A method that differentiates no step leaves no gradient: a vector of zeros keeps the layers aligned.
+    method(samples)
+    gradients = []
+    for parameter in network.parameters():
+        # A method that differentiates no step leaves no gradient.
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        layer = LAYERS.get(name.partition(".")[0], "embedders")
-        layers.setdefault(layer, []).append(gradient.flatten())  # in the order of parameters, for all methods
-    vectors = {layer: torch.cat(gradients) for layer, gradients in layers.items()}
-    return {"all": torch.cat(list(vectors.values())), **vectors}, log
+        gradients.append(gradient.flatten())
+    return torch.cat(gradients)
 
 
 def compare_draws(draws: Tensor, true: Tensor) -> Numbers:
@@ -270,30 +215,26 @@ def compare_draws(draws: Tensor, true: Tensor) -> Numbers:
     # The squared length of the mean over infinitely many draws; its estimate can be negative.
     squared_length = (mean @ mean - variance / len(draws)).item()
     length = squared_length**0.5 if squared_length > 0 else np.nan
+    lengths = draws.norm(dim=1)
     return dict(
-        cosine=float(np.mean([cosine_of(draw, true) for draw in draws])),
-        norm=(draws.norm(dim=1).mean() / true.norm()).item(),
+        cosine=(draws @ true / (lengths * true.norm())).mean().item(),
+        norm=(lengths.mean() / true.norm()).item(),
         mean_cosine=(mean @ true / true.norm()).item() / length,
         spread=variance.sqrt().item() / length,
     )
 
 
-def cosine_of(a: Tensor, b: Tensor) -> float:
-    return (a @ b / (a.norm() * b.norm())).item()
-
-
-def pairs_of_steps(network: nn.Module, batch: Samples, true: Tensor) -> list[Numbers]:
-    """Two leaps from every pair of steps, unweighted: k, j, the distances, and cosine and norm as in compare_draws."""
-    pairs = []
-    for k, j in itertools.combinations(batch.sigmas[:-1].tolist(), 2):
-        # Between low and high there may be steps, but only this pair has the distance k - j.
-        two_leaps = partial(leapalign, low=j, high=k, distance=k - j, weight="none")
-        gradient, log = gradient_of_method(network, two_leaps, samples_of_draw(batch, 0))
-        pair = dict(k=k, j=j, d_j=log["d_j"].mean().item(), d_0=log["d_0"].mean().item())
-        pair["cosine"] = cosine_of(gradient["all"], true)
-        pair["norm"] = (gradient["all"].norm() / true.norm()).item()
-        pairs.append(pair)
-    return pairs
+def report_fidelity(result: dict[str, Any]) -> str:
+    """A table with a row per method, and where it is from."""
+    lines = []
+    for spec, numbers in result["methods"].items():
+        intervals = map(format_interval, numbers.values())
+        lines.append([spec, *intervals, f"{result['evaluations'][spec]:.1f}"])
+    return (
+        f"{source_line(result)} Against the true gradient, {result['draws']} draws in each of {len(numbers['norm'])} "
+        f"batches of {result['batch']} samples; mean and 95% interval over batches.\n\n"
+        + markdown_table(["", "cosine", "norm", "cosine of the mean", "spread", "evaluations"], lines)
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +32,35 @@ def run_command(command: Callable[[Any], None], flags: type, description: str | 
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
 
 
-# ------------------------------------------------------------------------------------------- JSON
+# ------------------------------------------------------------------------------------------- files
 
 
-def write_result(path: Path, **content: Any) -> None:
-    """Write a result of this command, whole or not at all."""
+def write_result(path: Path, **content: Any) -> dict[str, Any]:
+    """Write a result of this command as JSON, whole or not at all, and return it."""
     # As a reader would type it, not the path that sys.argv has.
     command = ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
     result = provenance(command) | content  # the command first, for who opens the file
     with replacing(path) as temporary:  # a kill leaves the old file
         temporary.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def write_table(path: Path, text: str) -> None:
+    """Write a table beside its result, and print it: people who wait for a command want its numbers on the screen."""
+    path.with_suffix(".md").write_text(text)
+    print(text)
 
 
 def provenance(command: Sequence[str]) -> dict[str, str]:
     """What a reader needs to repeat a result: the command, hardware, date and revision."""
-    today = datetime.now().strftime("%Y-%m-%d")
-    return dict(command=shlex.join(command), hardware=hardware(), date=today, revision=revision())
+    return dict(command=shlex.join(command), hardware=hardware(), date=str(date.today()), revision=revision())
 
 
 def hardware() -> str:
-    """The processor, the number of its cores that may be used, the GPU if there is one, and torch's version."""
+    """The processor, the number of its cores, the GPU if there is one, and torch's version."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux has the processor's name here only
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    # A container or taskset may allow fewer cores than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    words = [names[0] if names else platform.processor(), f"{cores} cores"]
+    words = [names[0] if names else platform.processor(), f"{os.cpu_count()} cores"]
     if torch.cuda.is_available():
         words.append(torch.cuda.get_device_name())
     return ", ".join([*words, f"torch {torch.__version__}"])

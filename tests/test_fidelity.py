@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from baselines import full
 from config import Config as TrainConfig
 from config import sides
-from experiments import draw_fidelity, fidelity
+from experiments import fidelity
 from experiments.cells import load_method
-from experiments.draw_fidelity import TAU, predictors
 from experiments.fidelity import (
     FidelityFlags,
     build_batch,
@@ -22,15 +22,15 @@ from experiments.fidelity import (
     compute_once,
     gradient_of_method,
     measure_methods,
-    pairs_of_steps,
     samples_of_draw,
 )
+from experiments.record import RESULTS
 from formats.folders import load_pipeline
 from infra.prompts import read_prompts
 from infra.seeds import generator_of
-from leaps import Rollout, Samples, hinge, leapalign, pick_leaps, similarity_weight, vjp_of
+from leaps import Samples, hinge, leapalign, vjp_of
 from rewards import open_reward
-from sample import decode, encode, sigmas, token_grid, velocity_of
+from sample import decode, encode, token_grid, velocity_of
 from tests.test_leaps import SIGMAS, T, gaussian
 
 B, N, C = 3, 4, 2
@@ -134,58 +134,39 @@ def angle(a: Tensor, b: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
-def test_every_pair_of_leaps_has_the_cosine_of_its_closed_form():
+def test_two_leaps_from_fixed_steps_have_the_cosine_of_their_closed_form():
     network = Linear()
-    batch, steps = linear_batch(network), SIGMAS.diff().tolist()
+    batch = linear_batch(network)
     x_1 = batch.noise(0)
-    true = closed_form(network, x_1, steps, 1.0)
-    measured, _ = gradient_of_method(network, fidelity.full, samples_of_draw(batch, 0))
-    torch.testing.assert_close(measured["all"], true)
-    pairs = pairs_of_steps(network, batch, measured["all"])
-    assert len(pairs) == T * (T - 1) // 2
-    for (k, j), pair in zip(itertools.combinations(range(T), 2), pairs, strict=True):
+    true = closed_form(network, x_1, SIGMAS.diff().tolist(), 1.0)
+    for k, j in itertools.combinations(range(T), 2):
+        # Between low and high there may be steps, but only this pair has the distance k - j.
+        levels = dict(low=SIGMAS[j].item(), high=SIGMAS[k].item(), distance=(SIGMAS[k] - SIGMAS[j]).item())
+        two_leaps = partial(leapalign, **levels, weight="none")
+        result = measure_methods(FidelityFlags(draws=2), full, {"two": two_leaps}, network, [batch])
         leaps = closed_form(network, x_1, leap_weights(k, j), 0.3)
-        assert (pair["k"], pair["j"]) == (SIGMAS[k], SIGMAS[j])
-        assert pair["cosine"] == pytest.approx(angle(leaps, true))
-        assert pair["norm"] == pytest.approx((leaps.norm() / true.norm()).item())
+        assert result["two"]["cosine"] == [pytest.approx(angle(leaps, true))]
+        assert result["two"]["norm"] == [pytest.approx((leaps.norm() / true.norm()).item())]
 
 
-def test_a_measurement_is_by_layer_and_exact_for_the_true_gradient():
+def test_a_measurement_is_exact_for_the_true_gradient_and_for_the_last_steps():
     network = Linear()
     batches = [linear_batch(network)] * 2
-    last = partial(fidelity.full, last=1)
-    result = measure_methods(FidelityFlags(draws=2), {"full": fidelity.full, "last": last}, network, batches)
-    for layer in ("all", "double", "final"):
-        numbers = result["methods"]["full"][layer]
-        assert numbers["cosine"] == pytest.approx([1, 1]) and numbers["norm"] == pytest.approx([1, 1])
-        assert numbers["mean_cosine"] == pytest.approx([1, 1]) and numbers["spread"] == pytest.approx([0, 0], abs=1e-6)
+    methods = {"full": full, "last": partial(full, last=1)}
+    result = measure_methods(FidelityFlags(draws=2), full, methods, network, batches)
+    for name, expected in dict(cosine=1, norm=1, mean_cosine=1, spread=0).items():
+        assert result["full"][name] == pytest.approx([expected] * 2, abs=1e-6)
     x_1 = batches[0].noise(0)
     true = closed_form(network, x_1, SIGMAS.diff().tolist(), 1.0)
     last_step = closed_form(network, x_1, [0.0] * (T - 1) + [-SIGMAS[-2].item()], 1.0)
-    cosines = {layer: numbers["cosine"][0] for layer, numbers in result["methods"]["last"].items()}
-    assert cosines["all"] == pytest.approx(angle(last_step, true))
-    assert cosines["double"] == pytest.approx(angle(last_step[:C], true[:C]))
-    assert cosines["final"] == pytest.approx(angle(last_step[C:], true[C:]))
-    x = torch.stack(states(network, x_1))
-    v = x.diff(dim=0) / SIGMAS.diff()[:, None, None, None]
-    bend = (v - (x[0] - x[-1])).square().mean() / (x[0] - x[-1]).square().mean()
-    assert result["straightness"] == pytest.approx([bend.item()] * 2)
+    assert result["last"]["cosine"] == pytest.approx([angle(last_step, true)] * 2)
 
 
 def test_a_true_gradient_of_zero_is_an_error():
     network = Linear()
     batch = linear_batch(network)._replace(reward=lambda x_0, weight=None: torch.zeros_like(x_0))
     with pytest.raises(ValueError, match=r"batch 0 is zero.*--batch"):
-        measure_methods(FidelityFlags(), {"full": fidelity.full}, network, [batch])
-
-
-@pytest.mark.parametrize("steps, shift", list(itertools.product((2, 5, 8, 25), (1, 3))))
-def test_a_range_and_a_distance_name_one_pair_of_steps(steps, shift):
-    levels = sigmas(dict(use_dynamic_shifting=False, shift=shift), steps, 16)
-    values = levels.tolist()
-    for k, j in itertools.combinations(range(steps), 2):
-        pair = dict(low=values[j], high=values[k], distance=values[k] - values[j])
-        assert pick_leaps(levels, torch.Generator(), **pair) == (k, j)
+        measure_methods(FidelityFlags(), full, {"full": full}, network, [batch])
 
 
 def test_a_function_is_computed_once_at_each_point():
@@ -212,21 +193,24 @@ def test_every_draw_in_every_batch_has_a_randomness_of_its_own():
 
     def method(s: Samples) -> dict:
         seeds.append(s.generator.initial_seed())
-        return fidelity.full(s)
+        return full(s)
 
-    measure_methods(FidelityFlags(draws=3), {"method": method}, network, [linear_batch(network)] * 2)
+    measure_methods(FidelityFlags(draws=3), full, {"method": method}, network, [linear_batch(network)] * 2)
     assert len(seeds) == len(set(seeds)) == 6
 
 
-def test_the_table_has_the_rank_correlation_of_each_predictor_and_the_cosine():
-    pairs = []
-    for d_j, d_0, cosine in ((3, 4, 0.1), (2, 1, 0.2), (1, 2, 0.9), (0.5, 3, 0.95)):
-        pairs.append(dict(d_j=d_j, d_0=d_0, cosine=cosine))
-    base = dict(model="m", rollout_steps=5, pairs=[pairs, pairs])
-    head, _, row = draw_fidelity.predictors_table([base]).strip().splitlines()
-    correlations = dict(zip(head.split(" | ")[1:], row.split(" | ")[1:]))
-    assert correlations["-d_j"] == "1.000 ±0.000"  # in one order, though on no line
-    assert correlations["-d_0"] == "0.200 ±0.000"  # 1 - 6 (0 + 4 + 0 + 4) / (4 x 15) of the ranks
+def test_the_first_columns_of_the_shipped_table_are_made_of_the_shipped_numbers():
+    shipped = json.loads((RESULTS / "fidelity.json").read_text())
+    (base,) = shipped["bases"]
+    methods = {spec: numbers["all"] for spec, numbers in base["methods"].items()}
+    lines = fidelity.report_fidelity(shipped | dict(methods=methods, evaluations=base["evaluations"])).splitlines()
+    shipped_lines = (RESULTS / "fidelity.md").read_text().splitlines()
+    assert lines[0] == shipped_lines[0]
+    for line in lines[4:]:
+        *cells, evaluations, _ = line.split("|")
+        (shipped_line,) = [row for row in shipped_lines if row.startswith("|".join(cells) + "|")]
+        assert shipped_line.split("|")[-2] == evaluations
+    assert len(lines) == 4 + len(methods)
 
 
 # ---------------------------------------------------------------------------------- the tiny model
@@ -237,9 +221,9 @@ def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_roll
     pipe, prompts = load_pipeline(MODEL), read_prompts(TrainConfig.prompts)
     reward = replace(open_reward("tiny"), lam=0.0)  # which some of the samples have reached
     method, size = load_method("full", f"--rollout-steps {steps} --batch 8")
-    batch = build_batch(cfg, pipe, size, reward, prompts, 0)
-    assert not torch.equal(batch.noise(0), build_batch(cfg, pipe, size, reward, prompts, 1).noise(0))
-    gradient, _ = gradient_of_method(pipe.flux, method, samples_of_draw(batch, 0, 0, 1))
+    batch = build_batch(cfg, pipe, size, reward, 0)
+    assert not torch.equal(batch.noise(0), build_batch(cfg, pipe, size, reward, 1).noise(0))
+    gradient = gradient_of_method(pipe.flux, method, samples_of_draw(batch, 0, 0, 1))
 
     indices = torch.randperm(len(prompts), generator=generator_of(0, 0))[:1].tolist()
     texts = [prompts[i] for i in indices for _ in range(8)]
@@ -252,49 +236,32 @@ def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_roll
     assert 0 < (scores > reward.lam).sum() < len(scores)
     hinge(scores, reward.lam).mean().backward()
     exact = torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
-    assert {"all", "embedders", "double", "single", "final"} == set(gradient)
-    assert len(gradient["all"]) == len(exact)
-    assert gradient["all"].norm().item() == pytest.approx(exact.norm().item(), rel=1e-4)
-    double = torch.cat([p.grad.flatten() for n, p in pipe.flux.named_parameters() if n.startswith("double_blocks")])
-    torch.testing.assert_close(gradient["double"], double, rtol=1e-3, atol=1e-5 * double.abs().max().item())
+    assert gradient.norm().item() == pytest.approx(exact.norm().item(), rel=1e-4)
+    torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-5 * exact.abs().max().item())
 
 
-def test_a_small_measurement_writes_its_table_and_pictures(tmp_path):
+def test_a_small_measurement_writes_its_table(tmp_path):
     results = tmp_path / "fidelity.json"
     methods = ("full", "leapalign --alpha 1", "flow_grpo")
-    cfg = FidelityFlags(methods=methods, rollout_steps=(2, 3), noises=2, draws=2, batch=8, results=results)
+    cfg = FidelityFlags(methods=methods, rollout_steps=2, noises=2, draws=2, batch=8, results=results)
     fidelity.measure_fidelity(cfg)
-    two_steps, three_steps = json.loads(results.read_text())["bases"]
-    assert (two_steps["rollout_steps"], three_steps["rollout_steps"]) == (2, 3)
-    assert (len(two_steps["pairs"][0]), len(three_steps["pairs"][0])) == (1, 3)
-    assert three_steps["evaluations"] == {"full": 12, "leapalign --alpha 1": 9, "flow_grpo": 9}
-    assert three_steps["methods"]["full"]["all"]["cosine"] == pytest.approx([1, 1])
+    result = json.loads(results.read_text())
+    assert result["evaluations"] == {"full": 8, "leapalign --alpha 1": 8, "flow_grpo": 5}
+    assert result["methods"]["full"]["cosine"] == pytest.approx([1, 1])
     assert "| full | 1.000 ±0.000 | 1.000 ±0.000 |" in results.with_suffix(".md").read_text()
-    assert {f.name for f in tmp_path.iterdir()} == {
-        "fidelity.json", "fidelity.md", "fidelity.png", "fidelity-pairs.png",
-    }  # fmt: skip
-
-
-def test_what_the_picture_calls_the_weight_of_eq_12_is_what_leapalign_weighs_with():
-    ro = Rollout(gaussian(0, T + 1, B, N, C), gaussian(1, T, B, N, C), SIGMAS)
-    for scale in (1.0, 0.05):  # distances near 1, and around tau, where some are clamped
-        scaled = Rollout(ro.x * scale, ro.v * scale, ro.sigmas)
-        weight, (d_j, d_0) = similarity_weight(scaled, (1, 3), TAU)
-        torch.testing.assert_close(torch.tensor(predictors(d_j.numpy(), d_0.numpy())["weight of Eq. 12"]), weight)
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
         (dict(draws=1), "--draws 1"),
-        (dict(methods=()), "--methods"),
-        (dict(rollout_steps=(0,)), "--rollout-steps"),
+        (dict(rollout_steps=0), "--rollout-steps"),
         (dict(methods=("flow_grpo --group 0",)), "--group 0"),
         (dict(batch=12), "--batch 12"),
         (dict(methods=("leapalign --rollout-steps 12",)), "--rollout-steps in"),
         (dict(reward="judge", methods=("full",)), "--reward judge has no gradient"),
         (dict(methods=("leapalign --anchor 1",)), "--anchor in"),
-        (dict(methods=("flow_grpo --group 16",)), "--group 16 in"),
+        (dict(methods=("flow_grpo --group 16",)), "--group 16"),
     ],
 )
 def test_flags_that_cannot_be_are_refused(flags, words):
@@ -306,6 +273,6 @@ def test_leapaligns_two_steps_of_two_are_the_true_gradient_but_for_its_weight():
     """Of T = 2 there is one pair, its leaps are Euler's steps, and alpha 1 keeps the nested term whole."""
     network = Linear()
     samples = samples_of_draw(linear_batch(network, torch.tensor([1.0, 0.6, 0.0], dtype=torch.float64)), 0)
-    true, _ = gradient_of_method(network, fidelity.full, samples)
-    leaps, _ = gradient_of_method(network, partial(leapalign, alpha=1.0, weight="none"), samples)
-    torch.testing.assert_close(leaps["all"], true["all"])
+    true = gradient_of_method(network, full, samples)
+    leaps = gradient_of_method(network, partial(leapalign, alpha=1.0, weight="none"), samples)
+    torch.testing.assert_close(leaps, true)

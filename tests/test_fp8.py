@@ -18,8 +18,9 @@ from infra.fp8 import E4M3, Fp8Linear, quantize, up_cast
 from infra.meter import Meter
 from model import Flux
 from sample import sample
+from start import empty_flux
 from tests.activations import kept_bytes
-from tools.plan import PlanFlags, memory, planned_flux
+from tools.plan import memory
 
 ROOT = Path(train.__file__).parent
 TINY = ROOT / "shapes" / "tiny-flux"
@@ -129,8 +130,8 @@ def test_the_plan_counts_what_is_held(base):
     with join("cpu") as process:
         flux = network(base, process)
     weights = sum(p.numel() * p.dtype.itemsize for p in flux.parameters())
-    planned = planned_flux(flux.config, base.lora, torch.bfloat16)
-    assert memory(PlanFlags(size="64", lora=base.lora, fp8=True), 1, planned)["weights"] == weights
+    planned = empty_flux(base, flux.config).to(torch.bfloat16)
+    assert memory(replace(base, rollout_batch=1, micro_batch=1), 1, planned)["weights"] == weights
 
 
 def test_a_run_draws_and_saves_a_lora_that_lies_over_the_base_as_it_was(base):

@@ -1,4 +1,4 @@
-"""plan.py's counts against what real modules keep, hold, send and compute."""
+"""plan.py's counts against what real modules keep, hold and compute."""
 
 import sys
 from dataclasses import replace
@@ -8,38 +8,31 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
 import train
-from config import Config
+from config import PRESETS, Config
 from infra.distributed import join, local_shard
-from infra.meter import PEAK, Flops, Meter, network_flops
-from model import FLUX_DEV, Flux
+from infra.meter import Flops, Meter, network_flops
+from model import FLUX_DEV, Flux, FluxConfig
 from recipe.models import TINY
+from start import empty_flux
 from tests.activations import built_flux, conditions, decode_bytes, flux_vae, kept_bytes, leap_bytes
-from tests.processes import spread
 from tools import plan
-from tools.plan import (
-    DECODE,
-    ENCODERS,
-    LEAP,
-    OFFLOADED,
-    TEXT_TOKENS,
-    VAE,
-    PlanFlags,
-    evaluations,
-    planned_flux,
-    traffic,
-)
+from tools.plan import DECODE, ENCODERS, LEAP, OFFLOADED, TEXT_TOKENS, VAE, memory, operations
 
 SMALL = replace(
     FLUX_DEV, hidden_size=128, num_heads=4, axes_dim=(8, 12, 12), depth=2, depth_single_blocks=3, context_in_dim=96
 )
 BF16 = torch.bfloat16
+PAPER = PRESETS["flux-dev-hpsv2"][1]
 CLIP = 123_060_480  # parameters of CLIP-L's text model, published
 RESIDENT = ("weights", "gradients", "optimizer", "averages")
+
+
+def planned_flux(config: FluxConfig = FLUX_DEV, lora: int | None = None) -> Flux:
+    return empty_flux(replace(PAPER, lora=lora), config).to(BF16)
 
 
 # ------------------------------------------------------------------------------------------- compute
@@ -47,7 +40,7 @@ RESIDENT = ("weights", "gradients", "optimizer", "averages")
 
 @pytest.mark.parametrize("size, published", [(512, 21.5), (720, 37.0)])
 def test_an_evaluation_of_flux_dev_costs_what_is_published(size, published):
-    flux = planned_flux(FLUX_DEV, None, BF16)
+    flux = empty_flux(PAPER, FLUX_DEV)
     assert network_flops(flux, (size // 16) ** 2, 512).forward / 1e12 == pytest.approx(published, rel=0.01)
 
 
@@ -88,13 +81,25 @@ def test_a_report_sums_evaluations_over_the_ranks_and_averages_their_seconds(mon
     assert entry["memory"] > 0 and entry["seconds"] == 10.0
 
 
-def test_evaluations_are_those_that_a_method_makes_on_average():
-    assert evaluations(PlanFlags(updates=3)) == (25, 2)
-    assert evaluations(PlanFlags(updates=1, method="mix_grpo")) == (25, 4)
-    forwards, backwards = evaluations(PlanFlags(updates=200, method="refl"))  # which stops at a random one of 11 steps
-    assert backwards == 1 and 14 < forwards < 25 and forwards != int(forwards)
+def test_operations_are_those_of_the_evaluations_that_a_method_makes_on_average():
+    flux = planned_flux(SMALL)
+    flux.recompute = True
+    tokens = 45**2
+    cost = network_flops(flux, tokens, TEXT_TOKENS)
+
+    def count(**changes) -> float:
+        return operations(replace(PAPER, batch=8, **changes), PAPER, flux)
+
+    assert count(updates=3) == 8 * (25 * cost.forward + 2 * cost.forward_backward)
+    assert count(updates=3, leaps=3) == 8 * (25 * cost.forward + 3 * cost.forward_backward)
+    assert count(updates=1, method="mix_grpo") == 8 * (25 * cost.forward + 4 * cost.forward_backward)
+    # ReFL stops at a random one of 11 steps.
+    forwards = (count(updates=200, method="refl") / 8 - cost.forward_backward) / cost.forward
+    assert 14 < forwards < 25 and abs(forwards - round(forwards)) > 1e-3
     with pytest.raises(ValueError, match="--method nonsense"):
-        evaluations(PlanFlags(method="nonsense"))
+        count(method="nonsense")
+    with pytest.raises(ValueError, match="--alpha means nothing with --method refl"):
+        count(method="refl", alpha=0.5)
 
 
 # ---------------------------------------------------------------------------------------- activations
@@ -117,8 +122,7 @@ def test_activations_counted_without_memory_are_those_that_a_real_leap_keeps(rec
     assert counted > 2 * 64 * 128 * 4 * 5  # at least a tensor a block
 
 
-@pytest.mark.parametrize("size, b", [(512, 1), (720, 2)])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("size, b, recompute", [(512, 2, False), (720, 1, True)])
 def test_a_leap_and_a_decode_keep_the_bytes_of_the_plan(recompute, size, b):
     tokens = (size // 16) ** 2
     with FakeTensorMode():
@@ -130,7 +134,7 @@ def test_a_leap_and_a_decode_keep_the_bytes_of_the_plan(recompute, size, b):
     assert b * size**2 * DECODE[recompute] == pytest.approx(decode, rel=0.001)
 
 
-# --------------------------------------------------------------------------------- weights and traffic
+# --------------------------------------------------------------------------------------------- weights
 
 
 def test_published_networks_have_the_sizes_of_the_plan():
@@ -147,56 +151,28 @@ def test_published_networks_have_the_sizes_of_the_plan():
     assert 4 * sum(p.numel() for p in vae.parameters()) == VAE
 
 
-class Collectives(TorchDispatchMode):
-    """Adds up the bytes that all-gathers and reduce-scatters bring to this rank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gathered, self.reduced = 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        if "allgather_base" in name:
-            self.gathered += args[0].nbytes - args[1].nbytes
-        if "reduce_scatter_base" in name:
-            self.reduced += args[1].nbytes - args[0].nbytes
-        return function(*args, **(kwargs or {}))
-
-
-def measured_bytes(cfg: Config) -> tuple[int, int, int]:
-    """Bytes that a rank receives by all-gathers and by reductions in an update, and bytes that it holds."""
-    with join("cpu") as world:
-        setup = train.set_up(cfg, world)
-        run = train.make_state(cfg, setup.pipe.flux)
-        train.one_update(cfg, setup, run, world, 0)
-        with Collectives() as collectives:
-            train.accumulate_batch_gradient(cfg, setup, world, 1, Meter(world.device))
-        tensors = [*run.params.values(), *run.averages.values()]
-        tensors += [p.grad for p in run.params.values()]
-        for state in run.optimizers[0].state.values():
-            tensors += [state["exp_avg"], state["exp_avg_sq"]]
+def test_bytes_held_by_a_run_are_those_of_the_plan():
+    flags = dict(batch=2, rollout_steps=3, rollout_batch=2, micro_batch=1)
+    cfg = Config(out=Path("nonexistent"), size=("64",), **flags)
+    with join("cpu") as process:
+        setup = train.set_up(cfg, process)
+        state = train.make_state(cfg, setup.pipe.flux)
+        train.one_update(cfg, setup, state, process, 0)
+        train.accumulate_batch_gradient(cfg, setup, process, 1, Meter(process.device))
+        tensors = [*state.params.values(), *state.averages.values()]
+        tensors += [p.grad for p in state.params.values()]
+        for moments in state.optimizers[0].state.values():
+            tensors += [moments["exp_avg"], moments["exp_avg_sq"]]
         held_bytes = sum(local_shard(t).nbytes for t in tensors)
-        return collectives.gathered, collectives.reduced, held_bytes
-
-
-@pytest.mark.parametrize("method", ["leapalign", "draft_lv"])
-def test_bytes_held_and_sent_by_two_ranks_are_those_of_the_plan(method):
-    flags = dict(batch=8, rollout_steps=3, rollout_batch=2, micro_batch=1, method=method, updates=2)
-    cfg, flux = PlanFlags(size="64", **flags), planned_flux(TINY, None, torch.float32)
-    sent = traffic(cfg, 2, flux, *evaluations(cfg))
-    sizes = plan.memory(cfg, 2, flux)
-    resident = sum(sizes[name] for name in RESIDENT)
-    assert resident == 5 * sum(p.nbytes for p in flux.parameters()) / 2
-    for gathered, reduced, held_bytes in spread(2, measured_bytes, Config(out=Path("nonexistent"), **flags)):
-        assert (gathered, reduced) == (sent["gathered in an update"], sent["reduced in an update"])
-        assert held_bytes == resident
+    sizes = memory(cfg, 1, empty_flux(cfg, TINY))
+    assert held_bytes == sum(sizes[name] for name in RESIDENT)
 
 
 def test_every_row_of_a_plan_is_counted_in_bytes_a_weight():
     """With weights in fp32: 4 for themselves, 4 for gradients, 8 for moments, 4 for averages; all else by its shape."""
-    cfg = PlanFlags(size="64", rollout_steps=3, rollout_batch=2, reward=("hpsv2",), recompute=False)
-    flux, lora = planned_flux(SMALL, None, BF16), planned_flux(SMALL, 4, BF16)
-    sizes = plan.memory(cfg, 2, flux)
+    cfg = replace(PAPER, size=("32", "64"), rollout_steps=3, rollout_batch=2, watch=("judge",), recompute=False)
+    flux, lora = planned_flux(SMALL), planned_flux(SMALL, 4)
+    sizes = memory(cfg, 2, flux)
     n = sum(p.numel() for p in flux.parameters())
     assert [sizes[name] for name in RESIDENT] == [2 * n, 2 * n, 4 * n, 2 * n]
     assert sizes["states"] == (3 + 1 + 3) * 2 * 16 * 64 * 4  # states and velocities of two rollouts, fp32
@@ -206,13 +182,13 @@ def test_every_row_of_a_plan_is_counted_in_bytes_a_weight():
     assert sizes["a checkpoint on disk"] == 16 * n and sizes["best/ or final/ on disk"] == 2 * n
     assert sizes["in the host's memory"] == (16 * n + 4 * n) / 2
 
-    lean = plan.memory(replace(cfg, lean=True), 1, flux)
+    lean = memory(replace(cfg, lean=True), 1, flux)
     moments = 8 * (1 / 4 + 1 / 256)
     assert [lean[name] for name in RESIDENT] == [2 * n, 2 * n, moments * n, 0]
     assert lean["a checkpoint on disk"] == pytest.approx((2 + moments + 4) * n)
     assert lean["in the host's memory"] == pytest.approx((2 + moments + 4 + 2 + 4) * n)
 
-    fp8 = plan.memory(replace(cfg, fp8=True, lora=4), 1, lora)
+    fp8 = memory(replace(cfg, fp8=True, lora=4), 1, lora)
     largest_linear = max(p.numel() for p in flux.parameters() if p.ndim == 2)
     leap = (16 + TEXT_TOKENS) * LEAP[False]
     assert fp8["leap"] == leap + largest_linear * (4 + 2)  # up-cast by way of fp32
@@ -221,12 +197,12 @@ def test_every_row_of_a_plan_is_counted_in_bytes_a_weight():
 
 
 def test_a_sharded_network_costs_a_share_and_a_lora_little():
-    flux, lora = planned_flux(FLUX_DEV, None, BF16), planned_flux(FLUX_DEV, 64, BF16)
-    one, eight = (plan.memory(PlanFlags(), gpus, flux) for gpus in (1, 8))
+    flux, lora = planned_flux(), planned_flux(lora=64)
+    one, eight = (memory(PAPER, gpus, flux) for gpus in (1, 8))
     for name in RESIDENT:
         assert eight[name] == one[name] / 8
     assert one["weights"] == 11_901_408_320 * 4  # the published count
-    assert plan.memory(PlanFlags(lora=64), 1, lora)["peak"] < 80e9 < one["peak"]
+    assert memory(replace(PAPER, lora=64), 1, lora)["peak"] < 80e9 < one["peak"]
 
 
 # ------------------------------------------------------------------------------------------- the command
@@ -248,11 +224,12 @@ def rows_of_command(words: str, monkeypatch, capsys) -> tuple[str, dict[str, lis
     "words, peak",
     [
         ("--gpus 8", 55),
-        ("--gpus 8 --reward hpsv3 hpsv2", 68),
-        ("--gpus 1 --lean", 97),
-        ("--gpus 1 --batch 16 --lora 64", 54),
+        ("flux-dev-pickscore --gpus 8", 55),
+        ("flux-dev-hpsv3 --gpus 8", 68),
+        ("flux-dev-hpsv2 --lean --gpus 1", 97),
+        ("flux-dev-lora --gpus 1", 54),
         ("--gpus 1 --batch 16 --lora 64 --offload-encoders", 46),
-        ("--gpus 1 --batch 16 --lora 16 --offload-encoders --size 512 --fp8 --reward hpsv2", 22),
+        ("flux-dev-lora --gpus 1 --lora 16 --offload-encoders --size 512 --fp8 --watch", 22),
     ],
 )
 def test_peaks_are_those_of_the_readmes_table(words, peak, monkeypatch, capsys):
@@ -260,20 +237,21 @@ def test_peaks_are_those_of_the_readmes_table(words, peak, monkeypatch, capsys):
 
 
 def test_hours_are_operations_over_the_assumed_rate_which_is_printed(monkeypatch, capsys):
-    text, rows = rows_of_command("--gpus 1 8 --mfu 0.25 --gpu A100 --updates 10", monkeypatch, capsys)
-    assert "25% (--mfu) of the A100's 312 TFLOP/s" in text
-    flux = planned_flux(FLUX_DEV, None, BF16)
+    text, rows = rows_of_command("flux-dev-hpsv2 --gpus 1 8 --tflops 78 --updates 10", monkeypatch, capsys)
+    assert "a GPU attains 78 TFLOP/s (--tflops" in text
+    flux = planned_flux()
     flux.recompute = True
     cost = network_flops(flux, 45**2, TEXT_TOKENS)
-    seconds = 10 * 64 * (25 * cost.forward + 2 * cost.forward_backward) / (0.25 * PEAK["A100"])
-    assert rows["hours of the run"] == [pytest.approx(seconds / 3600 / gpus, abs=0.051) for gpus in (1, 8)]
+    seconds = 64 * (25 * cost.forward + 2 * cost.forward_backward) / 78e12
+    assert rows["seconds of an update"] == [pytest.approx(seconds / gpus, abs=0.051) for gpus in (1, 8)]
+    assert rows["hours of the run"] == [pytest.approx(10 * seconds / 3600 / gpus, abs=0.051) for gpus in (1, 8)]
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--gpus 6", "--batch 64 is not a multiple of --gpus 6"),
-        ("--gpus 2 --lean", "--gpus 2: --lean and --fp8 are for one GPU"),
+        ("--gpus 6", "--gpus 6: --batch 64 must be a multiple"),
+        ("--gpus 2 --lean", "--gpus 2: --batch 64 must be a multiple, and --lean"),
         ("--size 9*9", "--size 9"),
         ("--method nonsense", "--method nonsense"),
     ],

@@ -282,25 +282,29 @@ def test_the_metadata_says_what_the_prompt_says(task):
         assert len({i["class"] for i in include}) == len(include)
 
 
+def plain_entries(texts: set[str]) -> list[dict[str, str]]:
+    """Texts as read_entries gives the lines of a .txt file."""
+    return [dict(prompt=text) for text in sorted(texts)]
+
+
 def test_prompts_can_be_left_out():
-    every = frozenset(e["prompt"] for e in generate(2000, (0, 0, 0, 0, 0, 1), seed=0))
-    some = frozenset(sorted(every)[:40])
-    assert {e["prompt"] for e in generate(2000, (0, 0, 0, 0, 0, 1), seed=0, without=some)} == every - some
+    every = plain_entries({e["prompt"] for e in generate(2000, (0, 0, 0, 0, 0, 1), seed=0)})
+    texts = {e["prompt"] for e in generate(2000, (0, 0, 0, 0, 0, 1), seed=0, without=every[:40])}
+    assert texts == {e["prompt"] for e in every[40:]}
     with pytest.raises(ValueError, match="--without leaves no prompt of the task single_object"):
         generate(10, (0, 0, 0, 0, 0, 1), seed=0, without=every)
 
 
 def test_however_many_prompts_are_asked_for_those_that_may_be_are_found():
-    every = sorted({e["prompt"] for e in generate(5000, (0, 1, 0, 0, 0, 0), seed=0)})
-    few = set(every[:24])  # nine of ten that are composed are refused, in all more than when the search gives up
-    entries = generate(1500, (0, 1, 0, 0, 0, 0), seed=1, without=frozenset(every) - few)
-    assert len(entries) == 1500 and {e["prompt"] for e in entries} == few
+    every = plain_entries({e["prompt"] for e in generate(5000, (0, 1, 0, 0, 0, 0), seed=0)})
+    # Nine of ten that are composed are refused, in all more than when the search gives up.
+    entries = generate(1500, (0, 1, 0, 0, 0, 0), seed=1, without=every[24:])
+    assert len(entries) == 1500 and {e["prompt"] for e in entries} == {e["prompt"] for e in every[:24]}
 
 
 def test_a_prompt_is_left_out_by_what_it_asks_for_however_it_is_worded(tmp_path):
     benches = {"tag": "counting", "include": [{"class": "bench", "count": 3}], "prompt": "a photo of three benchs"}
-    without = frozenset([benches["prompt"], prompts.meaning(benches)])
-    texts = {e["prompt"] for e in generate(5000, (0, 1, 0, 0, 0, 0), seed=0, without=without)}
+    texts = {e["prompt"] for e in generate(5000, (0, 1, 0, 0, 0, 0), seed=0, without=[benches])}
     assert "a photo of three benches" not in texts and len(texts) == 239
 
 
@@ -320,11 +324,10 @@ def test_two_things_mean_the_same_whichever_comes_first():
         assert said != of_two("position", cat, dict(dog, position=[mirrored, 0]))
 
 
-@pytest.mark.parametrize("flag", ["--file", "--out"])
-def test_the_command_writes_a_file_that_is_read_back(flag, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_file_that_is_read_back(tmp_path, monkeypatch, capsys):
     file, without = tmp_path / "deep" / "p.jsonl", tmp_path / "without.txt"
     without.write_text("a photo of a cat\n")
-    monkeypatch.setattr(sys, "argv", ["prompts.py", flag, str(file), "--num", "34", "--without", str(without)])
+    monkeypatch.setattr(sys, "argv", ["prompts.py", "--file", str(file), "--num", "34", "--without", str(without)])
     prompts.main()
     assert [entry["tag"] for entry in read_entries(file)].count("position") == 14
     assert str(file) in capsys.readouterr().out
@@ -335,9 +338,7 @@ def test_the_command_writes_a_file_that_is_read_back(flag, tmp_path, monkeypatch
     "arguments",
     [["--num", "0"], ["--ratio", "0", "0", "0", "0", "0", "0"], ["--without", "no.txt"], ["--file", f"{__file__}/p"]],
 )
-def test_a_bad_flag_is_named(arguments, monkeypatch, capsys, tmp_path):
+def test_a_bad_flag_is_named(arguments, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["prompts.py", "--file", str(tmp_path / "p"), *arguments])
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit, match=rf"error: .*({arguments[0]}|no\.txt|{Path(__file__).name})"):
         prompts.main()
-    said = capsys.readouterr().err
-    assert exit_.value.code == 2 and (arguments[0] in said or "no.txt" in said)
