@@ -25,6 +25,7 @@ from infra.anchor import anchored
 from infra.checkpoints import checkpoint_folders, update_of
 from infra.checks import check_flags, check_folder, check_groups, check_log_names, check_prompts, tell_changes
 from infra.distributed import Process
+from infra.downloads import check_downloads
 from infra.files import PART, beside, lock_folder, put_in_place, recover, remove, replacing
 from infra.jsonl import Entry, read_log, truncate_log
 from infra.meter import network_flops
@@ -43,7 +44,7 @@ from infra.user_code import describe_error, is_user_code
 from infra.watch import watched_value
 from leaps import Samples
 from model import Flux, FluxConfig
-from rewards import RULES, Reward, check_rewards, open_reward, reward_name, try_score
+from rewards import RULES, WEIGHTS, Reward, check_rewards, open_reward, reward_name, try_score
 from sample import sigmas, token_grid, truncation_warning
 from samples import Size
 
@@ -78,6 +79,7 @@ def prepare(cfg: Config, process: Process, preset: Config | None = None) -> Setu
     method, group = choose_method(cfg, process, preset or Config())
     out = run_folder(cfg)
     check_folder(cfg, out, recorded_flags(cfg), resume_flags(cfg))
+    check_downloads(cfg, WEIGHTS)
     prompts, eval_prompts = read_run_prompts(cfg, out)
     model = describe_model(cfg)
     sizes = [size_of(cfg, model, name) for name in cfg.size]

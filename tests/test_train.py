@@ -77,7 +77,7 @@ def test_a_short_run_writes_all_its_files(short_run):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (dict(reward=("hpsv2",), watch=()), "no weights of the reward 'hpsv2'"),
+        (dict(reward=("hpsv2",), watch=()), "weights/HPS_v2.1_compressed.pt: the reward hpsv2"),
         (dict(reward=("tiny", "mine.py:f")), "no file 'mine.py'"),
         (dict(watch=("nonsense",)), "no reward 'nonsense'"),
         (dict(watch=("tiny",)), "two are named 'tiny'"),

@@ -2,6 +2,7 @@
 
     python -m tools.plan flux-dev-hpsv2 --gpus 1 8 16 64     # all weights
     python -m tools.plan flux-dev-lora --gpus 1 --size 512   # a LoRA
+    python -m tools.plan flux-dev-lora --check               # which of its files are here, and what gets the others
 
 Flags of train.py; without a preset flux-dev-hpsv2. With train.py's --shard N, memory is that of N GPUs.
 Left out: buffers of the allocator, cuDNN and NCCL, a few GB; what a reward keeps for its backward, 0.6 GB a sample for
@@ -16,11 +17,12 @@ import torch
 import tyro
 
 from config import Config, parse, sides
+from infra.downloads import list_downloads
 from infra.flags import flags
 from infra.meter import network_flops
 from infra.methods import find_method, method_options
 from model import FLUX_DEV, Flux
-from rewards import reward_name
+from rewards import WEIGHTS, reward_name
 from samples import zero_samples
 from start import empty_flux
 
@@ -45,6 +47,8 @@ class PlanFlags:
     """Numbers of GPUs to count for."""
     tflops: float = 395.6
     """TFLOP/s that a GPU attains, an assumption: 40% of the bf16 peak of an H200 or H100; of a 4090 it is 66."""
+    check: bool = False
+    """List the files that the run needs and the commands that get them, and stop."""
 
 
 def main() -> None:
@@ -53,6 +57,8 @@ def main() -> None:
         words = ["flux-dev-hpsv2", *words]
     try:
         cfg, preset = parse(words)
+        if plan.check:
+            return list_downloads(cfg, WEIGHTS)
         flux = empty_flux(cfg, FLUX_DEV).to(torch.bfloat16)  # in which it computes
         flops = operations(cfg, preset, flux)
         columns = []
