@@ -7,9 +7,10 @@ from config import Config
 MJHQ = "hf download playgroundai/MJHQ-30K meta_data.json --repo-type dataset --local-dir weights/MJHQ-30K"
 GENEVAL = "https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl"
 QWEN = "Qwen/Qwen2-VL-7B-Instruct config.json tokenizer.json tokenizer_config.json"
-# Path -> what it is, with the GB of its weights where they are known, and commands. FLUX.1-dev is gated.
+# Path -> what it is, with the GB of its weights where they are known, and the commands of the READMEs.
 DOWNLOADS = {
     "weights/FLUX.1-dev": (
+        # In bf16: 23.8 GB the transformer, 9.8 T5 and CLIP, 0.2 the VAE.
         "34 GB; accept the licence on its hub page first, and `hf auth login`",
         "hf download black-forest-labs/FLUX.1-dev --local-dir weights/FLUX.1-dev --exclude flux1-dev.safetensors",
     ),
@@ -18,12 +19,14 @@ DOWNLOADS = {
         "hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir weights",
     ),
     "weights/PickScore_v1": (
+        # 0.99 B parameters in fp32.
         "the reward pickscore, 4 GB of weights, or say pickscore=PATH",
         "hf download yuvalkirstain/PickScore_v1 --local-dir weights/PickScore_v1",
     ),
     "weights/HPSv3": (
         "the reward hpsv3, 17 GB, or say hpsv3=PATH",
         "hf download MizzenAI/HPSv3 HPSv3.safetensors --local-dir weights/HPSv3",
+        # The weights are published without the small files beside them.
         f"hf download {QWEN} --local-dir weights/HPSv3",
     ),
     "weights/ImageReward": (
@@ -33,6 +36,7 @@ DOWNLOADS = {
     ),
     "weights/train-prompts.txt": (
         "50,000 prompts, none of GenEval's",
+        # None of the prompts that GenEval evaluates on, so that file comes first.
         f"wget -P weights {GENEVAL}",
         "python -m tools.prompts --file weights/train-prompts.txt --without weights/evaluation_metadata.jsonl",
     ),
@@ -42,9 +46,10 @@ DOWNLOADS = {
 
 def check_downloads(cfg: Config, reward_files: dict[str, str]) -> None:
     """Raise ValueError with all downloads of a run that are missing, and the commands that get them."""
-    missing = [path for path in downloads_of(cfg, reward_files) if not Path(path).exists()]
-    if missing:
-        raise ValueError("files are missing; get them with\n" + "\n".join(map(how_to_get, missing)))
+    paths = [path for path in downloads_of(cfg, reward_files) if not Path(path).exists()]
+    if paths:
+        # All at once: a start takes seconds, and the next download hours.
+        raise ValueError("files are missing; get them with\n" + "\n".join(map(how_to_get, paths)))
 
 
 def list_downloads(cfg: Config, reward_files: dict[str, str]) -> None:
@@ -59,6 +64,7 @@ def downloads_of(cfg: Config, reward_files: dict[str, str]) -> list[str]:
     for spec in (*cfg.reward, *cfg.watch):
         name, _, _ = spec.partition(":")  # without its weight; NAME=PATH is a file of the user's
         paths.append(reward_files.get(name))
+    # Other paths are the user's: the checks of prompts, models and rewards name what is wrong with those.
     return [str(path) for path in paths if str(path) in DOWNLOADS]
 
 
