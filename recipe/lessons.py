@@ -7,7 +7,6 @@ one edit. Along a fade the score must change steadily, because that is the way o
 Legend: n scenes, p prompts of the world (236); layouts as in shapes/world.py.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import permutations
 
@@ -19,20 +18,9 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 
 from recipe.fit import TensorDict
-from recipe.prompts import distort
-from shapes.judge import Object, fits_prompt, objects_in
-from shapes.world import (
-    CELL,
-    COLOR_NAMES,
-    NUMBER,
-    PROMPTS,
-    SHAPES,
-    Prompt,
-    cell_pairs,
-    random_layout,
-    random_layouts,
-    render,
-)
+from recipe.prompts import distort, numbers_of
+from shapes.judge import fits_prompt, objects_in
+from shapes.world import CELL, COLOR_NAMES, PROMPTS, SHAPES, Prompt, cell_pairs, random_layout, random_layouts, render
 
 EDITS = dict(add=0.3, remove=0.15, repaint=0.2, reshape=0.1, move=0.25)  # and how often a fade makes each
 UNKNOWN = -2  # in the layout of an image that is no rendered scene, or whose object has no one color
@@ -40,30 +28,12 @@ UNKNOWN = -2  # in the layout of an image that is no rendered scene, or whose ob
 # ---------------------------------------------------------------------------------------- labels
 
 
-def truth(objects: Sequence[Object]) -> Tensor:
-    """The label of an image for every prompt: whether its objects fit the prompt, by the judge's rules; bool (p,)."""
-    fits = torch.zeros(len(PROMPTS), dtype=torch.bool)
-    shapes = sorted(o.shape for o in objects)
-    for i in _BY_SHAPES.get(tuple(shapes), ()):
-        fits[i] = fits_prompt(PROMPTS[i], objects)
-    return fits
-
-
-def truths(objects: Sequence[Sequence[Object]]) -> Tensor:
-    """The labels of several images, bool (n, p)."""
-    return torch.stack([truth(one_image) for one_image in objects])
-
-
-def objects_of(layout: np.ndarray) -> list[Object]:
-    """The objects of a scene by its layout (2, 4), as the judge would see them if each were centred in its cell."""
-    objects = []
-    for cell, (shape, color) in enumerate(layout.T):
-        if shape >= 0:
-            row, column = divmod(cell, 2)
-            x = CELL * (column + 0.5)
-            y = CELL * (row + 0.5)
-            objects.append(Object(SHAPES[shape], COLOR_NAMES[color], x, y))
-    return objects
+def judge_labels(images: Tensor) -> Tensor:
+    """Whether the judge accepts each image for each prompt: (n, 3, 64, 64) to bool (n, p)."""
+    labels = []
+    for objects in objects_in(images):
+        labels.append([fits_prompt(prompt, objects) for prompt in PROMPTS])
+    return torch.tensor(labels)
 
 
 def edit_distance(layouts: np.ndarray) -> np.ndarray:
@@ -71,51 +41,30 @@ def edit_distance(layouts: np.ndarray) -> np.ndarray:
 
     An edit repaints an object, reshapes it, adds one, removes one, or mends a relation.
     """
-    # Any object may stand for any of the prompt's: of the 24 assignments of the four cells the cheapest counts.
-    distance = np.full((len(layouts), len(PROMPTS)), np.inf)  # (n, p)
-    for order in permutations(range(4)):
-        shape = layouts[:, None, 0, order]  # (n, 1, 4), against (p, 4) of the prompts
-        color = layouts[:, None, 1, order]
-        in_scene = shape >= 0
-        in_prompt = _PROMPT_SHAPE >= 0
-        reshape = shape != _PROMPT_SHAPE
-        repaint = (color != _PROMPT_COLOR) & (_PROMPT_COLOR >= 0)
+    # Any object may stand for any of the prompt's: of the 24 orders of the four cells the cheapest counts.
+    orders = list(permutations(range(4)))
+    scene_shape, scene_color = layouts[:, 0, orders], layouts[:, 1, orders]  # (n, 24, 4)
+    in_scene = scene_shape >= 0
+    distances = []
+    for prompt in PROMPTS:
+        shape, color = np.full((2, 4), -1)  # no object; among colors also any color
+        for i, name in enumerate(prompt.shapes * prompt.count):
+            shape[i] = SHAPES.index(name)
+        for i, name in enumerate(prompt.colors):
+            color[i] = COLOR_NAMES.index(name)
+        reshape = scene_shape != shape
+        repaint = (scene_color != color) & (color >= 0)
         # An object that is wrong in both shape and color is still one wrong object: 1.5 edits, not 2.
         change = np.minimum(1.0 * reshape + repaint, 1.5)
-        add_or_remove = in_scene != in_prompt
-        cost = np.where(in_scene & in_prompt, change, add_or_remove)
-        distance = np.minimum(distance, cost.sum(-1))
-
-    shape = layouts[:, 0]
-    for i, prompt in enumerate(PROMPTS):
-        if not prompt.relation:
-            continue
-        a, b = map(SHAPES.index, prompt.shapes)
-        holds = np.zeros(len(layouts), dtype=bool)
-        for cell_a, cell_b in cell_pairs(prompt.relation):
-            holds |= (shape[:, cell_a] == a) & (shape[:, cell_b] == b)
-        distance[:, i] += ~holds  # a move mends it
-    return distance
-
-
-def prompt_tables() -> tuple[dict[tuple, list[int]], np.ndarray]:
-    """The numbers of the prompts by their sorted shapes, and what they say of each object, (2, p, 4) as layouts.
-
-    -1 stands for no object and, among colors, for any color.
-    """
-    by_shapes = defaultdict(list)
-    table = np.full((2, len(PROMPTS), 4), -1)
-    for i, prompt in enumerate(PROMPTS):
-        shapes = prompt.shapes * prompt.count
-        by_shapes[tuple(sorted(shapes))].append(i)
-        for k, shape in enumerate(shapes):
-            table[0, i, k] = SHAPES.index(shape)
-        for k, color in enumerate(prompt.colors):
-            table[1, i, k] = COLOR_NAMES.index(color)  # colors are named for single objects only, not for counts
-    return by_shapes, table
-
-
-_BY_SHAPES, (_PROMPT_SHAPE, _PROMPT_COLOR) = prompt_tables()  # only prompts with an image's shapes can fit it
+        add_or_remove = in_scene != (shape >= 0)
+        cost = np.where(add_or_remove, 1, in_scene * change)
+        distance = cost.sum(-1).min(1)  # (n,)
+        if prompt.relation:
+            first, second = np.array(cell_pairs(prompt.relation)).T
+            holds = (layouts[:, 0, first] == shape[0]) & (layouts[:, 0, second] == shape[1])
+            distance += ~holds.any(1)  # a move mends it
+        distances.append(distance)
+    return np.stack(distances, axis=1)
 
 
 # ---------------------------------------------------------------------------------------- scenes
@@ -137,30 +86,24 @@ def training_scenes(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
         prompts.append(prompt)
     layouts = random_layouts(prompts, rng)
 
-    turn = np.arange(len(prompts)) % 8  # fixed places, so that every batch has all kinds
-    half = turn == 0
-    warped = turn == 1
-    crowded = (turn == 2) | (turn == 3)
-    layouts[crowded] = add_objects(layouts[crowded], rng)
+    half, warped = slice(0, None, 8), slice(1, None, 8)  # fixed rows, so that every batch has all kinds
+    for i in range(len(layouts)):
+        if i % 8 in (2, 3):
+            layouts[i] = add_object(layouts[i], rng)
     images = render(layouts, rng)
     images[half] = paint_halves(layouts[half], rng)
     images[warped] = warp(images[warped], rng)
 
-    fits = truths([objects_of(layout) for layout in layouts])
+    fits = torch.from_numpy(edit_distance(layouts) == 0)
     fits[half] = False  # whatever the layout says
-    fits[warped] = truths(objects_in(images[warped]))  # a slight warp is still right: the judge decides
-    cells = torch.from_numpy(layouts)
-    cells[half] = UNKNOWN  # a half-painted object has no color to read
+    fits[warped] = judge_labels(images[warped])  # a slight warp is still right: the judge decides
+    layouts[half] = UNKNOWN  # a half-painted object has no color to read
     return dict(
         images=images,
         fits=fits,
         caption=numbers_of(captions),
-        layout=cells,
+        layout=torch.from_numpy(layouts),
     )
-
-
-def numbers_of(prompts: Sequence[Prompt]) -> Tensor:
-    return torch.tensor([NUMBER[prompt] for prompt in prompts])
 
 
 def paint_halves(layouts: np.ndarray, rng: Generator) -> Tensor:
@@ -177,10 +120,8 @@ def paint_halves(layouts: np.ndarray, rng: Generator) -> Tensor:
     one = render(layouts, default_rng(seed))
     two = render(repainted, default_rng(seed))
     size = (len(layouts), 1, 1, 1)
-    angle = rng.uniform(0, 2 * np.pi, size)
-    angle = torch.from_numpy(angle).float()
-    sharpness = rng.choice([0.0, 0.3, 3.0], size)  # of the border: an even blend, fading, halves
-    sharpness = torch.from_numpy(sharpness).float()
+    angle = torch.from_numpy(rng.uniform(0, 2 * np.pi, size)).float()
+    sharpness = torch.from_numpy(rng.choice([0.0, 0.3, 3.0], size)).float()  # an even blend, fading, halves
     pixel = torch.arange(2 * CELL) % CELL + 0.5 - CELL / 2  # from the middle of the pixel's cell
     across = angle.cos() * pixel + angle.sin() * pixel[:, None]
     return torch.lerp(one, two, torch.sigmoid(sharpness * across))
@@ -203,23 +144,22 @@ def warp(images: Tensor, rng: Generator) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def add_objects(layouts: np.ndarray, rng: Generator) -> np.ndarray:
-    """The layouts (n, 2, 4) with an object more in an empty cell, where there is one.
+def add_object(layout: np.ndarray, rng: Generator) -> np.ndarray:
+    """The layout (2, 4) with an object more in an empty cell, if there is one.
 
     Half of the new objects copy one of the scene, a quarter copy the shape only, a quarter are random.
     """
-    layouts = layouts.copy()
-    for shape, color in layouts:
-        empty = np.flatnonzero(shape < 0)
-        full = np.flatnonzero(shape >= 0)
-        if len(empty) == 0:
-            continue
-        cell = rng.choice(empty)
-        model = rng.choice(full)
-        kind = rng.integers(4)
-        shape[cell] = shape[model] if kind < 3 else rng.integers(len(SHAPES))
-        color[cell] = color[model] if kind < 2 else rng.integers(len(COLOR_NAMES))
-    return layouts
+    layout = layout.copy()
+    shape, color = layout  # views
+    empty = np.flatnonzero(shape < 0)
+    if len(empty) == 0:
+        return layout
+    cell = rng.choice(empty)
+    model = rng.choice(np.flatnonzero(shape >= 0))
+    kind = rng.integers(4)
+    shape[cell] = shape[model] if kind < 3 else rng.integers(len(SHAPES))
+    color[cell] = color[model] if kind < 2 else rng.integers(len(COLOR_NAMES))
+    return layout
 
 
 # ----------------------------------------------------------------------------------------- fades
@@ -228,8 +168,8 @@ def add_objects(layouts: np.ndarray, rng: Generator) -> np.ndarray:
 def fades(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
     """Two images on the way between two scenes that are one edit apart. One scene fits the caption or nearly does.
 
-    start, end (n, 3, 64, 64); gain (n, p), the edits by which the end is nearer to a prompt than the start; near
-    (n, p), prompts at most two edits away from one of the scenes; caption (n,).
+    start, end (n, 3, 64, 64); gain (n, p), the edits by which the end is nearer to a prompt than the start, 0 for
+    prompts that are more than two edits away from both scenes; caption (n,).
     """
     pairs = []
     for prompt in captions:
@@ -246,29 +186,22 @@ def fades(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
     second_image = render(second, default_rng(seed))
 
     # Two random points of the way, in order: the score must rise between any two, not only from end to end.
-    points = rng.uniform(0, 1, (2, len(captions)))
-    t = torch.from_numpy(np.sort(points, axis=0)).float()
-    weight = rearrange(t, "two n -> two n 1 1 1")
-    start, end = torch.lerp(first_image, second_image, weight)
+    points = np.sort(rng.uniform(0, 1, (2, len(captions))), axis=0)
+    t = torch.from_numpy(points).float()
+    start, end = torch.lerp(first_image, second_image, rearrange(t, "two n -> two n 1 1 1"))
 
     first_distance = torch.from_numpy(edit_distance(first)).float()
     second_distance = torch.from_numpy(edit_distance(second)).float()
     share = t[1] - t[0]  # of the whole way, and so of the edit
     gain = (first_distance - second_distance) * share[:, None]
-    is_near = torch.minimum(first_distance, second_distance) <= 2  # far from a prompt its score may do as it likes
-    return dict(
-        start=start,
-        end=end,
-        gain=gain,
-        near=is_near,
-        caption=numbers_of(captions),
-    )
+    gain[torch.minimum(first_distance, second_distance) > 2] = 0  # far from a prompt its score may do as it likes
+    return dict(start=start, end=end, gain=gain, caption=numbers_of(captions))
 
 
 def edit(layout: np.ndarray, rng: Generator) -> np.ndarray:
     """The layout (2, 4) after one random edit: an object added, removed, repainted, reshaped or moved."""
     layout = layout.copy()
-    shape, color = layout  # views
+    shape, color = layout
     empty = np.flatnonzero(shape < 0)
     full = np.flatnonzero(shape >= 0)
     i = rng.choice(full)
@@ -283,7 +216,7 @@ def edit(layout: np.ndarray, rng: Generator) -> np.ndarray:
         layout[:, rng.choice(empty)] = layout[:, i]
         layout[:, i] = -1
     else:  # also where "remove" would leave nothing
-        layout = add_objects(layout[None], rng)[0]
+        return add_object(layout, rng)
     return layout
 
 

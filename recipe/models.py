@@ -5,14 +5,13 @@ import json
 import string
 from math import log
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
 from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -26,6 +25,7 @@ from transformers import (
 from model import FluxConfig
 from shapes.world import PROMPTS, SIZE
 
+CAPTIONS = [prompt.text for prompt in PROMPTS]
 TEXT_LENGTH = 12  # the longest caption has 11 tokens
 VISION_WIDTH = 160  # of the reward's image tower
 SCORE_SCALE = 10.0  # logit_scale.exp() of the reward: reported scores are 10 cosines
@@ -53,7 +53,6 @@ def make_vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 16, 32, 64),  # FLUX: 128, 256, 512, 512
-        layers_per_block=1,
         latent_channels=8,  # FLUX: 16
         norm_num_groups=4,
         sample_size=SIZE,
@@ -64,22 +63,20 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def make_tokenizers(folder: Path) -> None:
+def make_tokenizers(folder: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
     """Write `tokenizer/` (CLIP's kind of BPE) and `tokenizer_2/` (T5's sentencepiece) for the world's captions.
 
     Every word is one token; any other text falls back to its characters.
     """
-    captions = [p.text for p in PROMPTS]
-    make_clip_tokenizer(folder / "tokenizer", captions)
-    make_t5_tokenizer(folder / "tokenizer_2", captions)
+    return make_clip_tokenizer(folder / "tokenizer"), make_t5_tokenizer(folder / "tokenizer_2")
 
 
-def make_t5_tokenizer(folder: Path, captions: list[str]) -> None:
-    words = sorted(set(" ".join(captions).split()))
+def make_t5_tokenizer(folder: Path) -> T5Tokenizer:
+    words = sorted(set(" ".join(CAPTIONS).split()))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         # Printable ASCII as well, so that any other text falls back to its characters.
-        sentence_iterator=iter([*captions, *string.printable[:95] * 2]),
+        sentence_iterator=iter([*CAPTIONS, *string.printable[:95] * 2]),
         model_writer=model,
         vocab_size=200,
         hard_vocab_limit=False,
@@ -100,9 +97,10 @@ def make_t5_tokenizer(folder: Path, captions: list[str]) -> None:
     config = json.loads(config_file.read_text())
     config.pop("extra_special_tokens", None)  # transformers 5 writes a list, which 4.57 cannot read
     config_file.write_text(json.dumps(config, indent=2) + "\n")
+    return tokenizer
 
 
-def make_clip_tokenizer(folder: Path, captions: list[str]) -> None:
+def make_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()  # merges end at spaces, so that words are tokens
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -112,7 +110,7 @@ def make_clip_tokenizer(folder: Path, captions: list[str]) -> None:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    bpe.train_from_iterator(captions, trainer)
+    bpe.train_from_iterator(CAPTIONS, trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     # CLIP's order of ids: bytes, bytes at the end of a word, merges, start, end.
     tokens = [
@@ -127,16 +125,19 @@ def make_clip_tokenizer(folder: Path, captions: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_LENGTH).save_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_LENGTH)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
-def make_text_encoders(folder: Path) -> nn.ModuleDict:
-    """Untrained T5 and CLIP text encoders of the widths that TINY expects, for the tokenizers in `folder`."""
-    t5_tokens = len(AutoTokenizer.from_pretrained(folder / "tokenizer_2"))
-    clip_tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+def make_text_encoders(
+    clip_tokenizer: CLIPTokenizer,
+    t5_tokenizer: T5Tokenizer,
+) -> tuple[CLIPTextModel, T5EncoderModel]:
+    """Untrained text encoders of the widths that TINY expects."""
     t5 = T5EncoderModel(
         T5Config(
-            vocab_size=t5_tokens,
+            vocab_size=len(t5_tokenizer),
             d_model=TINY.context_in_dim,
             d_kv=24,  # 4 heads of 24 are the width
             d_ff=192,
@@ -146,45 +147,36 @@ def make_text_encoders(folder: Path) -> nn.ModuleDict:
             dropout_rate=0.0,  # there are only 236 captions, and all must be learned
         )
     )
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip_tokenizer),
-            hidden_size=TINY.vec_in_dim,
-            intermediate_size=2 * TINY.vec_in_dim,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TEXT_LENGTH,
-            # CLIP pools at the end token, so its id must be that of the tokenizer.
-            bos_token_id=clip_tokenizer.bos_token_id,
-            eos_token_id=clip_tokenizer.eos_token_id,
-            pad_token_id=clip_tokenizer.pad_token_id,
-        )
+    clip_config = CLIPTextConfig(
+        hidden_size=TINY.vec_in_dim,
+        intermediate_size=2 * TINY.vec_in_dim,
+        num_attention_heads=2,
+        **clip_text_sizes(clip_tokenizer),
     )
-    return nn.ModuleDict(dict(t5=t5, clip=clip))
+    return CLIPTextModel(clip_config), t5
 
 
-def token_table(folder: Path) -> Tensor:
-    """A tokenizer's ids of every prompt of the world: (236, TEXT_LENGTH)."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    captions = [p.text for p in PROMPTS]
-    encoding = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
-    return encoding.input_ids
-
-
-def make_reward(tokenizer_folder: Path) -> CLIPModel:
-    """An untrained CLIPModel: 64 patches of 8x8 pixels, captions of up to TEXT_LENGTH tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
+def clip_text_sizes(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    """What the text encoders of Flux and of the reward have in common."""
+    return dict(
         num_hidden_layers=2,
-        num_attention_heads=4,
-        hidden_act="gelu",
+        vocab_size=len(tokenizer),
         max_position_embeddings=TEXT_LENGTH,
+        # CLIP pools at the end token, so its id must be that of the tokenizer.
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def make_reward(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """An untrained CLIPModel: 64 patches of 8x8 pixels, captions of up to TEXT_LENGTH tokens."""
+    text = dict(
+        hidden_size=96,
+        intermediate_size=192,
+        num_attention_heads=4,
+        hidden_act="gelu",
+        **clip_text_sizes(tokenizer),
     )
     vision = dict(
         hidden_size=VISION_WIDTH,

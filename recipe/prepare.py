@@ -1,66 +1,93 @@
 """Make everything that the shapes world ships, from nothing:  python -m recipe.prepare
 
-It takes two hours on two cores. Each stage saves its result in --work and is skipped if the result exists; an
-interrupted stage resumes from its last checkpoint. To try all stages in minutes, without replacing anything shipped:
+It takes two hours on two cores. Each stage saves its result in --out and is skipped if the result exists. To try all
+stages in minutes:
 
-    python -m recipe.prepare --scale 0.002 --work /tmp/try --out /tmp/try/out
-
-The stages:
-
-    vae      AutoencoderKL on rendered scenes
-    text     T5 and CLIP text encoders on what captions mean, frozen from then on
-    clean    tiny Flux on right captions: what the base knows
-    finish   a light finish on captions that are often wrong in a detail: the base knows, but does not always obey
-    read     the reward on rendered scenes: what the words mean
-    labels   images of the base, labelled by the judge
-    reward   the reward on the labelled images, attacked; on fades from one scene to another; and on images that walk
-             up its own gradient, which the judge labels as they go
-    ship     shapes/tiny-flux, shapes/tiny-reward and the prompt files
-
-`python -m recipe.report` then measures what was made.
+    python -m recipe.prepare --scale 0.002 --out /tmp/try
 """
 
-import torch
+import shutil
+from pathlib import Path
+
 import tyro
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
+from transformers import CLIPTextModel, T5EncoderModel
 
-from recipe.base import stage_clean, stage_finish, stage_text, stage_vae
-from recipe.fit import PrepareFlags
-from recipe.ship import ship_base, ship_prompts, ship_reward
-from recipe.teach import stage_labels, stage_read, stage_reward
+import shapes
+from formats.folders import load_pipeline
+from formats.saving import save_transformer
+from model import Flux
+from recipe.base import SHIFT, encode_scenes, fit_flux, fit_text_encoders, fit_vae
+from recipe.fit import RecipeFlags
+from recipe.models import TINY, make_tokenizers
+from recipe.prompts import OF_TASK
+from recipe.teach import fit_reward, label_images
+from shapes.world import Prompt, is_held_out
 
-
-def stage_ship(cfg: PrepareFlags) -> None:
-    # A finished stage only loads its result.
-    ship_base(cfg, stage_finish(cfg), cfg.out / "tiny-flux")
-    ship_reward(cfg, stage_reward(cfg)["clip"], cfg.out / "tiny-reward")
-    ship_prompts(cfg.out)
-
-
-STAGES = dict(  # in the order in which they need each other
-    vae=stage_vae,
-    text=stage_text,
-    clean=stage_clean,
-    finish=stage_finish,
-    read=stage_read,
-    labels=stage_labels,
-    reward=stage_reward,
-    ship=stage_ship,
-)
+ALIGN_SHARES = dict(single=2, two=3, count=3, color=2, position=3, attr=3)
+ALIGN_LINES = 144  # of the training file, for each unit of a task's share
+EVAL_LINES = 60  # of the evaluation file, for each task, as the judge's mean is over tasks
 
 
-def main(cfg: PrepareFlags) -> None:
-    for stage in cfg.stages:
-        if stage not in STAGES:
-            raise SystemExit(f"error: --stages: there is no stage {stage!r}; there are {', '.join(STAGES)}")
-    defaults = PrepareFlags()
-    if cfg.scale != 1 and (cfg.work == defaults.work or cfg.out == defaults.out):
-        # A short run would be taken for a finished one, or would overwrite the world that all runs use.
-        raise SystemExit("error: --scale: set --work and --out as well, or the shipped files would be replaced")
-    torch.set_num_threads(cfg.threads)  # rounding, and so the weights, depend on their number
-    cfg.work.mkdir(parents=True, exist_ok=True)
-    for stage in cfg.stages or STAGES:  # each calls those that it needs
-        STAGES[stage](cfg)
+def main(cfg: RecipeFlags) -> None:
+    write_prompts(cfg.out)
+    # The base: an autoencoder, text encoders that know what captions mean, and a tiny Flux.
+    folder = cfg.out / "tiny-flux"
+    tokenizers = make_tokenizers(folder)
+    vae = fit_vae(cfg)
+    latents = encode_scenes(cfg, vae)
+    clip, t5, table = fit_text_encoders(cfg, *tokenizers)
+    clean, base = fit_flux(cfg, latents, table)
+    vae.register_to_config(
+        shift_factor=latents["shift_factor"].item(),
+        scaling_factor=latents["scaling_factor"].item(),
+    )
+    write_base(folder, vae, clip, t5, base)
+
+    # The reward learns from what the base draws, and from what becomes of that on the way up its own gradient.
+    pipe = load_pipeline(folder)
+    labels = label_images(cfg, pipe, clean, latents)
+    reward = fit_reward(cfg, pipe, labels)
+    reward.save_pretrained(cfg.out / "tiny-reward")
+    # The tokenizer beside the weights, as transformers reads it.
+    shutil.copytree(folder / "tokenizer", cfg.out / "tiny-reward", dirs_exist_ok=True)
+
+
+def write_prompts(folder: Path) -> None:
+    """train-prompts.txt has no held-out prompts; eval-prompts.txt has only those, in the tasks that hold some out."""
+    train, evaluation = [], []
+    for task, prompts in OF_TASK.items():
+        held_out = [p for p in prompts if is_held_out(p)]
+        allowed = [p for p in prompts if not is_held_out(p)]
+        train += repeat_captions(allowed, ALIGN_LINES * ALIGN_SHARES[task])
+        evaluation += repeat_captions(held_out or prompts, EVAL_LINES)  # single and two hold none out
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train-prompts.txt").write_text("".join(train))
+    (folder / "eval-prompts.txt").write_text("".join(evaluation))
+
+
+def repeat_captions(prompts: list[Prompt], n: int) -> list[str]:
+    """n lines: the captions in turn."""
+    return [prompts[i % len(prompts)].text + "\n" for i in range(n)]
+
+
+def write_base(folder: Path, vae: AutoencoderKL, clip: CLIPTextModel, t5: T5EncoderModel, flux: Flux) -> None:
+    """A model folder in the layout of FLUX.1-dev, beside the tokenizers."""
+    vae.save_pretrained(folder / "vae")
+    clip.save_pretrained(folder / "text_encoder")
+    # The published names of FLUX.1-dev's encoder, which every transformers reads; version 5 would drop the prefix.
+    tensors = {}
+    for key, tensor in clip.state_dict().items():
+        tensors["text_model." + key.removeprefix("text_model.")] = tensor
+    save_file(tensors, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    t5.save_pretrained(folder / "text_encoder_2")  # FLUX's number 2 is T5
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=SHIFT)
+    scheduler.save_pretrained(folder / "scheduler")
+    save_transformer(folder / "transformer", TINY, flux.state_dict().items())
+    # Nothing in this file is trained: by it FluxPipeline finds its classes.
+    shutil.copy(Path(shapes.__file__).parent / "tiny-flux" / "model_index.json", folder)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(PrepareFlags, description=__doc__))
+    main(tyro.cli(RecipeFlags, description=__doc__))

@@ -19,7 +19,7 @@ from transformers import CLIPModel
 from recipe.fit import TensorDict
 from recipe.lessons import UNKNOWN
 from recipe.models import SCORE_SCALE
-from scorers.common import preprocess
+from scorers.common import normalize
 
 # In units of the reported score, which is 10 cosines: from -10 to 10.
 OFFSET = 2.5  # a score above it says "right"
@@ -29,10 +29,8 @@ SLOPE = 1.5  # least change of a score along a whole fade of one edit
 
 def scores(model: CLIPModel, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of images (b, 3, 64, 64) for text features (p, c): (b, p). Second, the pooled image features (b, c)."""
-    pixels = preprocess(images, 64)
-    pooled = model.vision_model(pixel_values=pixels).pooler_output
-    image = model.visual_projection(pooled)
-    image = F.normalize(image, dim=-1)  # text features come normalised
+    pooled = model.vision_model(pixel_values=normalize(images)).pooler_output
+    image = F.normalize(model.visual_projection(pooled), dim=-1)  # text features come normalised
     return SCORE_SCALE * image @ text.T, pooled
 
 
@@ -59,23 +57,16 @@ def dense_loss(score: Tensor, fits: Tensor) -> Tensor:
     return contrast + calibration
 
 
-def attacked_loss(
-    modules: nn.ModuleDict,
-    text: Tensor,
-    batch: TensorDict,
-    radius: float,
-    rng: Generator,
-) -> TensorDict:
+def attacked_loss(modules: nn.ModuleDict, text: Tensor, batch: TensorDict, radius: float, rng: Generator) -> Tensor:
     """The loss on a batch of labelled images (see training_scenes) after augmentation and attack; radius 0: no attack.
 
-    `layout` may be UNKNOWN, but not for all images. The other entries of the result are for the log.
+    `layout` may be UNKNOWN, but not for all images.
     """
     model = modules["clip"]
-    caption, fits = batch["caption"], batch["fits"]
-    correct = of_caption(fits, caption)  # (b,)
     images = augment(batch["images"], rng)
     if radius > 0:
-        images = attack(model, images, text.detach(), caption, correct, radius)  # the labels stay: see RADIUS
+        correct = of_caption(batch["fits"], batch["caption"])  # (b,)
+        images = attack(model, images, text.detach(), batch["caption"], correct, radius)  # the labels stay: see RADIUS
     score, pooled = scores(model, images, text)
 
     # Reading each cell off the features forces the image tower to see where things are.
@@ -83,14 +74,7 @@ def attacked_loss(
     has_layout = layout[:, 0, 0] != UNKNOWN
     cells = modules["cells"](pooled).view(-1, 5, 2, 4)  # logits of empty and four shapes, or colors, for each cell
     read_loss = F.cross_entropy(cells[has_layout], layout[has_layout] + 1)
-    loss = dense_loss(score, fits) + 2 * read_loss  # at weight 0.5 it did not: see recipe/README.md
-
-    is_error = (of_caption(score, caption) > OFFSET) != correct
-    return dict(
-        loss=loss,
-        read=read_loss.detach(),
-        error=is_error.float().mean(),
-    )
+    return dense_loss(score, batch["fits"]) + 2 * read_loss  # at weight 0.5 it did not: see recipe/README.md
 
 
 def augment(images: Tensor, rng: Generator) -> Tensor:
@@ -130,16 +114,15 @@ def attack(
     smooth_grad = F.avg_pool2d(grad, 7, stride=1, padding=3)
     is_smooth = torch.rand(len(images), 1, 1, 1) < 0.5
     grad = torch.where(is_smooth, smooth_grad, grad)
-    length = torch.empty(len(images), 1, 1, 1).uniform_(0.3, 1)  # in radii
-    length = radius * length
-    step = grad * (length / sample_norm(grad).clamp(min=1e-12))
+    length = radius * torch.empty(len(images), 1, 1, 1).uniform_(0.3, 1)
+    step = grad * (length / sample_norm(grad))
     return (images + step).clamp(0, 1)  # a decoder's images are in this range, too
 
 
 def sample_norm(x: Tensor) -> Tensor:
-    """The L2 norm of each sample, with singleton axes to broadcast over it: (b, ...) to (b, 1, ...)."""
-    singletons = [1] * (x.ndim - 1)
-    return x.flatten(1).norm(dim=1).view(-1, *singletons)
+    """The L2 norm of each sample, for a division, with axes to broadcast over it: (b, ...) to (b, 1, ...)."""
+    axes = tuple(range(1, x.ndim))
+    return torch.linalg.vector_norm(x, dim=axes, keepdim=True).clamp(min=1e-12)
 
 
 def walk(score: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> Tensor:
@@ -150,16 +133,15 @@ def walk(score: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         x = x.detach().requires_grad_()
         (grad,) = torch.autograd.grad(score(x).sum(), x)
-        length = torch.empty(len(x), 1, 1)
-        length.uniform_(0.2, 1.0)
-        x = x + length * grad / sample_norm(grad).clamp(min=1e-12)
+        length = torch.empty(len(x), 1, 1).uniform_(0.2, 1.0)
+        x = x + length * grad / sample_norm(grad)
     return x.detach()
 
 
-def fade_loss(model: CLIPModel, text: Tensor, fade: TensorDict, rng: Generator) -> TensorDict:
+def fade_loss(model: CLIPModel, text: Tensor, fade: TensorDict, rng: Generator) -> Tensor:
     """Along a fade (see lessons.fades) a score must change by SLOPE for each edit gained, and in its direction.
 
-    The mean over all near prompts, plus the mean over each fade's own caption, whose gradient alignment follows.
+    The mean over all prompts with a gain, plus the mean over each fade's own caption, whose gradient alignment follows.
     """
     images = torch.cat([fade["start"], fade["end"]])
     score, _ = scores(model, augment(images, rng), text)
@@ -168,12 +150,6 @@ def fade_loss(model: CLIPModel, text: Tensor, fade: TensorDict, rng: Generator) 
     change = (end - start) * gain.sign()
     # A soft hinge: more change than SLOPE is no error.
     missing_change = F.softplus(SHARPNESS * (SLOPE * gain.abs() - change))
-
-    is_near = fade["near"] & (gain != 0)
     caption_gains = of_caption(gain, caption) != 0
     caption_loss = of_caption(missing_change, caption)[caption_gains].mean()
-    is_ordered = of_caption(change, caption)[caption_gains] > 0
-    return dict(
-        loss=missing_change[is_near].mean() + caption_loss,
-        order=is_ordered.float().mean(),
-    )
+    return missing_change[gain != 0].mean() + caption_loss
