@@ -5,11 +5,12 @@ Flux first learns on right captions (`clean`) and then briefly on captions that 
 it knows what to draw, and does not always do so. Trained on wrong captions from the start it would know less: colors
 blend, and the relations of two shapes are never learned.
 
+Each stage puts a network into the pipeline: of the same sizes, but with new weights.
+
 Legend: p prompts of the world (236), n latents or images, m text tokens.
 """
 
 import copy
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,25 +18,23 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from numpy.random import Generator, default_rng
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModel, T5EncoderModel
 
+from formats.folders import Pipeline
 from leaps import Velocity
 from model import Flux, init_weights
 from recipe.fit import RecipeFlags, TensorDict, fit, load_or_compute
-from recipe.models import CAPTIONS, TEXT_LENGTH, TINY, make_text_encoders, make_vae
-from recipe.prompts import EVEN, TEACH, distort, numbers_of, random_prompts
-from sample import Text, pack, padded_ids, velocity_of
+from recipe.prompts import CAPTIONS, EVEN, TEACH, distort, numbers_of, random_prompts
+from sample import Text, encode, pack, padded_ids, velocity_of
 from shapes.world import COLOR_NAMES, NUMBER, PROMPTS, SHAPES, random_layouts, render, scenes
 
-TextEncoders = tuple[CLIPTextModel, T5EncoderModel, Text]
-SHIFT = 3.0  # of the noise levels, in training and in sampling; FLUX has 3.16 at 1024x1024
 GRID = 4  # rows and columns of image tokens
 SCENES = dict(single=250, two=300, count=300, color=250, position=250, attr=90)  # for each prompt of a task
 
 
-def fit_vae(cfg: RecipeFlags) -> AutoencoderKL:
+def fit_vae(cfg: RecipeFlags, pipe: Pipeline) -> None:
     torch.manual_seed(0)  # of the initial weights; each step of training sets a seed of its own
-    vae = make_vae()
+    vae = AutoencoderKL.from_config(pipe.vae.config)
 
     def loss_fn(rng: Generator, step: int) -> Tensor:
         # Random cells, which are fuller than those of prompts: an image has more to learn from.
@@ -50,13 +49,13 @@ def fit_vae(cfg: RecipeFlags) -> AutoencoderKL:
         return error.square().mean() + 0.5 * l1 + 3e-5 * kl  # a light KL, as in latent diffusion
 
     fit("vae", vae, loss_fn, cfg, steps=1700, lr=3e-3)
-    return vae.eval().requires_grad_(False)
+    pipe.vae = vae.eval().requires_grad_(False)
 
 
-def encode_scenes(cfg: RecipeFlags, vae: AutoencoderKL) -> TensorDict:
+def encode_scenes(cfg: RecipeFlags, pipe: Pipeline) -> TensorDict:
     """Latents of scenes, once for all steps of training: x (n, 16, 32), and the prompt of each, (n,).
 
-    Their mean is 0 and their standard deviation 1, by `shift_factor` and `scaling_factor`.
+    Their mean is 0 and their standard deviation 1, by `shift_factor` and `scaling_factor` of the VAE.
     """
 
     def compute() -> TensorDict:
@@ -68,51 +67,53 @@ def encode_scenes(cfg: RecipeFlags, vae: AutoencoderKL) -> TensorDict:
         means = []
         for batch in numbers.split(200):  # all at once would not fit into memory
             images, _ = scenes([PROMPTS[i] for i in batch], rng)
-            means.append(vae.encode(images * 2 - 1).latent_dist.mean)  # no noise: the base adds its own
+            means.append(pipe.vae.encode(images * 2 - 1).latent_dist.mean)  # no noise: the base adds its own
         z = torch.cat(means)  # (n, 8, 8, 8)
         shift, scale = z.mean(), 1 / z.std()
         return dict(x=pack((z - shift) * scale), prompt=numbers, shift_factor=shift, scaling_factor=scale)
 
-    return load_or_compute(cfg, "latents", compute)
+    latents = load_or_compute(cfg, "latents", compute)
+    for name in ("shift_factor", "scaling_factor"):
+        pipe.vae.register_to_config(**{name: latents[name].item()})
+    return latents
 
 
 # -------------------------------------------------------------------------------------------- text
 
 
-def fit_text_encoders(cfg: RecipeFlags, clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5Tokenizer) -> TextEncoders:
-    """CLIP and T5, trained so that linear heads can read a caption's meaning off their embeddings, and these.
+def fit_text_encoders(cfg: RecipeFlags, pipe: Pipeline) -> None:
+    """T5 and CLIP, trained so that linear heads can read a caption's meaning off their embeddings.
 
     The heads are thrown away. Trained together with Flux instead, the encoders never learned relations.
     """
     torch.manual_seed(0)
-    clip, t5 = make_text_encoders(clip_tokenizer, t5_tokenizer)
-    noun_head = nn.Linear(TINY.context_in_dim, 17)  # of the token of a noun: see `meanings`
-    mean_head = nn.Linear(TINY.context_in_dim, 40)  # of the mean over tokens
-    pooled_head = nn.Linear(TINY.vec_in_dim, 40)
-    t5_ids = padded_ids(t5_tokenizer, CAPTIONS, TEXT_LENGTH)
-    clip_ids = padded_ids(clip_tokenizer, CAPTIONS, TEXT_LENGTH)
-    scene, noun, is_noun = meanings()
+    t5, clip = T5EncoderModel(pipe.t5.config), CLIPTextModel(pipe.clip.config)
+    noun_head = nn.Linear(96, 17)  # of T5's token of a noun: see `meanings`
+    mean_head = nn.Linear(96, 40)  # of the mean over T5's tokens
+    pooled_head = nn.Linear(64, 40)  # of CLIP's embedding
+    t5_ids = padded_ids(pipe.t5_tokenizer, CAPTIONS, pipe.text_length)
+    clip_ids = padded_ids(pipe.clip_tokenizer, CAPTIONS, pipe.text_length)
+    scene, noun, is_noun = meanings(pipe.text_length)
+
+    def squared_error(x: Tensor, target: Tensor) -> Tensor:
+        return (x - target).square().sum(-1).mean()
 
     def loss_fn(rng: Generator, step: int) -> Tensor:
         hidden = t5(t5_ids)[0]  # (p, m, 96): every step sees all captions
         pooled = clip(clip_ids).pooler_output  # (p, 64)
-        noun_loss = squared_error(noun_head(hidden), noun)[is_noun].mean()
-        pooled_loss = squared_error(pooled_head(pooled), scene).mean()
-        mean_loss = squared_error(mean_head(hidden.mean(1)), scene).mean()
+        noun_loss = squared_error(noun_head(hidden)[is_noun], noun[is_noun])
+        pooled_loss = squared_error(pooled_head(pooled), scene)
+        mean_loss = squared_error(mean_head(hidden.mean(1)), scene)
         # Flux reads the tokens and the pooled vector, so these two count in full.
         return noun_loss + pooled_loss + 0.3 * mean_loss
 
     modules = nn.ModuleList([t5, clip, noun_head, mean_head, pooled_head])
     fit("text", modules, loss_fn, cfg, steps=600, lr=2e-3)
     modules.eval().requires_grad_(False)
-    return clip, t5, Text(t5(t5_ids)[0], clip(clip_ids).pooler_output)
+    pipe.t5, pipe.clip = t5, clip
 
 
-def squared_error(x: Tensor, target: Tensor) -> Tensor:
-    return (x - target).square().sum(-1)
-
-
-def meanings() -> tuple[Tensor, Tensor, Tensor]:
+def meanings(length: int) -> tuple[Tensor, Tensor, Tensor]:
     """What captions mean, as frequencies over 200 layouts of each.
 
     scene (p, 40): how often each cell is empty or has each shape, and the same for colors.
@@ -122,7 +123,7 @@ def meanings() -> tuple[Tensor, Tensor, Tensor]:
     """
     rng = default_rng((0, 2))
     scene = torch.zeros(len(PROMPTS), 2, 4, 5)  # (p, shape or color, cell, empty or which)
-    noun = torch.zeros(len(PROMPTS), TEXT_LENGTH, 17)
+    noun = torch.zeros(len(PROMPTS), length, 17)
     for i, prompt in enumerate(PROMPTS):
         layouts = torch.from_numpy(random_layouts([prompt] * 200, rng))
         scene[i] = F.one_hot(layouts + 1, 5).float().mean(0)  # index 0 is empty
@@ -139,54 +140,44 @@ def meanings() -> tuple[Tensor, Tensor, Tensor]:
 # -------------------------------------------------------------------------------------------- flux
 
 
-def fit_flux(cfg: RecipeFlags, latents: TensorDict, table: Text) -> tuple[Flux, Flux]:
-    """Flux on right captions, and the base: the same after a light finish on captions that are often wrong.
+def fit_flux(cfg: RecipeFlags, pipe: Pipeline, latents: TensorDict) -> Flux:
+    """The base, and what it was before its finish, which is returned."""
+    table = encode(pipe, CAPTIONS)
 
-    The finish moves the weights by 3%, so alignment has little to undo.
-    """
+    def fit_captions(name: str, flux: Flux, weights: dict, distorted: float, **schedule: float) -> None:
+        """Flow matching on scenes whose caption is wrong in a detail with probability `distorted`."""
+
+        def loss_fn(rng: Generator, step: int) -> Tensor:
+            captions = random_prompts(128, rng, weights)
+            # The scene is distorted, not the caption, so that the captions keep their weights.
+            scene_prompts = [distort(p, rng) if rng.random() < distorted else p for p in captions]
+            rows = []
+            for prompt in scene_prompts:
+                of_prompt = torch.nonzero(latents["prompt"] == NUMBER[prompt])[:, 0]
+                rows.append(rng.choice(of_prompt))
+            x0 = latents["x"][rows]  # the image; x_1 is the noise, as in leaps.py
+            x1 = torch.randn_like(x0)
+            sigma = torch.sigmoid(torch.randn(len(x0)))  # logit-normal, as in SD3
+            shift = pipe.schedule["shift"]  # in training as in sampling
+            sigma = shift * sigma / (1 + (shift - 1) * sigma)
+            x = torch.lerp(x0, x1, sigma[:, None, None])
+            velocity = caption_velocity(flux, table, numbers_of(captions))
+            return F.mse_loss(velocity(x, sigma), x1 - x0)
+
+        fit(name, flux, loss_fn, cfg, **schedule)
+
     torch.manual_seed(0)
-    clean = Flux(TINY)
+    clean = Flux(pipe.flux.config)
     init_weights(clean)  # adaLN-zero, as DiT
-    loss_fn = partial(flow_loss, clean, latents, table, TEACH, 0.0)
-    fit("clean", clean, loss_fn, cfg, steps=3500, lr=2e-3, average=0.998)
-
-    base = copy.deepcopy(clean)
+    fit_captions("clean", clean, TEACH, distorted=0.0, steps=3500, lr=2e-3, average=0.998)
+    # A light finish moves the weights by 3%, so alignment has little to undo.
+    pipe.flux = copy.deepcopy(clean)
     weights = EVEN | dict(single=8)  # never wrong: keeps objects crisp while habits change
-    loss_fn = partial(flow_loss, base, latents, table, weights, 0.5)
-    fit("finish", base, loss_fn, cfg, steps=450, lr=1e-4)
-    return clean, base
-
-
-def flow_loss(
-    flux: Flux,
-    latents: TensorDict,
-    table: Text,
-    weights: dict[str, float],
-    distorted: float,
-    rng: Generator,
-    step: int,
-) -> Tensor:
-    """Flow matching on scenes whose caption is wrong in a detail with probability `distorted`.
-
-    The squared error of the velocity x_1 - x_0 at random noise levels.
-    """
-    captions = random_prompts(128, rng, weights)
-    # The scene is distorted, not the caption, so that the captions keep their weights.
-    scene_prompts = [distort(p, rng) if rng.random() < distorted else p for p in captions]
-    rows = []
-    for prompt in scene_prompts:
-        of_prompt = torch.nonzero(latents["prompt"] == NUMBER[prompt])[:, 0]
-        rows.append(rng.choice(of_prompt))
-    x0 = latents["x"][rows]  # the image; x_1 is the noise, as in leaps.py
-    x1 = torch.randn_like(x0)
-    sigma = torch.sigmoid(torch.randn(len(x0)))  # logit-normal, as in SD3
-    sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
-    x = torch.lerp(x0, x1, sigma[:, None, None])
-    velocity = caption_velocity(flux, table, numbers_of(captions))
-    return F.mse_loss(velocity(x, sigma), x1 - x0)
+    fit_captions("finish", pipe.flux, weights, distorted=0.5, steps=450, lr=1e-4)
+    return clean
 
 
 def caption_velocity(flux: Flux, table: Text, caption: Tensor) -> Velocity:
-    """The model's velocity for prompts by number, (n,)."""
+    """A network's velocity for prompts by number, (n,)."""
     text = Text(table.txt[caption], table.vec[caption])
     return velocity_of(flux, text, GRID, GRID)

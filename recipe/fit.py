@@ -61,7 +61,8 @@ def fit(
 
     def train() -> TensorDict:
         params = [p for p in module.parameters() if p.requires_grad]  # the reward's scale is frozen
-        averages = [p.detach().clone() for p in params]
+        weights = [p.data for p in params]  # the same numbers, but without a gradient
+        averages = [weight.clone() for weight in weights]
         optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
         # 5% of warm-up, then a cosine down to nearly 0.
         schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
@@ -75,12 +76,10 @@ def fit(
             optimizer.zero_grad()
             schedule.step()
             decay = min(average, (1 + step) / (10 + step))  # lower at first, or the initial weights would stay in
-            with torch.no_grad():  # one call for all parameters, which are many and small
-                torch._foreach_lerp_(averages, params, 1 - decay)
+            torch._foreach_lerp_(averages, weights, 1 - decay)  # one call, as weights are many and small
             if (step + 1) % 50 == 0:
                 print(f"{name} {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
-        with torch.no_grad():
-            torch._foreach_copy_(params, averages)
+        torch._foreach_copy_(weights, averages)
         return module.state_dict()
 
     module.load_state_dict(load_or_compute(cfg, name, train))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shapes.world import COLORS, NUMBER, NUMBERS, PROMPTS, RELATIONS, TASKS, USUAL, Prompt, by_task
 
+CAPTIONS = [prompt.text for prompt in PROMPTS]
 OF_TASK = by_task(PROMPTS)
 # Weights of the tasks. A model that learns what captions mean sees more of what is harder to learn ...
 TEACH = {"single": 0.5, "two": 1, "count": 1, "color": 0.7, "position": 1.5, "attr": 2}

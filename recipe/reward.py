@@ -18,9 +18,9 @@ from transformers import CLIPModel
 
 from recipe.fit import TensorDict
 from recipe.lessons import UNKNOWN
-from recipe.models import SCORE_SCALE
 from scorers.common import normalize
 
+SCORE_SCALE = 10.0  # logit_scale.exp() of the reward: reported scores are 10 cosines
 # In units of the reported score, which is 10 cosines: from -10 to 10.
 OFFSET = 2.5  # a score above it says "right"
 SHARPNESS = 2.0  # logits per unit of score, in the logistic losses
@@ -57,24 +57,31 @@ def dense_loss(score: Tensor, fits: Tensor) -> Tensor:
     return contrast + calibration
 
 
-def attacked_loss(modules: nn.ModuleDict, text: Tensor, batch: TensorDict, radius: float, rng: Generator) -> Tensor:
+def attacked_loss(
+    model: CLIPModel, cells: nn.Linear, text: Tensor, batch: TensorDict, radius: float, rng: Generator
+) -> Tensor:
     """The loss on a batch of labelled images (see training_scenes) after augmentation and attack; radius 0: no attack.
 
-    `layout` may be UNKNOWN, but not for all images.
+    `cells` is a head that reads each cell off the features. `layout` may be UNKNOWN, but not for all images.
     """
-    model = modules["clip"]
+    fits, layout = batch["fits"], batch["layout"]
+
+    def error(images: Tensor) -> Tensor:
+        """How wrong the score of an image's own caption is, (b,)."""
+        score, _ = scores(model, images, text.detach())
+        caption_score = of_caption(score, batch["caption"])
+        return torch.where(of_caption(fits, batch["caption"]), -caption_score, caption_score)
+
     images = augment(batch["images"], rng)
     if radius > 0:
-        correct = of_caption(batch["fits"], batch["caption"])  # (b,)
-        images = attack(model, images, text.detach(), batch["caption"], correct, radius)  # the labels stay: see RADIUS
+        images = attack(error, images, radius)  # the labels stay: see RADIUS
     score, pooled = scores(model, images, text)
 
     # Reading each cell off the features forces the image tower to see where things are.
-    layout = batch["layout"]
     has_layout = layout[:, 0, 0] != UNKNOWN
-    cells = modules["cells"](pooled).view(-1, 5, 2, 4)  # logits of empty and four shapes, or colors, for each cell
-    read_loss = F.cross_entropy(cells[has_layout], layout[has_layout] + 1)
-    return dense_loss(score, batch["fits"]) + 2 * read_loss  # at weight 0.5 it did not: see recipe/README.md
+    logits = cells(pooled).view(-1, 5, 2, 4)  # of empty and four shapes, or colors, for each cell
+    read_loss = F.cross_entropy(logits[has_layout], layout[has_layout] + 1)
+    return dense_loss(score, fits) + 2 * read_loss  # at weight 0.5 it did not: see recipe/README.md
 
 
 def augment(images: Tensor, rng: Generator) -> Tensor:
@@ -89,27 +96,14 @@ def augment(images: Tensor, rng: Generator) -> Tensor:
     return images + noise_level * torch.randn_like(images)
 
 
-def attack(
-    model: CLIPModel,
-    images: Tensor,
-    text: Tensor,
-    caption: Tensor,
-    correct: Tensor,
-    radius: float,
-) -> Tensor:
-    """Images moved by 0.3 to 1 times the radius (L2) in the direction that makes their caption's score wrong.
+def attack(error: Callable[[Tensor], Tensor], images: Tensor, radius: float) -> Tensor:
+    """Images moved by 0.3 to 1 times the radius (L2) in the direction in which error(images) -> (b,) rises.
 
-    The score of a right image falls, that of a wrong one rises. Clipped to [0, 1].
+    Clipped to [0, 1].
     """
     # A random start, as in PGD: at the image itself the reward could learn to hide its gradient.
-    delta = torch.randn_like(images)
-    delta = delta * (0.3 * radius / sample_norm(delta))
-    delta.requires_grad_()
-    score, _ = scores(model, images + delta, text)
-    caption_score = of_caption(score, caption)
-    error = torch.where(correct, -caption_score, caption_score)
-    (grad,) = torch.autograd.grad(error.sum(), delta)
-
+    noise = torch.randn_like(images)
+    grad = gradient(error, images + noise * (0.3 * radius / sample_norm(noise)))
     # Half of the moves are smooth, since what alignment changes goes through the decoder and is smooth.
     smooth_grad = F.avg_pool2d(grad, 7, stride=1, padding=3)
     is_smooth = torch.rand(len(images), 1, 1, 1) < 0.5
@@ -119,23 +113,29 @@ def attack(
     return (images + step).clamp(0, 1)  # a decoder's images are in this range, too
 
 
-def sample_norm(x: Tensor) -> Tensor:
-    """The L2 norm of each sample, for a division, with axes to broadcast over it: (b, ...) to (b, 1, ...)."""
-    axes = tuple(range(1, x.ndim))
-    return torch.linalg.vector_norm(x, dim=axes, keepdim=True).clamp(min=1e-12)
-
-
 def walk(score: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> Tensor:
     """Latents x (b, n, c) after steps up the gradient of score(x) -> (b,): the way to the reward's hacks.
 
     A step is 0.2 to 1 long (L2), of random length, so that no spot of the way stays unseen.
     """
     for _ in range(steps):
-        x = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(score(x).sum(), x)
+        grad = gradient(score, x)
         length = torch.empty(len(x), 1, 1).uniform_(0.2, 1.0)
         x = x + length * grad / sample_norm(grad)
-    return x.detach()
+    return x
+
+
+def gradient(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of score(x) -> (b,), of each sample on its own."""
+    x = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(score(x).sum(), x)
+    return grad
+
+
+def sample_norm(x: Tensor) -> Tensor:
+    """The L2 norm of each sample, for a division, with axes to broadcast over it: (b, ...) to (b, 1, ...)."""
+    axes = tuple(range(1, x.ndim))
+    return torch.linalg.vector_norm(x, dim=axes, keepdim=True).clamp(min=1e-12)
 
 
 def fade_loss(model: CLIPModel, text: Tensor, fade: TensorDict, rng: Generator) -> Tensor:

@@ -7,7 +7,7 @@ where it likes them more, and the judge labels at once what they have become.
 import torch
 from numpy.random import Generator, default_rng
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 from config import SHAPES as PRESET
 from formats.folders import Pipeline
@@ -16,9 +16,9 @@ from model import Flux
 from recipe.base import GRID, caption_velocity
 from recipe.fit import RecipeFlags, TensorDict, fit, generator, load_or_compute
 from recipe.lessons import UNKNOWN, fades, judge_labels, training_scenes
-from recipe.models import CAPTIONS, TEXT_LENGTH, TINY, VISION_WIDTH, make_reward
-from recipe.prompts import EVEN, TEACH, numbers_of, random_prompts
+from recipe.prompts import CAPTIONS, EVEN, TEACH, numbers_of, random_prompts
 from recipe.reward import attacked_loss, augment, dense_loss, fade_loss, of_caption, scores, walk
+from rewards import WEIGHTS
 from sample import decode, encode, padded_ids, sigmas
 from scorers.clip import features
 from shapes.world import SIZE
@@ -63,7 +63,7 @@ def sample_latents(pipe: Pipeline, flux: Flux, caption: Tensor, steps: int) -> T
     """A network's own latents for prompts by number: (n,) to (n, 16, 32)."""
     table = encode(pipe, CAPTIONS)
     levels = sigmas(pipe.schedule, steps, GRID**2)
-    noise = torch.randn(len(caption), GRID**2, TINY.in_channels)
+    noise = torch.randn(len(caption), GRID**2, flux.config.in_channels)
     samples = []
     for numbers, x1 in zip(caption.split(250), noise.split(250)):
         velocity = caption_velocity(flux, table, numbers)
@@ -73,12 +73,17 @@ def sample_latents(pipe: Pipeline, flux: Flux, caption: Tensor, steps: int) -> T
 
 def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CLIPModel:
     """The reward, on rendered scenes (`read`), and then on labelled images, fades and walkers as well (`reward`)."""
-    ids = padded_ids(pipe.clip_tokenizer, CAPTIONS, TEXT_LENGTH)
+    ids = padded_ids(pipe.clip_tokenizer, CAPTIONS, pipe.text_length)
     torch.manual_seed(0)
-    model = make_reward(pipe.clip_tokenizer)
+    model = CLIPModel(CLIPConfig.from_pretrained(WEIGHTS["tiny"]))
+    # CLIP's initial position embeddings (0.02) are so small that a tower of this size may not learn where things are.
+    # Larger ones, a vector for the row plus one for the column, tell it from the start.
+    embedding = model.vision_model.embeddings.position_embedding.weight  # (1 + 64, 160), the class token first
+    rows, columns = 0.3 * torch.randn(2, 8, 160)
+    embedding.data[1:] = (rows[:, None] + columns).flatten(0, 1)
     model.logit_scale.requires_grad_(False)  # the scale of scores is fixed: OFFSET and SLOPE refer to it
-    cells = nn.Linear(VISION_WIDTH, 4 * 2 * 5)  # for each cell, empty and four shapes, empty and four colors
-    modules = nn.ModuleDict(dict(clip=model, cells=cells))  # the head `cells` is thrown away
+    cells = nn.Linear(160, 4 * 2 * 5)  # for each cell, empty and four shapes, empty and four colors; thrown away
+    modules = nn.ModuleList([model, cells])
 
     def read_loss(rng: Generator, step: int) -> Tensor:
         # No attacks in the first 40% of the stage, or the tower may not learn where things are; full ones after 90%.
@@ -86,7 +91,7 @@ def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CL
         radius = RADIUS * min(1, max(0, 2 * progress - 0.8))
         text = features(model.get_text_features(input_ids=ids))
         batch = training_scenes(random_prompts(96, rng, TEACH), rng)
-        return attacked_loss(modules, text, batch, radius, rng)
+        return attacked_loss(model, cells, text, batch, radius, rng)
 
     fit("read", modules, read_loss, cfg, steps=1500, lr=1e-3)
 
@@ -105,7 +110,7 @@ def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CL
         )
         rendered = training_scenes(random_prompts(32, rng, TEACH), rng)  # they alone teach the head to read cells
         text = features(model.get_text_features(input_ids=ids))
-        loss = attacked_loss(modules, text, concatenate([rendered, labelled]), RADIUS, rng)
+        loss = attacked_loss(model, cells, text, concatenate([rendered, labelled]), RADIUS, rng)
         fade = fades(random_prompts(24, rng, TEACH), rng)
         fading_loss = fade_loss(model, text, fade, rng)
 
