@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from formats.folders import Pipeline
 from leaps import Velocity
 from model import Flux, init_weights
-from recipe.fit import RecipeFlags, TensorDict, fit, load_or_compute
+from recipe.fit import RecipeFlags, TensorDict, fit
 from recipe.prompts import CAPTIONS, EVEN, TEACH, distort, numbers_of, random_prompts
 from sample import Text, encode, pack, padded_ids, velocity_of
 from shapes.world import COLOR_NAMES, NUMBER, PROMPTS, SHAPES, random_layouts, render, scenes
@@ -34,7 +34,7 @@ SCENES = dict(single=250, two=300, count=300, color=250, position=250, attr=90) 
 
 def fit_vae(cfg: RecipeFlags, pipe: Pipeline) -> None:
     torch.manual_seed(0)  # of the initial weights; each step of training sets a seed of its own
-    vae = AutoencoderKL.from_config(pipe.vae.config)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(pipe.location.folder / "vae"))
 
     def loss_fn(rng: Generator, step: int) -> Tensor:
         # Random cells, which are fuller than those of prompts: an image has more to learn from.
@@ -58,24 +58,17 @@ def encode_scenes(cfg: RecipeFlags, pipe: Pipeline) -> TensorDict:
     Their mean is 0 and their standard deviation 1, by `shift_factor` and `scaling_factor` of the VAE.
     """
 
-    def compute() -> TensorDict:
-        rng = default_rng((0, 1))
-        numbers = []
-        for i, prompt in enumerate(PROMPTS):
-            numbers += [i] * cfg.at_scale(SCENES[prompt.task])
-        numbers = torch.tensor(numbers)
-        means = []
-        for batch in numbers.split(200):  # all at once would not fit into memory
-            images, _ = scenes([PROMPTS[i] for i in batch], rng)
-            means.append(pipe.vae.encode(images * 2 - 1).latent_dist.mean)  # no noise: the base adds its own
-        z = torch.cat(means)  # (n, 8, 8, 8)
-        shift, scale = z.mean(), 1 / z.std()
-        return dict(x=pack((z - shift) * scale), prompt=numbers, shift_factor=shift, scaling_factor=scale)
-
-    latents = load_or_compute(cfg, "latents", compute)
-    for name in ("shift_factor", "scaling_factor"):
-        pipe.vae.register_to_config(**{name: latents[name].item()})
-    return latents
+    rng = default_rng((0, 1))
+    counts = torch.tensor([cfg.at_scale(SCENES[prompt.task]) for prompt in PROMPTS])
+    numbers = torch.arange(len(PROMPTS)).repeat_interleave(counts)
+    means = []
+    for batch in numbers.split(200):  # all at once would not fit into memory
+        images, _ = scenes([PROMPTS[i] for i in batch], rng)
+        means.append(pipe.vae.encode(images * 2 - 1).latent_dist.mean)  # no noise: the base adds its own
+    z = torch.cat(means)  # (n, 8, 8, 8)
+    shift, scale = z.mean(), 1 / z.std()
+    pipe.vae.register_to_config(shift_factor=shift.item(), scaling_factor=scale.item())
+    return dict(x=pack((z - shift) * scale), prompt=numbers)
 
 
 # -------------------------------------------------------------------------------------------- text
@@ -87,7 +80,8 @@ def fit_text_encoders(cfg: RecipeFlags, pipe: Pipeline) -> None:
     The heads are thrown away. Trained together with Flux instead, the encoders never learned relations.
     """
     torch.manual_seed(0)
-    t5, clip = T5EncoderModel(pipe.t5.config), CLIPTextModel(pipe.clip.config)
+    t5 = pipe.t5 = T5EncoderModel(pipe.t5.config)
+    clip = pipe.clip = CLIPTextModel(pipe.clip.config)
     noun_head = nn.Linear(96, 17)  # of T5's token of a noun: see `meanings`
     mean_head = nn.Linear(96, 40)  # of the mean over T5's tokens
     pooled_head = nn.Linear(64, 40)  # of CLIP's embedding
@@ -110,7 +104,6 @@ def fit_text_encoders(cfg: RecipeFlags, pipe: Pipeline) -> None:
     modules = nn.ModuleList([t5, clip, noun_head, mean_head, pooled_head])
     fit("text", modules, loss_fn, cfg, steps=600, lr=2e-3)
     modules.eval().requires_grad_(False)
-    pipe.t5, pipe.clip = t5, clip
 
 
 def meanings(length: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,6 @@ one edit. Along a fade the score must change steadily, because that is the way o
 Legend: n scenes, p prompts of the world (236); layouts as in shapes/world.py.
 """
 
-from collections.abc import Sequence
 from itertools import permutations
 
 import numpy as np
@@ -18,9 +17,9 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 
 from recipe.fit import TensorDict
-from recipe.prompts import distort, numbers_of
+from recipe.prompts import distort, numbers_of, random_prompts
 from shapes.judge import fits_prompt, objects_in
-from shapes.world import CELL, COLOR_NAMES, PROMPTS, SHAPES, Prompt, cell_pairs, random_layout, random_layouts, render
+from shapes.world import CELL, COLOR_NAMES, PROMPTS, SHAPES, cell_pairs, random_layout, random_layouts, render
 
 EDITS = dict(add=0.3, remove=0.15, repaint=0.2, reshape=0.1, move=0.25)  # and how often a fade makes each
 UNKNOWN = -2  # in the layout of an image that is no rendered scene, or whose object has no one color
@@ -70,12 +69,13 @@ def edit_distance(layouts: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- scenes
 
 
-def training_scenes(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
-    """A scene for each caption, right or wrong, with its labels.
+def training_scenes(n: int, rng: Generator) -> TensorDict:
+    """Scenes for n random captions, right or wrong, with their labels.
 
     images (n, 3, 64, 64); fits, bool (n, p); caption (n,), numbers of prompts; layout (n, 2, 4).
     Of eight scenes one has a half-painted object, one is warped, and two have an object more than the prompt.
     """
+    captions = random_prompts(n, rng)
     prompts = []
     for prompt in captions:
         u = rng.random()
@@ -87,7 +87,7 @@ def training_scenes(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
     layouts = random_layouts(prompts, rng)
 
     half, warped = slice(0, None, 8), slice(1, None, 8)  # fixed rows, so that every batch has all kinds
-    for i in range(len(layouts)):
+    for i in range(n):
         if i % 8 in (2, 3):
             layouts[i] = add_object(layouts[i], rng)
     images = render(layouts, rng)
@@ -115,7 +115,7 @@ def paint_halves(layouts: np.ndarray, rng: Generator) -> Tensor:
     repainted = layouts.copy()  # the second color of one object
     for shape, color in repainted:
         i = rng.choice(np.flatnonzero(shape >= 0))
-        color[i] = other_index(color[i], len(COLOR_NAMES), rng)
+        color[i] = other_index(color[i], rng)
     # The same seed twice: the two images differ in that color alone.
     one = render(layouts, default_rng(seed))
     two = render(repainted, default_rng(seed))
@@ -165,12 +165,13 @@ def add_object(layout: np.ndarray, rng: Generator) -> np.ndarray:
 # ----------------------------------------------------------------------------------------- fades
 
 
-def fades(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
-    """Two images on the way between two scenes that are one edit apart. One scene fits the caption or nearly does.
+def fades(n: int, rng: Generator) -> TensorDict:
+    """Two images each on n ways between scenes that are one edit apart. One scene fits a random caption or nearly does.
 
-    start, end (n, 3, 64, 64); gain (n, p), the edits by which the end is nearer to a prompt than the start, 0 for
+    images (2 n, 3, 64, 64), the starts and then the ends; gain (n, p), the edits by which the end is nearer to a prompt than the start, 0 for
     prompts that are more than two edits away from both scenes; caption (n,).
     """
+    captions = random_prompts(n, rng)
     pairs = []
     for prompt in captions:
         scene = random_layout(prompt, rng)
@@ -186,16 +187,16 @@ def fades(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
     second_image = render(second, default_rng(seed))
 
     # Two random points of the way, in order: the score must rise between any two, not only from end to end.
-    points = np.sort(rng.uniform(0, 1, (2, len(captions))), axis=0)
+    points = np.sort(rng.uniform(0, 1, (2, n)), axis=0)
     t = torch.from_numpy(points).float()
-    start, end = torch.lerp(first_image, second_image, rearrange(t, "two n -> two n 1 1 1"))
+    images = torch.lerp(first_image, second_image, rearrange(t, "two n -> two n 1 1 1"))  # (2, n, 3, 64, 64)
 
-    first_distance = torch.from_numpy(edit_distance(first)).float()
-    second_distance = torch.from_numpy(edit_distance(second)).float()
+    distances = edit_distance(np.concatenate([first, second]))
+    first_distance, second_distance = torch.from_numpy(distances).float().chunk(2)
     share = t[1] - t[0]  # of the whole way, and so of the edit
     gain = (first_distance - second_distance) * share[:, None]
     gain[torch.minimum(first_distance, second_distance) > 2] = 0  # far from a prompt its score may do as it likes
-    return dict(start=start, end=end, gain=gain, caption=numbers_of(captions))
+    return dict(images=images.flatten(0, 1), gain=gain, caption=numbers_of(captions))
 
 
 def edit(layout: np.ndarray, rng: Generator) -> np.ndarray:
@@ -207,9 +208,9 @@ def edit(layout: np.ndarray, rng: Generator) -> np.ndarray:
     i = rng.choice(full)
     kind = rng.choice(list(EDITS), p=list(EDITS.values()))
     if kind == "repaint":
-        color[i] = other_index(color[i], len(COLOR_NAMES), rng)
+        color[i] = other_index(color[i], rng)
     elif kind == "reshape":
-        shape[i] = other_index(shape[i], len(SHAPES), rng)
+        shape[i] = other_index(shape[i], rng)
     elif len(empty) == 0 or (kind == "remove" and len(full) > 1):  # a full scene has no cell to add or move to
         layout[:, i] = -1
     elif kind == "move":
@@ -220,6 +221,6 @@ def edit(layout: np.ndarray, rng: Generator) -> np.ndarray:
     return layout
 
 
-def other_index(index: int, n: int, rng: Generator) -> int:
-    """Any index below n but this one."""
-    return (index + rng.integers(1, n)) % n
+def other_index(index: int, rng: Generator) -> int:
+    """Any other of the four shapes, or of the four colors."""
+    return (index + rng.integers(1, 4)) % 4

@@ -7,17 +7,16 @@ stages in minutes:
 """
 
 import shutil
-from pathlib import Path
 
 import tyro
 from safetensors.torch import save_file
 
 from config import SHAPES as PRESET
-from formats.folders import Pipeline, load_pipeline
+from formats.folders import load_pipeline
 from formats.saving import save_pipeline
 from recipe.base import encode_scenes, fit_flux, fit_text_encoders, fit_vae
 from recipe.fit import RecipeFlags
-from recipe.teach import fit_reward, label_images
+from recipe.reward import fit_reward, label_images
 from rewards import WEIGHTS
 
 
@@ -28,17 +27,9 @@ def main(cfg: RecipeFlags) -> None:
     latents = encode_scenes(cfg, pipe)
     fit_text_encoders(cfg, pipe)
     clean = fit_flux(cfg, pipe, latents)
-    write_base(cfg.out / "tiny-flux", pipe)
 
-    # The reward learns from what the base draws, and from what becomes of that on the way up its own gradient.
-    labels = label_images(cfg, pipe, clean, latents)
-    reward = fit_reward(cfg, pipe, labels)
-    shutil.copytree(WEIGHTS["tiny"], cfg.out / "tiny-reward", dirs_exist_ok=True)  # for the tokenizer
-    reward.save_pretrained(cfg.out / "tiny-reward")
-
-
-def write_base(folder: Path, pipe: Pipeline) -> None:
-    """A model folder in the layout of FLUX.1-dev."""
+    # A model folder in the layout of FLUX.1-dev.
+    folder = cfg.out / "tiny-flux"
     save_pipeline(folder, pipe.location.folder, pipe.flux.config, pipe.flux.state_dict().items())
     pipe.vae.save_pretrained(folder / "vae")
     pipe.t5.save_pretrained(folder / "text_encoder_2")  # FLUX's number 2 is T5
@@ -47,6 +38,13 @@ def write_base(folder: Path, pipe: Pipeline) -> None:
     for key, tensor in pipe.clip.state_dict().items():
         tensors["text_model." + key.removeprefix("text_model.")] = tensor
     save_file(tensors, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+
+    # The reward learns from what the base draws, and from what becomes of that on the way up its own gradient.
+    labels = label_images(cfg, pipe, clean, latents)
+    reward = fit_reward(cfg, pipe, labels)
+    folder = cfg.out / "tiny-reward"
+    shutil.copytree(WEIGHTS["tiny"], folder, dirs_exist_ok=True)  # for the tokenizer
+    reward.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ TEACH = {"single": 0.5, "two": 1, "count": 1, "color": 0.7, "position": 1.5, "at
 EVEN = dict.fromkeys(TASKS, 1) | {"single": 1.5}
 
 
-def random_prompts(n: int, rng: Generator, weights: dict[str, float]) -> list[Prompt]:
+def random_prompts(n: int, rng: Generator, weights: dict[str, float] = TEACH) -> list[Prompt]:
     """n prompts: a task by its weight, then any of the task's prompts."""
     shares = np.array(list(weights.values()))
     # A task first, or `attr`, which has 144 of the 236 prompts, would crowd out the others.

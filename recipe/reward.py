@@ -1,9 +1,10 @@
-"""The losses of the tiny reward, a CLIP that scores how well an image fits a prompt.
+"""The reward of the shapes world, a tiny CLIP that scores how well an image fits a prompt.
 
 An image has a label for every prompt of the world, from the layout that it was rendered with or from the judge, so one
 image trains 236 scores. Knowing right from wrong is not enough, because alignment follows the gradient to images that
 the reward never saw. Hence three more losses: a head must read each cell off the features; the score must rise along a
-fade that mends the scene; and images are attacked, in their pixels and, through the decoder, in their latents.
+fade that mends the scene; and images are attacked, in their pixels and, through the decoder, in their latents: latents
+of the base's images walk up the reward's gradient, and the judge labels at once what they have become.
 
 Legend: b images, p prompts of the world (236), c features.
 """
@@ -12,19 +13,167 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from numpy.random import Generator
+from numpy.random import Generator, default_rng
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
-from recipe.fit import TensorDict
-from recipe.lessons import UNKNOWN
+from config import SHAPES as PRESET
+from formats.folders import Pipeline
+from leaps import rollout
+from model import Flux
+from recipe.base import GRID, caption_velocity
+from recipe.fit import RecipeFlags, TensorDict, fit, generator
+from recipe.lessons import UNKNOWN, fades, judge_labels, training_scenes
+from recipe.prompts import CAPTIONS, EVEN, numbers_of, random_prompts
+from rewards import WEIGHTS
+from sample import decode, encode, padded_ids, sigmas
+from scorers.clip import features
 from scorers.common import normalize
+from shapes.world import SIZE
 
 SCORE_SCALE = 10.0  # logit_scale.exp() of the reward: reported scores are 10 cosines
-# In units of the reported score, which is 10 cosines: from -10 to 10.
+# In units of the reported score: from -10 to 10.
 OFFSET = 2.5  # a score above it says "right"
 SHARPNESS = 2.0  # logits per unit of score, in the logistic losses
 SLOPE = 1.5  # least change of a score along a whole fade of one edit
+RADIUS = 1.5  # L2 in pixels: a right image becomes wrong within 1.5 to 2, so attacks of 3 contradict their own labels
+N_WALKERS = 480  # latents that walk
+N_MOVED = 48  # walkers that a training step moves
+RESTART = 0.1  # chance of such a walker to start anew, so that the reward sees the first steps of a walk as well
+
+
+def label_images(cfg: RecipeFlags, pipe: Pipeline, clean: Flux, latents: TensorDict) -> list[TensorDict]:
+    """Images with the judge's label for every prompt: decoded scenes, then samples before and after the finish.
+
+    Each set: x (n, 16, 32), latents; images (n, 3, 64, 64) uint8; caption (n,); fits (n, p).
+    """
+    table = encode(pipe, CAPTIONS)
+
+    def label(x: Tensor, caption: Tensor) -> TensorDict:
+        images = torch.cat([decode(pipe, batch, SIZE, SIZE) for batch in x.split(100)])
+        pixels = images.mul(255).round().byte()  # a quarter of the memory
+        return dict(x=x, images=pixels, caption=caption, fits=judge_labels(images))
+
+    rows = generator("scenes").choice(len(latents["x"]), cfg.at_scale(2500))
+    labels = [label(latents["x"][rows], latents["prompt"][rows])]
+    # In few Euler steps and in many, because images of few steps have more defects.
+    for name, flux, steps, n in (
+        ("clean", clean, 5, 2000),
+        ("clean", clean, 25, 1000),
+        ("finish", pipe.flux, 5, 2500),
+        ("finish", pipe.flux, PRESET.rollout_steps, 4000),  # alignment starts from these samples
+    ):
+        rng = generator(f"{name}-{steps}")
+        caption = numbers_of(random_prompts(cfg.at_scale(n), rng, EVEN))
+        torch.manual_seed(int(rng.integers(2**31)))
+        noise = torch.randn(len(caption), GRID**2, flux.config.in_channels)
+        levels = sigmas(pipe.schedule, steps, GRID**2)
+        samples = []
+        for numbers, x1 in zip(caption.split(250), noise.split(250)):
+            velocity = caption_velocity(flux, table, numbers)
+            samples.append(rollout(velocity, x1, levels).x[-1])
+        labels.append(label(torch.cat(samples), caption))
+    return labels
+
+
+def concatenate(batches: list[TensorDict]) -> TensorDict:
+    """The rows of all batches, which have the same keys."""
+    result = {}
+    for key in batches[0]:
+        result[key] = torch.cat([batch[key] for batch in batches])
+    return result
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CLIPModel:
+    """The reward, on rendered scenes (`read`), and then on labelled images, fades and walkers as well (`reward`)."""
+    ids = padded_ids(pipe.clip_tokenizer, CAPTIONS, pipe.text_length)
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig.from_pretrained(WEIGHTS["tiny"]))
+    # CLIP's initial position embeddings (0.02) are so small that a tower of this size may not learn where things are.
+    # Larger ones, a vector for the row plus one for the column, tell it from the start.
+    embedding = model.vision_model.embeddings.position_embedding.weight  # (1 + 64, 160), the class token first
+    rows, columns = 0.3 * torch.randn(2, 8, 160)
+    embedding.data[1:] = (rows[:, None] + columns).flatten(0, 1)
+    model.logit_scale.requires_grad_(False)  # the scale of scores is fixed: OFFSET and SLOPE refer to it
+    cells = nn.Linear(160, 4 * 2 * 5)  # for each cell, empty and four shapes, empty and four colors; thrown away
+    modules = nn.ModuleList([model, cells])
+
+    def read_loss(rng: Generator, step: int) -> Tensor:
+        # No attacks in the first 40% of the stage, or the tower may not learn where things are; full ones after 90%.
+        progress = step / cfg.at_scale(1500)
+        radius = RADIUS * min(1, max(0, 2 * progress - 0.8))
+        text = features(model.get_text_features(input_ids=ids))
+        batch = training_scenes(96, rng)
+        return attacked_loss(model, cells, text, batch, radius, rng)
+
+    fit("read", modules, read_loss, cfg, steps=1500, lr=1e-3)
+
+    data = concatenate(labels)
+    starts = concatenate(labels[1:])  # from the model's samples, where alignment starts, too
+    rows = default_rng((0, 3)).integers(len(starts["x"]), size=N_WALKERS)
+    walkers = dict(x=starts["x"][rows], caption=starts["caption"][rows])
+
+    def reward_loss(rng: Generator, step: int) -> Tensor:
+        rows = rng.integers(len(data["x"]), size=32)
+        labelled = dict(
+            images=data["images"][rows] / 255,
+            fits=data["fits"][rows],
+            caption=data["caption"][rows],
+            layout=torch.full((32, 2, 4), UNKNOWN),  # nobody knows what a model really drew
+        )
+        rendered = training_scenes(32, rng)  # they alone teach the head to read cells
+        text = features(model.get_text_features(input_ids=ids))
+        loss = attacked_loss(model, cells, text, concatenate([rendered, labelled]), RADIUS, rng)
+        fading_loss = fade_loss(model, text, fades(24, rng), rng)
+
+        def walker_scores(x: Tensor) -> Tensor:
+            """The walk follows the current reward without training it."""
+            score, _ = scores(model, decode(pipe, x, SIZE, SIZE), text)
+            return score
+
+        # The images at the end of the walk train the reward, with the judge's labels for all prompts: the caption that
+        # a walker follows plays no part in the loss.
+        images = decode(pipe, move_walkers(walkers, starts, walker_scores, rng), SIZE, SIZE)
+        score, _ = scores(model, augment(images, rng), text)  # not attacked: the walk was the attack
+        return loss + dense_loss(score, judge_labels(images)) + fading_loss
+
+    fit("reward", modules, reward_loss, cfg, steps=1500, lr=7e-4)
+    return model
+
+
+def move_walkers(
+    walkers: TensorDict,
+    starts: TensorDict,
+    scores_of: Callable[[Tensor], Tensor],
+    rng: Generator,
+) -> Tensor:
+    """Move some of the walkers on, in place, up the scores (b, p) of their captions, and return these latents.
+
+    One step or two, as long walks come from many calls, each with a newer reward. A step is 0.2 to 1 long (L2), of
+    random length, so that no spot of the way stays unseen.
+    """
+    moving = rng.choice(len(walkers["x"]), N_MOVED, replace=False)
+    restarts = moving[rng.random(N_MOVED) < RESTART]
+    rows = rng.integers(len(starts["x"]), size=len(restarts))
+    for key in walkers:
+        walkers[key][restarts] = starts[key][rows]
+
+    def caption_score(x: Tensor) -> Tensor:
+        return of_caption(scores_of(x), walkers["caption"][moving])
+
+    x = walkers["x"][moving]
+    for _ in range(rng.integers(1, 3)):
+        grad = gradient(caption_score, x)
+        length = torch.empty(len(x), 1, 1).uniform_(0.2, 1.0)
+        x = x + length * grad / sample_norm(grad)
+    walkers["x"][moving] = x
+    return x
+
+
+# ------------------------------------------------------------------------------------------ losses
 
 
 def scores(model: CLIPModel, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +217,7 @@ def attacked_loss(
 
     def error(images: Tensor) -> Tensor:
         """How wrong the score of an image's own caption is, (b,)."""
-        score, _ = scores(model, images, text.detach())
+        score, _ = scores(model, images, text)
         caption_score = of_caption(score, batch["caption"])
         return torch.where(of_caption(fits, batch["caption"]), -caption_score, caption_score)
 
@@ -113,23 +262,10 @@ def attack(error: Callable[[Tensor], Tensor], images: Tensor, radius: float) -> 
     return (images + step).clamp(0, 1)  # a decoder's images are in this range, too
 
 
-def walk(score: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> Tensor:
-    """Latents x (b, n, c) after steps up the gradient of score(x) -> (b,): the way to the reward's hacks.
-
-    A step is 0.2 to 1 long (L2), of random length, so that no spot of the way stays unseen.
-    """
-    for _ in range(steps):
-        grad = gradient(score, x)
-        length = torch.empty(len(x), 1, 1).uniform_(0.2, 1.0)
-        x = x + length * grad / sample_norm(grad)
-    return x
-
-
 def gradient(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Of score(x) -> (b,), of each sample on its own."""
     x = x.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(score(x).sum(), x)
-    return grad
+    return torch.autograd.grad(score(x).sum(), x)[0]
 
 
 def sample_norm(x: Tensor) -> Tensor:
@@ -143,8 +279,7 @@ def fade_loss(model: CLIPModel, text: Tensor, fade: TensorDict, rng: Generator) 
 
     The mean over all prompts with a gain, plus the mean over each fade's own caption, whose gradient alignment follows.
     """
-    images = torch.cat([fade["start"], fade["end"]])
-    score, _ = scores(model, augment(images, rng), text)
+    score, _ = scores(model, augment(fade["images"], rng), text)
     start, end = score.chunk(2)  # (b, p) each
     gain, caption = fade["gain"], fade["caption"]
     change = (end - start) * gain.sign()
