@@ -24,7 +24,7 @@ from formats.folders import Pipeline
 from leaps import Velocity
 from model import Flux, init_weights
 from recipe.fit import RecipeFlags, TensorDict, fit
-from recipe.prompts import CAPTIONS, EVEN, TEACH, distort, numbers_of, random_prompts
+from recipe.lessons import CAPTIONS, EVEN, TEACH, distort, numbers_of, random_prompts
 from sample import Text, encode, pack, padded_ids, velocity_of
 from shapes.world import COLOR_NAMES, NUMBER, PROMPTS, SHAPES, random_layouts, render, scenes
 

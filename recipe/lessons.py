@@ -1,4 +1,4 @@
-"""Images that teach the reward what a caption means, and what only looks like it.
+"""What the models learn from: random prompts, prompts with a wrong detail, and scenes with labels for the reward.
 
 A rendered scene has a known layout, so it has a label for every prompt of the world, not only for its own. Besides
 right and wrong scenes there are spoiled ones, which fit no prompt, and fades: a scene that turns into another one by
@@ -7,6 +7,8 @@ one edit. Along a fade the score must change steadily, because that is the way o
 Legend: n scenes, p prompts of the world (236); layouts as in shapes/world.py.
 """
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -17,12 +19,83 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 
 from recipe.fit import TensorDict
-from recipe.prompts import distort, numbers_of, random_prompts
 from shapes.judge import fits_prompt, objects_in
-from shapes.world import CELL, COLOR_NAMES, PROMPTS, SHAPES, cell_pairs, random_layout, random_layouts, render
+from shapes.world import (
+    BY_CAPTION,
+    CELL,
+    COLOR_NAMES,
+    COLORS,
+    NUMBER,
+    NUMBERS,
+    PROMPTS,
+    RELATIONS,
+    SHAPES,
+    TASKS,
+    USUAL,
+    Prompt,
+    by_task,
+    cell_pairs,
+    random_layout,
+    random_layouts,
+    render,
+)
 
+CAPTIONS = list(BY_CAPTION)
+OF_TASK = by_task(PROMPTS)
+# Weights of the tasks. A model that learns what captions mean sees more of what is harder to learn ...
+TEACH = {"single": 0.5, "two": 1, "count": 1, "color": 0.7, "position": 1.5, "attr": 2}
+# ... and otherwise sees all tasks alike, but for `single`: it has the fewest prompts, and must stay clean.
+EVEN = dict.fromkeys(TASKS, 1) | {"single": 1.5}
 EDITS = dict(add=0.3, remove=0.15, repaint=0.2, reshape=0.1, move=0.25)  # and how often a fade makes each
 UNKNOWN = -2  # in the layout of an image that is no rendered scene, or whose object has no one color
+
+# --------------------------------------------------------------------------------------- prompts
+
+
+def random_prompts(n: int, rng: Generator, weights: dict[str, float] = TEACH) -> list[Prompt]:
+    """n prompts: a task by its weight, then any of the task's prompts."""
+    shares = np.array(list(weights.values()))
+    # A task first, or `attr`, which has 144 of the 236 prompts, would crowd out the others.
+    tasks = rng.choice(list(weights), size=n, p=shares / shares.sum())
+    return [choice(OF_TASK[task], rng) for task in tasks]
+
+
+def choice(options: Iterable, rng: Generator, excluded: Sequence = ()) -> object:
+    """Any of the options but the excluded ones."""
+    options = [option for option in options if option not in excluded]
+    return options[rng.integers(len(options))]
+
+
+def numbers_of(prompts: Sequence[Prompt]) -> Tensor:
+    return torch.tensor([NUMBER[prompt] for prompt in prompts])
+
+
+def distort(prompt: Prompt, rng: Generator) -> Prompt:
+    """The prompt with one detail wrong, as a careless captioner would have it.
+
+    count     another number                        position  another relation
+    color     the usual color, or a random one      attr      the two colors swapped, or one of them replaced
+    two       one of the two objects alone          single    unchanged
+    """
+    match prompt.task:
+        case "count":
+            return replace(prompt, count=choice(NUMBERS, rng, [prompt.count]))
+        case "two":  # the task changes, as a scene of one object is no scene of two
+            return Prompt("single", (choice(prompt.shapes, rng),))
+        case "position":
+            return replace(prompt, relation=choice(RELATIONS, rng, [prompt.relation]))
+        case "color" | "attr":
+            i = int(prompt.task == "attr" and rng.random() >= 0.5)
+            color = USUAL[prompt.shapes[i]]
+            if color in prompt.colors:
+                color = choice(COLORS, rng, prompt.colors)
+            colors = list(prompt.colors)
+            colors[i] = color
+            if prompt.task == "attr" and rng.random() < 0.5:  # what a base model confuses most
+                colors = prompt.colors[::-1]
+            return replace(prompt, colors=tuple(colors))
+    return prompt  # single: there is no detail to get wrong
+
 
 # ---------------------------------------------------------------------------------------- labels
 
@@ -166,10 +239,11 @@ def add_object(layout: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def fades(n: int, rng: Generator) -> TensorDict:
-    """Two images each on n ways between scenes that are one edit apart. One scene fits a random caption or nearly does.
+    """For n random captions two images each, on the way between two scenes that are one edit apart.
 
-    images (2 n, 3, 64, 64), the starts and then the ends; gain (n, p), the edits by which the end is nearer to a prompt than the start, 0 for
-    prompts that are more than two edits away from both scenes; caption (n,).
+    One of the scenes fits the caption or nearly does. images (2 n, 3, 64, 64), the starts and then the ends; gain
+    (n, p), the edits by which the end is nearer to a prompt than the start, 0 for prompts that are more than two edits
+    away from both scenes; caption (n,).
     """
     captions = random_prompts(n, rng)
     pairs = []

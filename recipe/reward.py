@@ -21,16 +21,16 @@ from config import SHAPES as PRESET
 from formats.folders import Pipeline
 from leaps import rollout
 from model import Flux
-from recipe.base import GRID, caption_velocity
+from recipe.base import caption_velocity
 from recipe.fit import RecipeFlags, TensorDict, fit, generator
-from recipe.lessons import UNKNOWN, fades, judge_labels, training_scenes
-from recipe.prompts import CAPTIONS, EVEN, numbers_of, random_prompts
+from recipe.lessons import CAPTIONS, EVEN, UNKNOWN, fades, judge_labels, numbers_of, random_prompts, training_scenes
 from rewards import WEIGHTS
 from sample import decode, encode, padded_ids, sigmas
 from scorers.clip import features
 from scorers.common import normalize
 from shapes.world import SIZE
 
+Score = Callable[..., Tensor]  # of images or latents, a number each
 SCORE_SCALE = 10.0  # logit_scale.exp() of the reward: reported scores are 10 cosines
 # In units of the reported score: from -10 to 10.
 OFFSET = 2.5  # a score above it says "right"
@@ -66,8 +66,8 @@ def label_images(cfg: RecipeFlags, pipe: Pipeline, clean: Flux, latents: TensorD
         rng = generator(f"{name}-{steps}")
         caption = numbers_of(random_prompts(cfg.at_scale(n), rng, EVEN))
         torch.manual_seed(int(rng.integers(2**31)))
-        noise = torch.randn(len(caption), GRID**2, flux.config.in_channels)
-        levels = sigmas(pipe.schedule, steps, GRID**2)
+        noise = torch.randn(len(caption), 16, 32)
+        levels = sigmas(pipe.schedule, steps, tokens=16)
         samples = []
         for numbers, x1 in zip(caption.split(250), noise.split(250)):
             velocity = caption_velocity(flux, table, numbers)
@@ -127,16 +127,16 @@ def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CL
         rendered = training_scenes(32, rng)  # they alone teach the head to read cells
         text = features(model.get_text_features(input_ids=ids))
         loss = attacked_loss(model, cells, text, concatenate([rendered, labelled]), RADIUS, rng)
-        fading_loss = fade_loss(model, text, fades(24, rng), rng)
+        fading_loss = fade_loss(model, text, rng, **fades(24, rng))
 
-        def walker_scores(x: Tensor) -> Tensor:
+        def walker_score(x: Tensor, caption: Tensor) -> Tensor:
             """The walk follows the current reward without training it."""
             score, _ = scores(model, decode(pipe, x, SIZE, SIZE), text)
-            return score
+            return of_caption(score, caption)
 
         # The images at the end of the walk train the reward, with the judge's labels for all prompts: the caption that
         # a walker follows plays no part in the loss.
-        images = decode(pipe, move_walkers(walkers, starts, walker_scores, rng), SIZE, SIZE)
+        images = decode(pipe, move_walkers(walkers, starts, walker_score, rng), SIZE, SIZE)
         score, _ = scores(model, augment(images, rng), text)  # not attacked: the walk was the attack
         return loss + dense_loss(score, judge_labels(images)) + fading_loss
 
@@ -144,13 +144,8 @@ def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CL
     return model
 
 
-def move_walkers(
-    walkers: TensorDict,
-    starts: TensorDict,
-    scores_of: Callable[[Tensor], Tensor],
-    rng: Generator,
-) -> Tensor:
-    """Move some of the walkers on, in place, up the scores (b, p) of their captions, and return these latents.
+def move_walkers(walkers: TensorDict, starts: TensorDict, score: Score, rng: Generator) -> Tensor:
+    """Move some of the walkers on, in place, up score(x, caption) -> (b,), and return these latents.
 
     One step or two, as long walks come from many calls, each with a newer reward. A step is 0.2 to 1 long (L2), of
     random length, so that no spot of the way stays unseen.
@@ -161,12 +156,9 @@ def move_walkers(
     for key in walkers:
         walkers[key][restarts] = starts[key][rows]
 
-    def caption_score(x: Tensor) -> Tensor:
-        return of_caption(scores_of(x), walkers["caption"][moving])
-
     x = walkers["x"][moving]
     for _ in range(rng.integers(1, 3)):
-        grad = gradient(caption_score, x)
+        grad = gradient(score, x, walkers["caption"][moving])
         length = torch.empty(len(x), 1, 1).uniform_(0.2, 1.0)
         x = x + length * grad / sample_norm(grad)
     walkers["x"][moving] = x
@@ -245,7 +237,7 @@ def augment(images: Tensor, rng: Generator) -> Tensor:
     return images + noise_level * torch.randn_like(images)
 
 
-def attack(error: Callable[[Tensor], Tensor], images: Tensor, radius: float) -> Tensor:
+def attack(error: Score, images: Tensor, radius: float) -> Tensor:
     """Images moved by 0.3 to 1 times the radius (L2) in the direction in which error(images) -> (b,) rises.
 
     Clipped to [0, 1].
@@ -262,10 +254,10 @@ def attack(error: Callable[[Tensor], Tensor], images: Tensor, radius: float) -> 
     return (images + step).clamp(0, 1)  # a decoder's images are in this range, too
 
 
-def gradient(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Of score(x) -> (b,), of each sample on its own."""
+def gradient(score: Score, x: Tensor, *inputs: Tensor) -> Tensor:
+    """The gradient in x of score(x, ...) -> (b,), of each sample on its own."""
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(score(x).sum(), x)[0]
+    return torch.autograd.grad(score(x, *inputs).sum(), x)[0]
 
 
 def sample_norm(x: Tensor) -> Tensor:
@@ -274,14 +266,20 @@ def sample_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=axes, keepdim=True).clamp(min=1e-12)
 
 
-def fade_loss(model: CLIPModel, text: Tensor, fade: TensorDict, rng: Generator) -> Tensor:
+def fade_loss(
+    model: CLIPModel,
+    text: Tensor,
+    rng: Generator,
+    images: Tensor,
+    gain: Tensor,
+    caption: Tensor,
+) -> Tensor:
     """Along a fade (see lessons.fades) a score must change by SLOPE for each edit gained, and in its direction.
 
     The mean over all prompts with a gain, plus the mean over each fade's own caption, whose gradient alignment follows.
     """
-    score, _ = scores(model, augment(fade["images"], rng), text)
+    score, _ = scores(model, augment(images, rng), text)
     start, end = score.chunk(2)  # (b, p) each
-    gain, caption = fade["gain"], fade["caption"]
     change = (end - start) * gain.sign()
     # A soft hinge: more change than SLOPE is no error.
     missing_change = F.softplus(SHARPNESS * (SLOPE * gain.abs() - change))
