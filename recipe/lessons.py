@@ -7,7 +7,7 @@ one edit. Along a fade the score must change steadily, because that is the way o
 Legend: n scenes, p prompts of the world (236); layouts as in shapes/world.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import permutations
 
@@ -24,12 +24,12 @@ from shapes.world import (
     BY_CAPTION,
     CELL,
     COLOR_NAMES,
-    COLORS,
     NUMBER,
     NUMBERS,
     PROMPTS,
     RELATIONS,
     SHAPES,
+    SIZE,
     TASKS,
     USUAL,
     Prompt,
@@ -60,13 +60,13 @@ def random_prompts(n: int, rng: Generator, weights: dict[str, float] = TEACH) ->
     return [choice(OF_TASK[task], rng) for task in tasks]
 
 
-def choice(options: Iterable, rng: Generator, excluded: Sequence = ()) -> object:
+def choice(options: Iterable, rng: Generator, excluded: Iterable = ()) -> object:
     """Any of the options but the excluded ones."""
     options = [option for option in options if option not in excluded]
     return options[rng.integers(len(options))]
 
 
-def numbers_of(prompts: Sequence[Prompt]) -> Tensor:
+def numbers_of(prompts: list[Prompt]) -> Tensor:
     return torch.tensor([NUMBER[prompt] for prompt in prompts])
 
 
@@ -88,7 +88,7 @@ def distort(prompt: Prompt, rng: Generator) -> Prompt:
             i = int(prompt.task == "attr" and rng.random() >= 0.5)
             color = USUAL[prompt.shapes[i]]
             if color in prompt.colors:
-                color = choice(COLORS, rng, prompt.colors)
+                color = choice(COLOR_NAMES, rng, prompt.colors)
             colors = list(prompt.colors)
             colors[i] = color
             if prompt.task == "attr" and rng.random() < 0.5:  # what a base model confuses most
@@ -115,7 +115,8 @@ def edit_distance(layouts: np.ndarray) -> np.ndarray:
     """
     # Any object may stand for any of the prompt's: of the 24 orders of the four cells the cheapest counts.
     orders = list(permutations(range(4)))
-    scene_shape, scene_color = layouts[:, 0, orders], layouts[:, 1, orders]  # (n, 24, 4)
+    scene_shape = layouts[:, 0, orders]  # (n, 24, 4)
+    scene_color = layouts[:, 1, orders]
     in_scene = scene_shape >= 0
     distances = []
     for prompt in PROMPTS:
@@ -193,11 +194,14 @@ def paint_halves(layouts: np.ndarray, rng: Generator) -> Tensor:
     one = render(layouts, default_rng(seed))
     two = render(repainted, default_rng(seed))
     size = (len(layouts), 1, 1, 1)
-    angle = torch.from_numpy(rng.uniform(0, 2 * np.pi, size)).float()
-    sharpness = torch.from_numpy(rng.choice([0.0, 0.3, 3.0], size)).float()  # an even blend, fading, halves
+    angle = rng.uniform(0, 2 * np.pi, size)
+    angle = torch.from_numpy(angle).float()
+    sharpness = rng.choice([0.0, 0.3, 3.0], size)  # of the border: an even blend, fading, halves
+    sharpness = torch.from_numpy(sharpness).float()
     pixel = torch.arange(2 * CELL) % CELL + 0.5 - CELL / 2  # from the middle of the pixel's cell
     across = angle.cos() * pixel + angle.sin() * pixel[:, None]
-    return torch.lerp(one, two, torch.sigmoid(sharpness * across))
+    weight = (sharpness * across).sigmoid()
+    return torch.lerp(one, two, weight)
 
 
 def warp(images: Tensor, rng: Generator) -> Tensor:
@@ -205,14 +209,14 @@ def warp(images: Tensor, rng: Generator) -> Tensor:
 
     Long alignment bends outlines (see recipe/README.md), so the reward must have seen bent ones.
     """
-    n, size = len(images), images.shape[-1]
-    shift = rng.normal(0, 1, (n, 2, 7, 7))  # at 7x7 knots, in x and y
+    n = len(images)
+    shift = rng.standard_normal((n, 2, 7, 7))  # at 7x7 knots, in x and y
     strength = rng.uniform(0.5, 3, (n, 1, 1, 1))  # pixels
     shift = torch.from_numpy(shift * strength).float()
-    shift = F.interpolate(shift, size=(size, size), mode="bicubic", align_corners=True)
-    shift = shift * 2 / size  # grid_sample's units: 2 is the width of the image
+    shift = F.interpolate(shift, SIZE, mode="bicubic", align_corners=True)
+    shift = shift * 2 / SIZE  # grid_sample's units: 2 is the width of the image
     identity = torch.eye(2, 3).expand(n, 2, 3)
-    grid = F.affine_grid(identity, list(images.shape), align_corners=False)
+    grid = F.affine_grid(identity, images.shape, align_corners=False)
     grid = grid + rearrange(shift, "n xy h w -> n h w xy")
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -261,9 +265,10 @@ def fades(n: int, rng: Generator) -> TensorDict:
     second_image = render(second, default_rng(seed))
 
     # Two random points of the way, in order: the score must rise between any two, not only from end to end.
-    points = np.sort(rng.uniform(0, 1, (2, n)), axis=0)
+    points = np.sort(rng.random((2, n)), axis=0)
     t = torch.from_numpy(points).float()
-    images = torch.lerp(first_image, second_image, rearrange(t, "two n -> two n 1 1 1"))  # (2, n, 3, 64, 64)
+    weight = rearrange(t, "two n -> two n 1 1 1")
+    images = torch.lerp(first_image, second_image, weight)  # (2, n, 3, 64, 64)
 
     distances = edit_distance(np.concatenate([first, second]))
     first_distance, second_distance = torch.from_numpy(distances).float().chunk(2)

@@ -17,20 +17,17 @@ from numpy.random import Generator, default_rng
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from config import SHAPES as PRESET
 from formats.folders import Pipeline
 from leaps import rollout
 from model import Flux
-from recipe.base import caption_velocity
 from recipe.fit import RecipeFlags, TensorDict, fit, generator
 from recipe.lessons import CAPTIONS, EVEN, UNKNOWN, fades, judge_labels, numbers_of, random_prompts, training_scenes
 from rewards import WEIGHTS
-from sample import decode, encode, padded_ids, sigmas
+from sample import Text, decode, encode, padded_ids, sigmas, velocity_of
 from scorers.clip import features
 from scorers.common import normalize
 from shapes.world import SIZE
 
-Score = Callable[..., Tensor]  # of images or latents, a number each
 SCORE_SCALE = 10.0  # logit_scale.exp() of the reward: reported scores are 10 cosines
 # In units of the reported score: from -10 to 10.
 OFFSET = 2.5  # a score above it says "right"
@@ -51,8 +48,12 @@ def label_images(cfg: RecipeFlags, pipe: Pipeline, clean: Flux, latents: TensorD
 
     def label(x: Tensor, caption: Tensor) -> TensorDict:
         images = torch.cat([decode(pipe, batch, SIZE, SIZE) for batch in x.split(100)])
-        pixels = images.mul(255).round().byte()  # a quarter of the memory
-        return dict(x=x, images=pixels, caption=caption, fits=judge_labels(images))
+        return dict(
+            x=x,
+            images=images.mul(255).round().byte(),  # a quarter of the memory
+            caption=caption,
+            fits=judge_labels(images),
+        )
 
     rows = generator("scenes").choice(len(latents["x"]), cfg.at_scale(2500))
     labels = [label(latents["x"][rows], latents["prompt"][rows])]
@@ -61,16 +62,17 @@ def label_images(cfg: RecipeFlags, pipe: Pipeline, clean: Flux, latents: TensorD
         ("clean", clean, 5, 2000),
         ("clean", clean, 25, 1000),
         ("finish", pipe.flux, 5, 2500),
-        ("finish", pipe.flux, PRESET.rollout_steps, 4000),  # alignment starts from these samples
+        ("finish", pipe.flux, 12, 4000),  # the preset's steps: alignment starts from these samples
     ):
         rng = generator(f"{name}-{steps}")
         caption = numbers_of(random_prompts(cfg.at_scale(n), rng, EVEN))
         torch.manual_seed(int(rng.integers(2**31)))
-        noise = torch.randn(len(caption), 16, 32)
-        levels = sigmas(pipe.schedule, steps, tokens=16)
+        noise = torch.randn(len(caption), 16, 32)  # image tokens of 32 channels
+        levels = sigmas(pipe.schedule, steps, 16)
         samples = []
         for numbers, x1 in zip(caption.split(250), noise.split(250)):
-            velocity = caption_velocity(flux, table, numbers)
+            text = Text(table.txt[numbers], table.vec[numbers])
+            velocity = velocity_of(flux, text, 4, 4)  # rows and columns of image tokens
             samples.append(rollout(velocity, x1, levels).x[-1])
         labels.append(label(torch.cat(samples), caption))
     return labels
@@ -104,10 +106,9 @@ def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CL
     def read_loss(rng: Generator, step: int) -> Tensor:
         # No attacks in the first 40% of the stage, or the tower may not learn where things are; full ones after 90%.
         progress = step / cfg.at_scale(1500)
-        radius = RADIUS * min(1, max(0, 2 * progress - 0.8))
+        strength = min(1, max(0, 2 * progress - 0.8))
         text = features(model.get_text_features(input_ids=ids))
-        batch = training_scenes(96, rng)
-        return attacked_loss(model, cells, text, batch, radius, rng)
+        return attacked_loss(model, cells, text, strength * RADIUS, rng, **training_scenes(96, rng))
 
     fit("read", modules, read_loss, cfg, steps=1500, lr=1e-3)
 
@@ -126,17 +127,20 @@ def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CL
         )
         rendered = training_scenes(32, rng)  # they alone teach the head to read cells
         text = features(model.get_text_features(input_ids=ids))
-        loss = attacked_loss(model, cells, text, concatenate([rendered, labelled]), RADIUS, rng)
+        batch = concatenate([rendered, labelled])
+        loss = attacked_loss(model, cells, text, RADIUS, rng, **batch)
         fading_loss = fade_loss(model, text, rng, **fades(24, rng))
 
         def walker_score(x: Tensor, caption: Tensor) -> Tensor:
             """The walk follows the current reward without training it."""
-            score, _ = scores(model, decode(pipe, x, SIZE, SIZE), text)
+            images = decode(pipe, x, SIZE, SIZE)
+            score, _ = scores(model, images, text)
             return of_caption(score, caption)
 
         # The images at the end of the walk train the reward, with the judge's labels for all prompts: the caption that
         # a walker follows plays no part in the loss.
-        images = decode(pipe, move_walkers(walkers, starts, walker_score, rng), SIZE, SIZE)
+        x = move_walkers(walkers, starts, walker_score, rng)
+        images = decode(pipe, x, SIZE, SIZE)
         score, _ = scores(model, augment(images, rng), text)  # not attacked: the walk was the attack
         return loss + dense_loss(score, judge_labels(images)) + fading_loss
 
@@ -144,7 +148,7 @@ def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CL
     return model
 
 
-def move_walkers(walkers: TensorDict, starts: TensorDict, score: Score, rng: Generator) -> Tensor:
+def move_walkers(walkers: TensorDict, starts: TensorDict, score: Callable, rng: Generator) -> Tensor:
     """Move some of the walkers on, in place, up score(x, caption) -> (b,), and return these latents.
 
     One step or two, as long walks come from many calls, each with a newer reward. A step is 0.2 to 1 long (L2), of
@@ -170,8 +174,10 @@ def move_walkers(walkers: TensorDict, starts: TensorDict, score: Score, rng: Gen
 
 def scores(model: CLIPModel, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of images (b, 3, 64, 64) for text features (p, c): (b, p). Second, the pooled image features (b, c)."""
-    pooled = model.vision_model(pixel_values=normalize(images)).pooler_output
-    image = F.normalize(model.visual_projection(pooled), dim=-1)  # text features come normalised
+    pixels = normalize(images)
+    pooled = model.vision_model(pixels).pooler_output
+    image = model.visual_projection(pooled)
+    image = F.normalize(image, dim=-1)  # text features come normalised
     return SCORE_SCALE * image @ text.T, pooled
 
 
@@ -184,7 +190,7 @@ def dense_loss(score: Tensor, fits: Tensor) -> Tensor:
     """Loss of scores (b, p) given labels (b, p): a fitting prompt must beat all others, and OFFSET must separate them.
 
     `contrast` is a softmax over the prompts, a term for each fitting prompt. It only compares prompts of one image, so
-    `calibration`, a logistic loss around OFFSET, makes scores of different images comparable. The other prompts count
+    a logistic loss around OFFSET makes scores of different images comparable. The other prompts count
     by their log-sum-exp: an image with one object too many fits no prompt and nearly fits one, which their mean would
     hide.
     """
@@ -194,26 +200,32 @@ def dense_loss(score: Tensor, fits: Tensor) -> Tensor:
     contrast = F.softplus(others_logit - logits)[fits].mean()
     fitting_term = F.softplus(threshold - logits)[fits].mean()
     others_term = F.softplus(others_logit - threshold).mean()
-    calibration = fitting_term + others_term
-    return contrast + calibration
+    return contrast + (fitting_term + others_term)
 
 
 def attacked_loss(
-    model: CLIPModel, cells: nn.Linear, text: Tensor, batch: TensorDict, radius: float, rng: Generator
+    model: CLIPModel,
+    cells: nn.Linear,
+    text: Tensor,
+    radius: float,
+    rng: Generator,
+    images: Tensor,
+    fits: Tensor,
+    caption: Tensor,
+    layout: Tensor,
 ) -> Tensor:
     """The loss on a batch of labelled images (see training_scenes) after augmentation and attack; radius 0: no attack.
 
     `cells` is a head that reads each cell off the features. `layout` may be UNKNOWN, but not for all images.
     """
-    fits, layout = batch["fits"], batch["layout"]
 
     def error(images: Tensor) -> Tensor:
         """How wrong the score of an image's own caption is, (b,)."""
         score, _ = scores(model, images, text)
-        caption_score = of_caption(score, batch["caption"])
-        return torch.where(of_caption(fits, batch["caption"]), -caption_score, caption_score)
+        score = of_caption(score, caption)
+        return torch.where(of_caption(fits, caption), -score, score)
 
-    images = augment(batch["images"], rng)
+    images = augment(images, rng)
     if radius > 0:
         images = attack(error, images, radius)  # the labels stay: see RADIUS
     score, pooled = scores(model, images, text)
@@ -237,24 +249,25 @@ def augment(images: Tensor, rng: Generator) -> Tensor:
     return images + noise_level * torch.randn_like(images)
 
 
-def attack(error: Score, images: Tensor, radius: float) -> Tensor:
+def attack(error: Callable, images: Tensor, radius: float) -> Tensor:
     """Images moved by 0.3 to 1 times the radius (L2) in the direction in which error(images) -> (b,) rises.
 
     Clipped to [0, 1].
     """
     # A random start, as in PGD: at the image itself the reward could learn to hide its gradient.
     noise = torch.randn_like(images)
-    grad = gradient(error, images + noise * (0.3 * radius / sample_norm(noise)))
+    noise = noise * (0.3 * radius / sample_norm(noise))
+    grad = gradient(error, images + noise)
     # Half of the moves are smooth, since what alignment changes goes through the decoder and is smooth.
     smooth_grad = F.avg_pool2d(grad, 7, stride=1, padding=3)
     is_smooth = torch.rand(len(images), 1, 1, 1) < 0.5
     grad = torch.where(is_smooth, smooth_grad, grad)
-    length = radius * torch.empty(len(images), 1, 1, 1).uniform_(0.3, 1)
-    step = grad * (length / sample_norm(grad))
+    length = torch.empty(len(images), 1, 1, 1).uniform_(0.3, 1)  # in radii
+    step = grad * (radius * length / sample_norm(grad))
     return (images + step).clamp(0, 1)  # a decoder's images are in this range, too
 
 
-def gradient(score: Score, x: Tensor, *inputs: Tensor) -> Tensor:
+def gradient(score: Callable, x: Tensor, *inputs: Tensor) -> Tensor:
     """The gradient in x of score(x, ...) -> (b,), of each sample on its own."""
     x = x.detach().requires_grad_()
     return torch.autograd.grad(score(x, *inputs).sum(), x)[0]
