@@ -51,10 +51,9 @@ def fit_vae(cfg: RecipeFlags, pipe: Pipeline) -> None:
         images = render(layouts, rng) * 2 - 1  # the VAE's range is [-1, 1]
         posterior = vae.encode(images).latent_dist
         error = vae.decode(posterior.sample()).sample - images
-        mse = error.square().mean()
         l1 = error.abs().mean()  # keeps edges sharper than the squared error alone
         kl = posterior.kl().mean() / posterior.mean[0].numel()  # per latent entry
-        return mse + 0.5 * l1 + 3e-5 * kl  # a light KL, as in latent diffusion
+        return error.square().mean() + 0.5 * l1 + 3e-5 * kl  # a light KL, as in latent diffusion
 
     fit("vae", vae, loss_fn, cfg, steps=1700, lr=3e-3)
     pipe.vae = vae.eval().requires_grad_(False)
@@ -131,8 +130,8 @@ def meanings(length: int) -> tuple[Tensor, Tensor]:
         layouts = random_layouts([prompt] * 200, rng)
         cells = F.one_hot(torch.from_numpy(layouts) + 1, 5)  # index 0 is empty
         scene[i] = cells.float().mean(0)
-        words = prompt.text.split()  # each is a token
-        tokens = [j for j, word in enumerate(words) if word.startswith(SHAPES)]
+        words = enumerate(prompt.text.split())  # each is a token
+        tokens = [j for j, word in words if word.startswith(SHAPES)]
         for k, j in enumerate(tokens):  # in the order of the prompt's shapes
             shape = SHAPES.index(prompt.shapes[k])
             color = COLOR_NAMES.index(prompt.colors[k]) + 1 if prompt.colors else 0

@@ -20,7 +20,7 @@ class RecipeFlags:
     """Make the models of the shapes world."""
 
     out: Path = Path("runs/recipe")
-    """Folder that receives the models and the prompt files."""
+    """Folder that receives the models and the prompt files: any but shapes/."""
     scale: float = 1.0
     """Factor of all training steps and numbers of images, to try the recipe in minutes."""
 

@@ -200,8 +200,7 @@ def paint_halves(layouts: np.ndarray, rng: Generator) -> Tensor:
     sharpness = torch.from_numpy(sharpness).float()
     pixel = torch.arange(2 * CELL) % CELL + 0.5 - CELL / 2  # from the middle of the pixel's cell
     across = angle.cos() * pixel + angle.sin() * pixel[:, None]
-    weight = (sharpness * across).sigmoid()
-    return torch.lerp(one, two, weight)
+    return torch.lerp(one, two, torch.sigmoid(sharpness * across))
 
 
 def warp(images: Tensor, rng: Generator) -> Tensor:
@@ -267,8 +266,7 @@ def fades(n: int, rng: Generator) -> TensorDict:
     # Two random points of the way, in order: the score must rise between any two, not only from end to end.
     points = np.sort(rng.random((2, n)), axis=0)
     t = torch.from_numpy(points).float()
-    weight = rearrange(t, "two n -> two n 1 1 1")
-    images = torch.lerp(first_image, second_image, weight)  # (2, n, 3, 64, 64)
+    images = torch.lerp(first_image, second_image, rearrange(t, "two n -> two n 1 1 1"))  # (2, n, 3, 64, 64)
 
     distances = edit_distance(np.concatenate([first, second]))
     first_distance, second_distance = torch.from_numpy(distances).float().chunk(2)

@@ -7,30 +7,34 @@ stages in minutes:
 """
 
 import shutil
+from pathlib import Path
 
 import tyro
 from safetensors.torch import save_file
 
 from config import SHAPES as PRESET
 from formats.folders import load_pipeline
-from formats.saving import save_pipeline
+from formats.saving import save_transformer
 from recipe.base import encode_scenes, fit_flux, fit_text_encoders, fit_vae
 from recipe.fit import RecipeFlags
 from recipe.reward import fit_reward, label_images
-from rewards import WEIGHTS
 
 
 def main(cfg: RecipeFlags) -> None:
-    # Tokenizers, schedule and sizes are those of the shipped model. Its networks are replaced one by one.
-    pipe = load_pipeline(PRESET.model)
+    # Sizes, tokenizers, schedule and prompts are those that are shipped. Only weights are made.
+    shipped = Path(PRESET.model)
+    no_copy = shutil.ignore_patterns("*.safetensors", "*.py", "*.md", "__pycache__")
+    shutil.copytree(shipped.parent, cfg.out, ignore=no_copy, dirs_exist_ok=True)
+
+    pipe = load_pipeline(shipped)  # its networks are replaced one by one
     fit_vae(cfg, pipe)
     latents = encode_scenes(cfg, pipe)
     fit_text_encoders(cfg, pipe)
     clean = fit_flux(cfg, pipe, latents)
 
     # A model folder in the layout of FLUX.1-dev.
-    folder = cfg.out / "tiny-flux"
-    save_pipeline(folder, pipe.location.folder, pipe.flux.config, pipe.flux.state_dict().items())
+    folder = cfg.out / shipped.name
+    save_transformer(folder / "transformer", pipe.flux.config, pipe.flux.state_dict().items())
     pipe.vae.save_pretrained(folder / "vae")
     pipe.t5.save_pretrained(folder / "text_encoder_2")  # FLUX's number 2 is T5
     # The published names of FLUX.1-dev's encoder, which every transformers reads; version 5 would drop the prefix.
@@ -42,9 +46,7 @@ def main(cfg: RecipeFlags) -> None:
     # The reward learns from what the base draws, and from what becomes of that on the way up its own gradient.
     labels = label_images(cfg, pipe, clean, latents)
     reward = fit_reward(cfg, pipe, labels)
-    folder = cfg.out / "tiny-reward"
-    shutil.copytree(WEIGHTS["tiny"], folder, dirs_exist_ok=True)  # for the tokenizer
-    reward.save_pretrained(folder)
+    reward.save_pretrained(cfg.out / "tiny-reward")
 
 
 if __name__ == "__main__":

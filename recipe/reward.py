@@ -133,8 +133,7 @@ def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CL
 
         def walker_score(x: Tensor, caption: Tensor) -> Tensor:
             """The walk follows the current reward without training it."""
-            images = decode(pipe, x, SIZE, SIZE)
-            score, _ = scores(model, images, text)
+            score, _ = scores(model, decode(pipe, x, SIZE, SIZE), text)
             return of_caption(score, caption)
 
         # The images at the end of the walk train the reward, with the judge's labels for all prompts: the caption that
@@ -174,8 +173,7 @@ def move_walkers(walkers: TensorDict, starts: TensorDict, score: Callable, rng: 
 
 def scores(model: CLIPModel, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of images (b, 3, 64, 64) for text features (p, c): (b, p). Second, the pooled image features (b, c)."""
-    pixels = normalize(images)
-    pooled = model.vision_model(pixels).pooler_output
+    pooled = model.vision_model(normalize(images)).pooler_output
     image = model.visual_projection(pooled)
     image = F.normalize(image, dim=-1)  # text features come normalised
     return SCORE_SCALE * image @ text.T, pooled
@@ -245,8 +243,7 @@ def augment(images: Tensor, rng: Generator) -> Tensor:
     dy, dx = rng.integers(7, size=2)
     images = F.pad(images, (3, 3, 3, 3), mode="replicate")
     images = images[..., dy : dy + 64, dx : dx + 64]  # one shift for the whole batch, which is cheaper
-    noise_level = 0.04 * torch.rand(len(images), 1, 1, 1)
-    return images + noise_level * torch.randn_like(images)
+    return images + 0.04 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
 
 
 def attack(error: Callable, images: Tensor, radius: float) -> Tensor:
@@ -275,8 +272,7 @@ def gradient(score: Callable, x: Tensor, *inputs: Tensor) -> Tensor:
 
 def sample_norm(x: Tensor) -> Tensor:
     """The L2 norm of each sample, for a division, with axes to broadcast over it: (b, ...) to (b, 1, ...)."""
-    axes = tuple(range(1, x.ndim))
-    return torch.linalg.vector_norm(x, dim=axes, keepdim=True).clamp(min=1e-12)
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True).clamp(min=1e-12)
 
 
 def fade_loss(
