@@ -13,10 +13,10 @@ from transformers import T5Config, T5EncoderModel
 
 import train
 from config import PRESETS, Config
+from formats.weights import read_config
 from infra.distributed import join, local_shard
 from infra.meter import Flops, Meter, network_flops
 from model import FLUX_DEV, Flux, FluxConfig
-from recipe.models import TINY
 from start import empty_flux
 from tests.activations import built_flux, conditions, decode_bytes, flux_vae, kept_bytes, leap_bytes
 from tools import plan
@@ -25,6 +25,7 @@ from tools.plan import DECODE, ENCODERS, LEAP, OFFLOADED, TEXT_TOKENS, VAE, memo
 SMALL = replace(
     FLUX_DEV, hidden_size=128, num_heads=4, axes_dim=(8, 12, 12), depth=2, depth_single_blocks=3, context_in_dim=96
 )
+TINY = read_config(Path(train.__file__).parent / "shapes" / "tiny-flux" / "transformer" / "config.json")
 BF16 = torch.bfloat16
 PAPER = PRESETS["flux-dev-hpsv2"][1]
 CLIP = 123_060_480  # parameters of CLIP-L's text model, published

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from recipe.models import make_tokenizers
 from rewards import Reward, check_rewards, open_reward
 from scorers.clip import clip, load_clip
 from scorers.common import CLIP_MEAN, CLIP_STD, preprocess
 from shapes.world import all_prompts, scenes
 from start import check_gradient
+from tests.tiny_folders import copy_tokenizers
 
 try:  # transformers 5 has PIL under a name of its own, in 4.57 it is the only one that needs no torchvision
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -41,7 +41,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("reward")
-    make_tokenizers(root)
+    copy_tokenizers(root)
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
     ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     narrow = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)

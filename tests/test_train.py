@@ -21,11 +21,11 @@ from infra.meter import Meter
 from infra.methods import recorded_flags
 from infra.seeds import generator_of
 from infra.watch import folder_advice, is_hacked
-from recipe.models import make_tokenizers
 from rewards import LAMBDA, WEIGHTS
 from shapes.world import TASKS
 from start import Setup
 from tests.processes import script
+from tests.tiny_folders import copy_tokenizers
 from tests.tiny_rewards import write_hpsv2, write_hpsv3
 
 ROOT = Path(train.__file__).parent
@@ -280,7 +280,7 @@ def test_one_gradient_differs_by_method_and_by_ablation():
 def weights(tmp_path_factory) -> Path:
     """The rewards of the paper, small and random, under their published names."""
     root = tmp_path_factory.mktemp("weights")
-    make_tokenizers(root)
+    copy_tokenizers(root)
     words = len(load_pipeline(ROOT / "shapes" / "tiny-flux").clip_tokenizer)
     write_hpsv2(root / "HPS_v2.1_compressed.pt", words)
     write_hpsv3(root / "HPSv3")
