@@ -4,6 +4,7 @@ A latent of two numbers, so that a rollout can be drawn.  Its velocity needs no 
 few Gaussian clouds, the velocity has a closed form.  Rollout, leaps and gradient are those of training, from leaps.py.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,25 +12,24 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from infra.pictures import INK, PALETTE, save_row
+from infra.pictures import GRID, INK, PALETTE, save_row
 from leaps import Rollout, leap_terms, one_step, rollout, similarity_weight, spans, sweep
 
 PICTURE = Path("assets/leaps.png")
-CLOUDS = torch.tensor([[-0.2, 1.5], [1.0, 0.6], [1.8, -1.1]])  # centres of the clean latents
+CLOUDS = torch.tensor([[-0.9, 1.5], [0.4, 0.6], [1.3, -1.5]])  # centres of the clean latents
 WIDTH = 0.12  # a cloud's standard deviation
-NOISE = torch.tensor([[[-1.6, -0.9]]])  # x_1, (b, n, c) = (1, 1, 2)
-WISH = torch.tensor([-1.4, 1.3])  # the reward is higher nearer to it
+NOISE = torch.tensor([[[-1.9, -1.2]]])  # x_1, (b, n, c) = (1, 1, 2)
+WISH = torch.tensor([-1.8, 0.5])  # the reward is higher nearer to it
 STEPS = 12
 PICKS = (1, 8)  # the steps at noise levels k and j: where the path bends, so that the connectors are long
 ALPHA, TAU = 0.3, 0.1  # the paper's
-BLACK, BLUE, ORANGE, GREEN, RED = PALETTE[:5]
-GRAY = "#8c959f"
+_, *LEAP_COLORS, GREEN, RED = PALETTE[:5]  # blue and orange
 
 
 def main(path: Path = PICTURE) -> None:
     ro = rollout(cloud_velocity, NOISE, torch.linspace(1, 0, STEPS + 1))
-    drawings = [draw_rollout, draw_leaps, draw_gradient]
-    save_row([partial(draw, ro=ro) for draw in drawings], path, height=3.8, left_margin=0.1, right_margin=0.1)
+    drawings = [draw_leaps, draw_gradient]
+    save_row([partial(draw, ro=ro) for draw in drawings], path, height=3.8, left_margin=0.1, right_margin=0.2)
 
 
 # -------------------------------------------------------------------------------------- the numbers
@@ -52,90 +52,82 @@ def cloud_velocity(x: Tensor, sigma: Tensor) -> Tensor:
     return velocity.sum(-2)
 
 
-def velocity_gradients(ro: Rollout) -> list[Tensor]:
-    """dL/dv of each leap's velocity, (1, 1, 2), the first leap's first; L is the distance of x_0 from WISH.
+def leap_points(ro: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the leaps start, where the rollout is at their end, and where they land, (leaps, 2) each."""
+    starts, ends = map(list, zip(*spans(ro, PICKS)))
+    levels = ro.sigmas[:, None, None, None]
+    landings = one_step(ro.x[starts], ro.v[starts], levels[starts], levels[ends])
+    return ro.x[starts].flatten(1), ro.x[ends].flatten(1), landings.flatten(1)
+
+
+def velocity_gradients(ro: Rollout) -> Tensor:
+    """dL/dv of each leap's velocity, (leaps, 1, 1, 2); L is the distance of x_0 from WISH.
 
     A step of gradient descent on v moves the leap's end, x - (k - j) v, along dL/dv.
     """
     gradients = []
 
-    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
+    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor:
         """What the sweep asks of a network. A closed form has no weights; u is dL/dv, the last leap's first."""
         gradients.insert(0, u)
-        _, through_velocity = torch.autograd.functional.vjp(partial(cloud_velocity, sigma=sigma), x, u)
-        return through_velocity
+        return torch.func.vjp(partial(cloud_velocity, sigma=sigma), x)[1](u)[0]
 
     distance = ro.x[-1] - WISH.to(ro.x)
-    direction = distance / distance.norm()  # dL/dx_0
-    sweep(vjp, ro, leap_terms(ro, PICKS, ALPHA), direction)
-    return gradients
-
-
-def landings(ro: Rollout) -> list[Tensor]:
-    """Where the two leaps land: the predictions of x_j and x_0."""
-    return [one_step(ro.x[start], ro.v[start], ro.sigmas[start], ro.sigmas[end]) for start, end in spans(ro, PICKS)]
+    sweep(vjp, ro, leap_terms(ro, PICKS, ALPHA), distance / distance.norm())
+    return torch.stack(gradients)
 
 
 # ------------------------------------------------------------------------------------ the drawings
 
 
-def draw_rollout(axes: Axes, ro: Rollout) -> None:
-    """The states of the rollout, with x_1, x_k, x_j and x_0."""
-    draw_background(axes, ro, "1. Roll out, pick two levels", "grey discs: where clean latents lie")
-    k, j = PICKS
-    draw_text(axes, ro.x[0], "$x_1$, noise", 10, -12)
-    draw_text(axes, ro.x[k], "$x_k$", -12, 10)
-    draw_text(axes, ro.x[j], "$x_j$", 10, -10)
-    draw_text(axes, ro.x[-1], "$x_0$", 12, 0)
-
-
 def draw_leaps(axes: Axes, ro: Rollout) -> None:
-    """The two leaps, and dashed the connectors from their ends to the rollout, with the distances of Eq. 12."""
-    draw_background(axes, ro, "2. Leap twice, and connect", "dashes: connectors, a value without gradient")
-    _, distances = similarity_weight(ro, PICKS, TAU)
-    first, second = landings(ro)
+    """The rollout, the two leaps, and in red the connectors, with the distances of Eq. 12."""
+    draw_background(axes, ro, "1. Roll out, leap twice, connect", "grey: rollout; discs: clean latents")
+    starts, ends, landings = leap_points(ro)
+    draw_arrows(axes, starts, landings, LEAP_COLORS)
+    connectors = torch.stack([landings, ends])  # (2, leaps, 2)
+    axes.plot(*connectors.unbind(-1), color=RED, linewidth=4)
+    _, (d_j, d_0) = similarity_weight(ro, PICKS, TAU)
+    draw_text(axes, landings[0], f"connector,\n$d_j = {d_j.item():.2f}$", 12, -16, RED)
+    draw_text(axes, landings[1], f"connector,\n$d_0 = {d_0.item():.2f}$", 12, -16, RED)
     k, j = PICKS
-    draw_arrow(axes, ro.x[k], first, BLUE)
-    draw_arrow(axes, ro.x[j], second, ORANGE)
-    draw_arrow(axes, first, ro.x[j], RED, "--")
-    draw_arrow(axes, second, ro.x[-1], RED, "--")
-    draw_text(axes, first, f"$d_j = {distances[0].item():.2f}$", 8, -4, RED)
-    draw_text(axes, second, f"$d_0 = {distances[1].item():.2f}$", 8, 6, RED)
+    draw_text(axes, ro.x[0], "$x_1$, noise", 12, -14)
+    draw_text(axes, ro.x[k], "$x_k$", -14, 10)
+    draw_text(axes, ro.x[j], "$x_j$", -24, 0)
+    draw_text(axes, ro.x[-1], "$x_0$", -26, -4)
 
 
 def draw_gradient(axes: Axes, ro: Rollout) -> None:
     """Where gradient descent moves the end of each leap."""
-    draw_background(axes, ro, "3. The reward turns both leaps", "green: descent on the loss moves their ends")
-    k, j = PICKS
+    draw_background(axes, ro, "2. The reward pulls both leaps", "green: where descent moves their ends")
+    starts, ends, _ = leap_points(ro)
+    draw_arrows(axes, starts, ends, LEAP_COLORS)
+    draw_arrows(axes, ends, ends + velocity_gradients(ro).flatten(1), [GREEN])
     axes.plot(*WISH, "*", color=GREEN, markersize=16)
-    draw_text(axes, WISH, "more reward", -30, 14, GREEN)
-    draw_arrow(axes, ro.x[k], ro.x[j], BLUE)
-    draw_arrow(axes, ro.x[j], ro.x[-1], ORANGE)
-    for state, gradient in zip((ro.x[j], ro.x[-1]), velocity_gradients(ro)):
-        draw_arrow(axes, state, state + gradient, GREEN)
+    draw_text(axes, WISH, "more\nreward", -12, 12, GREEN)
 
 
 def draw_background(axes: Axes, ro: Rollout, title: str, legend: str) -> None:
     """The clouds of clean latents and the rollout, without ticks: only where things lie counts."""
-    axes.set_title(title, loc="left", fontsize=15, color=BLACK)
+    axes.set_title(title, loc="left", fontsize=14)
     axes.set_xlabel(legend, loc="left", fontsize=12, color=INK)
-    axes.scatter(*CLOUDS.T, s=1500, color="#d8dee4", linewidths=0)
-    axes.plot(*ro.x.flatten(1).T, color=GRAY, linewidth=1.5, marker="o", markersize=5)
-    axes.plot(*ro.x[list(PICKS)].flatten(1).T, "o", color=BLACK, markersize=8)
+    axes.scatter(*CLOUDS.T, s=1500, color=GRID, linewidths=0)
+    axes.plot(*ro.x.flatten(1).T, "o-", color="#8c959f", markersize=5)
     # Equal scales, or a turn of a velocity would not look like one.
-    axes.set(xticks=[], yticks=[], xlim=(-2, 2.2), ylim=(-1.6, 2.1), aspect="equal")
+    axes.set(xticks=[], yticks=[], xlim=(-2.1, 1.7), ylim=(-1.9, 1.9), aspect="equal")
     axes.spines[:].set_visible(False)
 
 
-def draw_text(axes: Axes, point: Tensor, text: str, dx: float, dy: float, color: str = BLACK) -> None:
+def draw_text(axes: Axes, point: Tensor, text: str, dx: float, dy: float, color: str = "black") -> None:
     """Text beside a point; dx and dy in printer's points."""
     axes.annotate(text, point.flatten().tolist(), (dx, dy), textcoords="offset points", color=color, fontsize=15)
 
 
-def draw_arrow(axes: Axes, start: Tensor, end: Tensor, color: str, style: str = "-") -> None:
-    # matplotlib would stop short of both points.
-    look = dict(arrowstyle="-|>", color=color, linestyle=style, linewidth=2.5, mutation_scale=18, shrinkA=0, shrinkB=0)
-    axes.annotate("", end.flatten().tolist(), start.flatten().tolist(), arrowprops=look)
+def draw_arrows(axes: Axes, starts: Tensor, ends: Tensor, colors: Sequence[str]) -> None:
+    """Arrows between points (n, 2), to the scale of the axes."""
+    axes.quiver(
+        *starts.T, *(ends - starts).T, color=colors, width=0.012, angles="xy", scale_units="xy", scale=1, zorder=3
+    )
 
 
 if __name__ == "__main__":
