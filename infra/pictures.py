@@ -90,8 +90,8 @@ def grid_of(
     cell_height = title_height + (height + 2) * len(cells[0]) + text_height + PADDING
     cell_width = side + PADDING
     rows = math.ceil(len(cells) / columns)
-    left = PADDING + (NAME_WIDTH if names else 0)
-    sheet_width = left + cell_width * min(columns, len(cells))
+    left_margin = PADDING + (NAME_WIDTH if names else 0)
+    sheet_width = left_margin + cell_width * min(columns, len(cells))
     sheet_height = cell_height * rows + PADDING
     sheet = Image.new("RGB", (sheet_width, sheet_height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -99,7 +99,7 @@ def grid_of(
     large_font = ImageFont.load_default(14)
     for i, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         row, column = divmod(i, columns)
-        x = left + column * cell_width
+        x = left_margin + column * cell_width
         y = PADDING + row * cell_height
         if titles and (i == 0 or titles[i] != titles[i - 1]):
             draw.text((x, y), titles[i], fill="black", font=large_font)

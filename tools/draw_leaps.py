@@ -99,7 +99,7 @@ def draw_leaps(axes: Axes, ro: Rollout) -> None:
 
 def draw_gradient(axes: Axes, ro: Rollout) -> None:
     """Where gradient descent moves the end of each leap."""
-    draw_background(axes, ro, "2. The reward pulls both leaps", "green: where descent moves their ends")
+    draw_background(axes, ro, "2. The reward pulls both leaps", "green: where each leap should end")
     starts, ends, _ = leap_points(ro)
     draw_arrows(axes, starts, ends, LEAP_COLORS)
     draw_arrows(axes, ends, ends + velocity_gradients(ro).flatten(1), [GREEN])
