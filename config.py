@@ -162,6 +162,9 @@ class Run:
 
     updates: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 100
     """Updates of the weights."""
+    smoke: bool = False
+    """Try the other flags in seconds: 2 updates of 8 rollouts, and 6 of the evaluation prompts. Writes to runs/smoke,
+    which is emptied first, whatever --updates, --batch and --out say."""
     out: Path | None = None
     """Folder of the run; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""
     patience: int = 2
@@ -233,7 +236,10 @@ def parse(arguments: list[str], console_outputs: bool = True) -> tuple[Config, C
         arguments = ["shapes", *arguments]
     presets = {name: (text, grouped(cfg)) for name, (text, cfg) in PRESETS.items()}
     flags = tyro.extras.overridable_config_cli(presets, args=arguments, console_outputs=console_outputs)
-    return flat(flags), PRESETS[arguments[0]][1]
+    cfg = flat(flags)
+    if cfg.smoke:
+        cfg = replace(cfg, **SMOKE)
+    return cfg, PRESETS[arguments[0]][1]
 
 
 def grouped(cfg: Config) -> Flags:
@@ -252,6 +258,8 @@ def flat(flags: Flags) -> Config:
     return Config(**values)
 
 
+# What --smoke makes of any preset. The folder is fixed because it is emptied: no other folder may ever be.
+SMOKE = dict(updates=2, batch=8, out=Path("runs/smoke"), resume=False)
 # The defaults of the flags are those of the shapes world. With x_0, which the paper rewards, this world gains less, and
 # longer runs lose the gain again: see shapes/README.md.
 SHAPES = Config(reward_input="xhat_0")

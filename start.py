@@ -117,6 +117,9 @@ def read_run_prompts(cfg: Config, out: Path) -> tuple[list[str], list[str]]:
     """The prompts to train on and to evaluate on, which a resumed run must find as they were."""
     prompts = read_prompts(cfg.prompts)
     eval_prompts = read_prompts(cfg.eval_prompts)
+    if cfg.smoke:
+        # Evenly spread: prompts of one kind lie together in a file.
+        eval_prompts = eval_prompts[:: max(1, len(eval_prompts) // 6)][:6]
     if cfg.resume and (out / "config.json").exists():
         check_prompts(out, prompts, eval_prompts, (cfg.prompts, cfg.eval_prompts))
         tell_changes(out, user_code_hashes(cfg))
@@ -326,6 +329,8 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
     Raises ValueError if another process trains there.
     """
     out = setup.out
+    if cfg.smoke:
+        remove(out)
     # Two runs in one folder would mix their logs and remove each other's checkpoints. Another run may have begun, or
     # ended, since the folder was checked.
     lock_folder(out)

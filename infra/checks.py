@@ -134,7 +134,7 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
         raise ValueError(f"--export {cfg.export} exists: give a path that does not")
     has_files = out.exists() and any(out.iterdir())
     if not cfg.resume:
-        if has_files:
+        if has_files and not cfg.smoke:
             raise ValueError(f"--out {out} is occupied: --resume goes on with it, or choose another folder")
         return
     if not (out / "config.json").exists():

@@ -118,11 +118,11 @@ class Log:
     def draw(self, setup: Any, history: Any) -> None:
         """curves.png, and before_after.png of the images of the first and the last evaluation."""
         prompts = setup.eval_prompts
-        tasks: dict[str, None] = {}  # in the order of the prompts
+        tasks: list[str] = []  # of each prompt
         for reward in setup.watched:
             if reward.task_of:
-                tasks |= dict.fromkeys(reward.task_of(prompt) for prompt in prompts)
-        curves(self.out, self.out / "curves.png", list(tasks))
+                tasks = [reward.task_of(prompt) for prompt in prompts]
+        curves(self.out, self.out / "curves.png", list(dict.fromkeys(tasks)))
 
         samples = self.out / "samples"
         first_images = torch.load(samples / "first.pt", weights_only=True) / 255
@@ -136,7 +136,10 @@ class Log:
                 judged = (first["by_prompt"]["judge"][i], last["by_prompt"]["judge"][i])
                 is_correct.append([score > 0.5 for score in judged])
         captions = [prompts[i] for i in indices]
-        before_after(first_images, last_images, captions, self.out / "before_after.png", correct=is_correct)
+        names = ("base", f"after {last['step']} updates")
+        titles = [tasks[i] for i in indices] if tasks else []
+        picture = self.out / "before_after.png"
+        before_after(first_images, last_images, captions, picture, names, titles, is_correct)
 
     def write(self, name: str, entry: Entry) -> None:
         """Add a line to a log. Raises Stop if that fails: a run without its log could not be resumed."""

@@ -22,6 +22,7 @@ from infra.jsonl import read_log
 PADDING = 6  # pixels between the cells of a grid
 LINE_HEIGHT = 13  # pixels of a line of a caption
 CAPTION_LINES = 4
+NAME_WIDTH = 66  # pixels at the left of a grid whose rows have names
 # GitHub's colors, for a white page. A line's color is also that of its name, so all have a contrast of 4.5 or more.
 GRID = "#d8dee4"
 INK = "#57606a"
@@ -48,15 +49,17 @@ def before_after(
     last: Sequence[Tensor],
     captions: Sequence[str],
     path: Path,
-    side: int = 96,
+    names: tuple[str, str] = ("before", "after"),
+    titles: Sequence[str] = (),
     correct: Sequence[Sequence[bool]] | None = None,
 ) -> None:
     """Write pairs of images of the same prompt and noise, the first above the last, then the caption.
 
+    `names` of the two stand at the left. `titles` are the tasks of the pairs: each stands above the first of its pairs.
     `correct` says of each pair which of the two a judge calls right; those get a frame.
     """
     cells = list(zip(first, last, strict=True))
-    save_png(grid_of(cells, captions, columns=8, side=side, framed=correct), path)
+    save_png(grid_of(cells, captions, columns=8, side=96, framed=correct, names=names, titles=titles), path)
 
 
 def grid_of(
@@ -65,8 +68,14 @@ def grid_of(
     columns: int,
     side: int,
     framed: Sequence[Sequence[bool]] | None = None,
+    names: Sequence[str] = (),
+    titles: Sequence[str] = (),
 ) -> Image.Image:
-    """A grid of cells: images of one size above each other, some with a frame, and a caption of up to four lines."""
+    """A grid of cells: images of one size above each other, some with a frame, and a caption of up to four lines.
+
+    `names` are those of a cell's images, at the left of each row of cells. `titles` are the cells'; a title that
+    the cell before has, too, is not repeated.
+    """
     first = cells[0][0]
     height = round(side * first.shape[1] / first.shape[2])
     texts = []
@@ -77,19 +86,28 @@ def grid_of(
         texts.append(lines[:CAPTION_LINES])
     # Every cell is as high as the one with the longest caption.
     text_height = LINE_HEIGHT * max(map(len, texts))  # pixels
-    cell_height = (height + 2) * len(cells[0]) + text_height + PADDING
+    title_height = LINE_HEIGHT + 4 if titles else 0
+    cell_height = title_height + (height + 2) * len(cells[0]) + text_height + PADDING
     cell_width = side + PADDING
     rows = math.ceil(len(cells) / columns)
-    sheet_width = cell_width * min(columns, len(cells)) + PADDING
+    left_margin = PADDING + (NAME_WIDTH if names else 0)
+    sheet_width = left_margin + cell_width * min(columns, len(cells))
     sheet_height = cell_height * rows + PADDING
     sheet = Image.new("RGB", (sheet_width, sheet_height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(11)  # Pillow's own, so that the sheet is the same on every machine
+    large_font = ImageFont.load_default(14)
     for i, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         row, column = divmod(i, columns)
-        x = PADDING + column * cell_width
+        x = left_margin + column * cell_width
         y = PADDING + row * cell_height
+        if titles and (i == 0 or titles[i] != titles[i - 1]):
+            draw.text((x, y), titles[i], fill="black", font=large_font)
+        y += title_height
         for n, image in enumerate(cell):
+            if names and column == 0:
+                name = "\n".join(textwrap.wrap(names[n], width=9))
+                draw.multiline_text((PADDING, y + height // 3), name, fill="black", font=large_font)
             # Pixels of a small image are enlarged as squares: smoothing would hide what the model draws.
             is_small = image.shape[2] < side
             resample = Image.NEAREST if is_small else Image.LANCZOS

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from infra import pictures
-from infra.pictures import INK, PALETTE, curves, line_chart, save_charts, save_row, smooth
+from infra.pictures import INK, NAME_WIDTH, PALETTE, before_after, curves, line_chart, save_charts, save_row, smooth
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("single", "two")
@@ -119,6 +120,22 @@ def test_the_file_is_small_and_its_page_white_with_inks_that_are_read_on_it(run)
     for color in (*PALETTE, INK):
         contrast = 1.05 / (luminance(color) + 0.05)
         assert contrast > 4.5  # WCAG's for text
+
+
+def test_before_and_after_have_their_names_at_the_left_and_a_task_above_its_first_pair(tmp_path):
+    green = torch.zeros(3, 8, 8)
+    green[1] = 1
+    tasks = ["single", "single", "two"]
+    before_after([green] * 3, [green] * 3, [""] * 3, tmp_path / "a.png", ("base", "after 8 updates"), tasks)
+    pixels = np.array(Image.open(tmp_path / "a.png"))
+    is_ink = pixels.max(2) < 128
+    is_green = (pixels == (0, 255, 0)).all(2)
+    rows, columns = is_green.any(1).nonzero()[0], is_green.any(0).nonzero()[0]
+    assert columns[0] > NAME_WIDTH
+    assert is_ink[rows[0] : rows[-1], : columns[0]].any()
+    above = is_ink[: rows[0], columns[0] :]
+    pairs = np.array_split(above, 3, axis=1)
+    assert [pair.any() for pair in pairs] == [True, False, True]
 
 
 def luminance(color: str) -> float:

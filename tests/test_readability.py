@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.tree import sources
+
 # Names that say nothing of what they hold: participles, pronouns, adverbs.
 VAGUE = set(
     """own found known kept given taken wanted asked before after now other others each every both here there where
@@ -46,7 +47,7 @@ def measure(file: Path) -> tuple[int, int, int, int, int]:
 
 @pytest.mark.parametrize("pattern", BOUNDS)
 def test_lines_breathe_comments_say_why_and_names_say_what_they_hold(pattern):
-    files = [file for file in ROOT.glob(pattern) if file.name == pattern or file.name not in BOUNDS]
+    files = [file for file in sources(pattern) if file.name == pattern or file.name not in BOUNDS]
     lines, tokens, comments, comprehensions, vague = map(sum, zip(*map(measure, files)))
     most_tokens, least_comments, most_comprehensions = BOUNDS[pattern]
     assert tokens / lines <= most_tokens
