@@ -75,8 +75,9 @@ def runs_page(folders: Sequence[Path], path: Path) -> None:
     runs = [read_run(folder) for folder in folders]
     warnings, cards, series = [], [], []
     for run in runs:
-        said = run.folder / "warnings.txt"
-        warnings += said.read_text().splitlines() if said.exists() else []
+        warnings_file = run.folder / "warnings.txt"
+        if warnings_file.exists():
+            warnings += warnings_file.read_text().splitlines()
         cards += changes(run, f"{run.name}: " if len(runs) > 1 else "")
         series += series_of(run, "evaluation", run.evaluations)
         series += series_of(run, "batch", run.updates[:: 1 + len(run.updates) // POINTS])
@@ -146,8 +147,8 @@ def flag_table(runs: Sequence[RunLogs]) -> dict:
     """The flags in which runs differ."""
     rows = []
     for name in runs[0].flags:
-        values = [json.dumps(run.flags.get(name)) for run in runs]
-        if len(set(values)) > 1:
+        values = [str(run.flags.get(name)) for run in runs]
+        if name != "command" and len(set(values)) > 1:
             rows.append([name, *values])
     return dict(title="Flags that differ", head=["", *(run.name for run in runs)], rows=rows)
 
@@ -176,11 +177,12 @@ def run_pictures(runs: Sequence[RunLogs]) -> dict:
         count = min(len(run.evaluations), max(2, COLUMNS // len(runs)))
         for i in np.linspace(0, len(run.evaluations) - 1, count).round().astype(int):
             entry = run.evaluations[i]
-            name = f"step_{entry['step']:04d}"
-            images = [run.folder / "samples" / name / f"{index}.png" for index in prompts]
+            folder = run.folder / "samples" / f"step_{entry['step']:04d}"
+            images = [folder / f"{index}.png" for index in prompts]
             if all(image.exists() for image in images):  # the disk may have been full
                 scores = [entry["by_prompt"][score][int(index)] for index in prompts if score]
-                columns.append(dict(name=f"{run.name} {name}", images=images, scores=scores))
+                label = f"{run.name}, " if len(runs) > 1 else ""
+                columns.append(dict(name=f"{label}step {entry['step']}", images=images, scores=scores))
     return dict(prompts=list(prompts.values()), score=score, columns=columns)
 
 
