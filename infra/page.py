@@ -72,7 +72,10 @@ def runs_page(folders: Sequence[Path], path: Path) -> None:
 
     Raises ValueError if a folder holds no evaluation of a run.
     """
-    runs = [read_run(folder) for folder in folders]
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = list(map(str, folders))
+    runs = list(map(read_run, names, folders))
     warnings, cards, series = [], [], []
     for run in runs:
         warnings_file = run.folder / "warnings.txt"
@@ -98,13 +101,13 @@ def runs_page(folders: Sequence[Path], path: Path) -> None:
     )
 
 
-def read_run(folder: Path) -> RunLogs:
+def read_run(name: str, folder: Path) -> RunLogs:
     """The logs of a run. Raises ValueError if there are none."""
     evaluations = read_log(folder / "eval.jsonl")
     if not evaluations:
         raise ValueError(f"{folder} holds no evaluation of a run")
     flags = json.loads((folder / "config.json").read_text())
-    return RunLogs(folder.resolve().name, folder, flags, read_log(folder / "metrics.jsonl"), evaluations)
+    return RunLogs(name, folder, flags, read_log(folder / "metrics.jsonl"), evaluations)
 
 
 def describe(run: RunLogs) -> str:
@@ -180,7 +183,8 @@ def run_pictures(runs: Sequence[RunLogs]) -> dict:
             folder = run.folder / "samples" / f"step_{entry['step']:04d}"
             images = [folder / f"{index}.png" for index in prompts]
             if all(image.exists() for image in images):  # the disk may have been full
-                scores = [entry["by_prompt"][score][int(index)] for index in prompts if score]
+                by_prompt = entry["by_prompt"].get(score)  # another run may watch other rewards
+                scores = [by_prompt[int(index)] for index in prompts] if by_prompt else []
                 label = f"{run.name}, " if len(runs) > 1 else ""
                 columns.append(dict(name=f"{label}step {entry['step']}", images=images, scores=scores))
     return dict(prompts=list(prompts.values()), score=score, columns=columns)

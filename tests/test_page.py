@@ -104,6 +104,16 @@ def test_several_runs_lie_over_each_other(tmp_path):
     assert names == ["a, step 0", "a, step 10", "b, step 0", "b, step 10"]
 
 
+def test_runs_of_one_name_are_told_apart_and_may_watch_other_rewards(tmp_path):
+    runs = [write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run")]
+    evaluations = (runs[1] / "eval.jsonl").read_text()
+    (runs[1] / "eval.jsonl").write_text(evaluations.replace('"judge"', '"clip"'))
+    runs_page(runs, tmp_path / "both.html")
+    drawn = content(tmp_path / "both.html")
+    assert {curve["run"] for curve in drawn["series"]} == set(map(str, runs))
+    assert [column["scores"] for column in drawn["pictures"]["columns"]] == [[0, 0], [1, 0.5], [], []]
+
+
 def test_a_page_needs_nothing_else(tmp_path):
     runs_page([write_run(tmp_path / "run")], tmp_path / "index.html")
     text = (tmp_path / "index.html").read_text()
