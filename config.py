@@ -5,6 +5,7 @@ as boxes; infra/checks.py refuses values that cannot be. The presets, other valu
 """
 
 import re
+import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -185,7 +186,7 @@ class Run:
     lines; a best/ of a later update is kept as best.step_NNNNNN."""
     skip_nonfinite: int = 0
     """How many updates with a loss or gradient that is not finite are left out before the run stops at one."""
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where to log beside metrics.jsonl and eval.jsonl. Needs that package."""
 
 
@@ -240,6 +241,25 @@ def parse(arguments: list[str], console_outputs: bool = True) -> tuple[Config, C
     if cfg.smoke:
         cfg = replace(cfg, **SMOKE)
     return cfg, PRESETS[arguments[0]][1]
+
+
+def command(cfg: Config) -> str:
+    """The command of a run: the preset that needs the fewest flags, and these."""
+    commands = []
+    for name, (_, preset) in PRESETS.items():
+        words = ["python", "train.py", name]
+        for field in fields(Config):
+            value = getattr(cfg, field.name)
+            if field.name in ("resume", "export", "at") or value == getattr(preset, field.name):
+                continue
+            flag = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                values = value if isinstance(value, tuple) else [value]
+                words += [f"--{flag}", *map(str, values)]
+        commands.append(words)
+    return shlex.join(min(commands, key=len))
 
 
 def grouped(cfg: Config) -> Flags:

@@ -9,14 +9,14 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from config import PRESETS, Config, sides
+from config import Config, command, sides
 from formats.folders import Description, Pipeline, describe, load_parts
 from formats.lora import Changes, add_lora, first_values, wrapped_name
 from formats.lora_files import lora_file, merge_lora, read_lora
@@ -40,7 +40,7 @@ from infra.methods import (
     user_code_hashes,
 )
 from infra.prompts import print_on_first_rank, prompts_hash, prompts_of_update, read_prompts
-from infra.user_code import describe_error, is_user_code
+from infra.user_code import describe_error, is_user_code, revision
 from infra.watch import watched_value
 from leaps import Samples
 from model import Flux, FluxConfig
@@ -357,13 +357,18 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
 
 
 def write_config(cfg: Config, setup: Setup) -> None:
-    """config.json: every flag, and hashes of the prompts and of the user's code, which --resume compares."""
-    hashes = {
+    """config.json: every flag, what made the run, and hashes of the prompts and of the user's code.
+
+    --resume compares the flags and the hashes.
+    """
+    origin = {
+        "command": command(cfg),
+        "revision": revision(),
         "prompts_read": [prompts_hash(setup.prompts), prompts_hash(setup.eval_prompts)],
         "code_read": user_code_hashes(cfg),
     }
     with replacing(setup.out / "config.json") as file:
-        file.write_text(json.dumps(recorded_flags(cfg) | hashes, indent=2) + "\n")
+        file.write_text(json.dumps(recorded_flags(cfg) | origin, indent=2) + "\n")
 
 
 def set_later_checkpoints_aside(cfg: Config, out: Path, first: int) -> None:
@@ -389,20 +394,14 @@ def evaluation_of_best(out: Path, watched: list[str]) -> Entry | None:
     return saved[-1] if saved else None
 
 
-def announce(cfg: Config, preset: Config, setup: Setup, process: Process) -> str:
+def announce(cfg: Config, setup: Setup, process: Process) -> str:
     """What a run is, in a few lines; all of it is in config.json."""
-    preset_name = next(name for name, (_, values) in PRESETS.items() if values is preset)
-    changes = []
-    for flag in fields(Config):
-        value = getattr(cfg, flag.name)
-        if value != getattr(preset, flag.name):
-            changes.append(f"--{flag.name.replace('_', '-')} {value}")
     trained = sum(p.numel() for p in setup.pipe.flux.parameters() if p.requires_grad)
     rewards = [r.name if r.lam is None else f"{r.name} (lambda {r.lam})" for r in setup.rewards]
     watched = [r.name for r in setup.watched] or ["nothing"]
     rollout_batch = cfg.rollout_batch or cfg.batch // process.world_size
     return f"""\
-{preset_name} {" ".join(changes)}
+{command(cfg)}
 {cfg.method} on {cfg.model}: {trained / 1e6:.1f} M trained parameters
 raises {", ".join(rewards)}; watches {", ".join(watched)}
 {cfg.batch} rollouts of {cfg.rollout_steps} steps an update on {process.world_size} x {process.device.type}

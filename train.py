@@ -12,8 +12,8 @@ exchange: the run's history, checks of agreement, signals, the values of an upda
 whether a checkpoint is whole, and the tensors of a model that is saved.
 A run writes, to --out:
 
-    config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png
-    checkpoints/step_NNNNNN/  best/  final/  nonfinite.jsonl, if a number was not finite
+    index.html  config.json  metrics.jsonl  eval.jsonl  before_after.png  samples/step_NNNN.png  samples/step_NNNN/
+    checkpoints/step_NNNNNN/  best/  final/  warnings.txt and nonfinite.jsonl, if there were any
 
 The shapes preset differs from the paper in learning rate, decay, T, EMA, lambda and the image that is rewarded, for
 which shapes/README.md has the reasons, and in length.
@@ -76,7 +76,7 @@ def main() -> None:
             print(f"\nerror: {source}{error}", file=sys.stderr)
             raise SystemExit(2) from None
         if rank == 0 and not cfg.export:
-            print(announce(cfg, preset, setup, process))
+            print(announce(cfg, setup, process))
         try:
             run(cfg, setup, process)
         except Stop as stop:
@@ -287,6 +287,7 @@ def train(
                 hacked = watch.hacking_warnings(history.evaluations, history.watched, cfg.patience)
                 for warning in hacked:
                     log.say(warning)
+                log.page()
                 if cfg.stop_early and hacked:
                     is_last = True
             if is_last:

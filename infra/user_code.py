@@ -6,6 +6,7 @@ nothing of the user's replaces a module of ours, whatever its name.
 
 import ast
 import hashlib
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -86,3 +87,13 @@ def describe_error(error: BaseException) -> str:
     """An error of a user's code, with the file and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+
+
+def revision() -> str:
+    """The commit of this repository, with a + if tracked files differ from it; unknown where there is no git."""
+    # --exclude: the hash, not the name of a tag before it.
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is an archive without .git
+        return "unknown"

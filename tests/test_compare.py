@@ -154,6 +154,7 @@ def started(monkeypatch) -> list[dict[str, str]]:
         runs.append(flags)
         out, updates = Path(flags["--out"]), int(flags["--updates"])
         out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dict(updates=updates, prompts_read=[])))
         for i in range(updates):
             append_line(out / "metrics.jsonl", dict(step=i, forwards=20, backwards=5, seconds=0.5, memory=1.0 + i / 10))
         judge = 1 - abs(float(flags["--lr"]) - 1e-4)
@@ -354,6 +355,7 @@ def test_ablations_and_ranges_have_one_low_rate_unless_others_are_given(tmp_path
         result = json.loads(Path(f"runs/{name}.json").read_text())
         assert seeds_and_rates(started) == {(0, 7e-5)} and not any(result["grid"].values())
         assert Path(f"runs/{name}.png").stat().st_size > 1000
+        assert "leapalign" in Path(f"runs/{name}.html").read_text()
     compare.compare_methods(replace(cfg, methods=("leapalign",), grid=(1e-3,), results=tmp_path / "high.json"))
     assert seeds_and_rates(started[-1:]) == {(0, 1e-3)}
 

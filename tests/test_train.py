@@ -64,7 +64,7 @@ def short_run(tmp_path_factory, few_prompts) -> Path:
 def test_a_short_run_writes_all_its_files(short_run):
     names = {p.name for p in short_run.iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "eval.jsonl", "curves.png", "before_after.png", "samples", "best", "final",
+        "config.json", "metrics.jsonl", "eval.jsonl", "index.html", "before_after.png", "samples", "best", "final",
         "checkpoints",
     }  # fmt: skip
     assert [f.name for f in (short_run / "checkpoints").iterdir()] == ["step_000008"]  # the last, --save-every or not
