@@ -16,9 +16,10 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor, nn
 
-import baselines
+from baselines import direct, policy
 import train
-from baselines import Log, advantages, draw_pair, draw_steps, lagrange_weights, late_step, transition
+from baselines.direct import Log, draw_pair, draw_steps, lagrange_weights, late_step
+from baselines.policy import advantages, transition
 from config import Config
 from infra.distributed import copy_values, full_tensor, join
 from infra.methods import find_method
@@ -146,8 +147,8 @@ def test_refl_is_one_step_and_its_prediction(seed):
     x = rollout(field, noise(0), SIGMAS).x[i]
     xhat_0 = x - SIGMAS[i] * field(x, SIGMAS[i])
     expected = autograd_of(-score(xhat_0).mean(), field)
-    assert close(gradient_of(baselines.refl, seed), expected)
-    assert log_of(baselines.refl, seed)["k"] == SIGMAS[i]
+    assert close(gradient_of(direct.refl, seed), expected)
+    assert log_of(direct.refl, seed)["k"] == SIGMAS[i]
 
 
 def test_a_late_step_is_one_of_the_last_eleven_of_twenty_five():
@@ -170,7 +171,7 @@ def test_draft_lv_is_the_last_step_from_the_rollout_and_from_noised_copies_of_it
     for x in (ro.x[-2], (1 - k) * ro.x[-1] + k * noise(1), (1 - k) * ro.x[-1] + k * noise(2)):
         x_0 = x - k * field(x, k)
         loss = loss - score(x_0).mean()
-    assert close(gradient_of(baselines.draft_lv), autograd_of(loss, field))
+    assert close(gradient_of(direct.draft_lv), autograd_of(loss, field))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -186,7 +187,7 @@ def test_drtune_detaches_every_input_and_trains_equally_spaced_steps(seed):
         v = field(x.detach(), SIGMAS[i])
         dsigma = -SIGMAS[i] if i == stop else DSIGMA[i]
         x = x + dsigma * (v if i in active else v.detach())
-    assert close(gradient_of(baselines.drtune, seed), autograd_of(-score(x).mean(), field))
+    assert close(gradient_of(direct.drtune, seed), autograd_of(-score(x).mean(), field))
 
 
 @pytest.mark.parametrize("active, steps", [(1, 25), (2, 25), (3, 25), (2, 2), (9, 2)])
@@ -204,7 +205,7 @@ def test_drtune_draws_equally_spaced_steps_one_of_them_before_the_stop(active, s
             return round((1 - sigma.item()) * steps)
 
         s = samples(Field(), seed, sigmas=sigmas)._replace(vjp=vjp)
-        stop = step_at(baselines.drtune(s, active=active)["k"])
+        stop = step_at(direct.drtune(s, active=active)["k"])
         assert 1 <= len(active_steps) <= active
         assert active_steps[-1] <= stop
         assert all(j - i == spacing for i, j in itertools.pairwise(active_steps))
@@ -222,7 +223,7 @@ def test_full_is_backpropagation_and_its_last_steps_are_draft_k(last):
     x = rollout(field, noise(0), SIGMAS).x[start]
     for i in range(start, T):
         x = x + DSIGMA[i] * field(x, SIGMAS[i])
-    assert close(gradient_of(baselines.full, last=last), autograd_of(-score(x).mean(), field))
+    assert close(gradient_of(direct.full, last=last), autograd_of(-score(x).mean(), field))
 
 
 # --------------------------------------------------------------------------------------------------- FlowBP
@@ -244,7 +245,7 @@ def test_sparse_is_the_euler_sum_with_gradient_at_some_steps(rho):
         v = scale_gradient(field(ro.x[i], SIGMAS[i]), factor) if i in active else ro.v[i]
         x_0 = x_0 + DSIGMA[i] * v
     expected = autograd_of(-score(x_0).mean(), field)
-    assert close(gradient_of(baselines.flowbp_sparse, seed=3, rho=rho), expected)
+    assert close(gradient_of(direct.flowbp_sparse, seed=3, rho=rho), expected)
 
 
 @pytest.mark.parametrize("seed, active", [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4), (3, 2)])
@@ -267,7 +268,7 @@ def test_bridge_keeps_one_nested_term(seed, active, alpha=0.3):
             v = scale_gradient(field(start, SIGMAS[i]), factor)
         x = x + DSIGMA[i] * v
     expected = autograd_of(-score(x).mean(), field)
-    assert close(gradient_of(baselines.flowbp_bridge, seed, alpha=alpha, active=active), expected)
+    assert close(gradient_of(direct.flowbp_bridge, seed, alpha=alpha, active=active), expected)
 
 
 def integral(nodes: list[int], i: int, start: float, end: float) -> float:
@@ -305,9 +306,9 @@ def test_lagrange_integrates_the_polynomial_through_cached_velocities(seed, alph
     w = 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau))
     expected = autograd_of(-(w * score(x)).mean(), field)
     options = dict(alpha=alpha, tau=tau, rho=rho)
-    assert close(gradient_of(baselines.flowbp_lagrange, seed, **options), expected)
+    assert close(gradient_of(direct.flowbp_lagrange, seed, **options), expected)
 
-    log = log_of(baselines.flowbp_lagrange, seed, **options)
+    log = log_of(direct.flowbp_lagrange, seed, **options)
     assert (log["k"], log["j"]) == (SIGMAS[first], SIGMAS[second])
     torch.testing.assert_close(log["d_j"], d_j)
     torch.testing.assert_close(log["d_0"], d_0)
@@ -387,24 +388,24 @@ def test_leaps_over_all_steps_without_nesting_are_drtune_and_sparse_with_all_ste
     while late_step(samples(Field(), seed)) != T - 1:
         seed += 1
     all_leaps = gradient_of(leapalign, leaps=T, alpha=0.0, weight="none")
-    assert close(gradient_of(baselines.drtune, seed, active=T), all_leaps)
-    assert close(gradient_of(baselines.flowbp_sparse, active=T), all_leaps)
+    assert close(gradient_of(direct.drtune, seed, active=T), all_leaps)
+    assert close(gradient_of(direct.flowbp_sparse, active=T), all_leaps)
 
 
 def test_one_leap_from_the_last_step_is_draft_1():
     sigma = SIGMAS[-2].item()
     one_leap = gradient_of(leapalign, leaps=1, low=sigma, high=sigma, weight="none")
-    assert close(one_leap, gradient_of(baselines.full, last=1))
-    assert close(one_leap, gradient_of(baselines.draft_lv, copies=0))
+    assert close(one_leap, gradient_of(direct.full, last=1))
+    assert close(one_leap, gradient_of(direct.draft_lv, copies=0))
 
 
 def test_lagrange_through_one_node_is_leapalign():
-    one_node = gradient_of(baselines.flowbp_lagrange, seed=2, draw="uniform", nodes=1, alpha=0.3, tau=0.1)
+    one_node = gradient_of(direct.flowbp_lagrange, seed=2, draw="uniform", nodes=1, alpha=0.3, tau=0.1)
     assert close(one_node, gradient_of(leapalign, seed=2))
 
 
 def test_on_a_straight_field_a_polynomial_lands_where_a_leap_does():
-    log = baselines.flowbp_lagrange(samples(Constant(), 0), nodes=2)
+    log = direct.flowbp_lagrange(samples(Constant(), 0), nodes=2)
     assert max(log["d_j"].max(), log["d_0"].max()) < 1e-14
 
 
@@ -452,11 +453,11 @@ def log_probabilities(
 @pytest.mark.parametrize(
     "method, density, random_steps, shared, update",
     [
-        (baselines.flow_grpo, flow_density, range(T - 1), False, 0),
-        (baselines.dance_grpo, dance_density, range(T - 1), True, 0),
-        (baselines.mix_grpo, dance_density, range(2), True, 24),
-        (baselines.mix_grpo, dance_density, range(1, 3), True, 25),
-        (baselines.mix_grpo, dance_density, range(2, 4), True, 1000),
+        (policy.flow_grpo, flow_density, range(T - 1), False, 0),
+        (policy.dance_grpo, dance_density, range(T - 1), True, 0),
+        (policy.mix_grpo, dance_density, range(2), True, 24),
+        (policy.mix_grpo, dance_density, range(1, 3), True, 25),
+        (policy.mix_grpo, dance_density, range(2, 4), True, 1000),
     ],
 )
 def test_a_policy_gradient_is_that_of_the_clipped_ratio_times_the_advantage(
@@ -477,7 +478,7 @@ def test_a_policy_gradient_is_that_of_the_clipped_ratio_times_the_advantage(
     objective = torch.minimum(ratio * advantage, clipped * advantage)
     expected = autograd_of(-objective.mean(), field)
 
-    options = dict(window=2) if method is baselines.mix_grpo else {}
+    options = dict(window=2) if method is policy.mix_grpo else {}
     assert close(gradient_of(method, update=update, group=group, **options), expected)
 
 

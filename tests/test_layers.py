@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("infra", "formats", "scorers", "shapes", "recipe", "tools", "experiments", "tests")
+PACKAGES = ("baselines", "infra", "formats", "scorers", "shapes", "recipe", "tools", "experiments", "tests")
 HEIGHT = {  # a module may import what is lower, or of its own package
     "infra.flags": -1,
     "leaps": 0, "model": 0, "config": 0,
