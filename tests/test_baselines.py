@@ -16,8 +16,8 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor, nn
 
-from baselines import direct, policy
 import train
+from baselines import direct, policy
 from baselines.direct import Log, draw_pair, draw_steps, lagrange_weights, late_step
 from baselines.policy import advantages, transition
 from config import Config
