@@ -135,10 +135,10 @@ def split_weight(spec: str) -> tuple[str, float]:
 
 def split_words(scorer_spec: str) -> tuple[str, list[str]]:
     """`hpsv2~Real~Painting` as `hpsv2` and the good and the bad word; without words the spec and []."""
-    parts = scorer_spec.rsplit("~", 2)  # from the right: a path may begin with ~
-    if len(parts) < 3:
+    scorer, *words = scorer_spec.rsplit("~", 2)  # from the right: a path may begin with ~
+    if len(words) < 2:
         return scorer_spec, []
-    return parts[0], parts[1:]
+    return scorer, words
 
 
 def relative_score(score: Score, good: str, bad: str) -> Score:
@@ -155,11 +155,10 @@ def relative_score(score: Score, good: str, bad: str) -> Score:
 def reward_name(spec: str) -> str:
     """The name that a reward is logged by: that of its spec, or of the user's function."""
     scorer_spec, words = split_words(split_weight(spec)[0])
+    end = "_relative" if words else ""
     if is_user_code(scorer_spec):
-        name = scorer_spec.rpartition(":")[2]
-    else:
-        name = scorer_spec.partition("=")[0]
-    return f"{name}_relative" if words else name
+        return scorer_spec.rpartition(":")[2] + end
+    return scorer_spec.partition("=")[0] + end
 
 
 def open_scorer(

@@ -58,7 +58,13 @@ def flow_grpo(
     return policy_gradient(s, x_0, moves, group, ranks)
 
 
-def dance_grpo(s: Samples, *, group: int = 8, noise: float = 0.3, ranks: bool = False) -> Log:
+def dance_grpo(
+    s: Samples,
+    *,
+    group: int = 8,
+    noise: float = 0.3,
+    ranks: bool = False,
+) -> Log:
     """DanceGRPO: a policy gradient on walks with constant noise eta, which start from one x_1 per group.
 
     DanceGRPO (arXiv 2505.07818), on policy.  The default eta = 0.3 is the paper's; the paper's group is 12 samples
@@ -236,7 +242,13 @@ def shared_noise(s: Samples, group: int) -> Tensor:
 # --------------------------------------------------------------------------------------- the forward process
 
 
-def awm(s: Samples, *, group: int = 8, active: int = 6, ranks: bool = False) -> Log:
+def awm(
+    s: Samples,
+    *,
+    group: int = 8,
+    active: int = 6,
+    ranks: bool = False,
+) -> Log:
     """AWM: flow matching to the method's own samples, each weighted by its advantage, which may be negative.
 
     Advantage-Weighted Matching (arXiv 2509.25050), on policy, where its ratio of likelihoods is 1.  The weight of all
@@ -251,7 +263,13 @@ def awm(s: Samples, *, group: int = 8, active: int = 6, ranks: bool = False) -> 
     return dict(advantage=advantage.abs())
 
 
-def nft(s: Samples, *, group: int = 8, active: int = 6, ranks: bool = False) -> Log:
+def nft(
+    s: Samples,
+    *,
+    group: int = 8,
+    active: int = 6,
+    ranks: bool = False,
+) -> Log:
     """DiffusionNFT: AWM with weights of its own: sigma / mean |v - target|, sample by sample.
 
     DiffusionNFT (arXiv 2509.16117), on policy.  The published loss is r |v+ - target|^2 + (1 - r) |v- - target|^2 with
@@ -269,7 +287,13 @@ def nft(s: Samples, *, group: int = 8, active: int = 6, ranks: bool = False) -> 
     return dict(advantage=advantage.abs())
 
 
-def dpo(s: Samples, *, group: int = 8, active: int = 6, beta: float = 2000.0) -> Log:
+def dpo(
+    s: Samples,
+    *,
+    group: int = 8,
+    active: int = 6,
+    beta: float = 2000.0,
+) -> Log:
     """Online DPO: of the best and the worst sample of a group, the best should be matched better than by the base.
 
     The loss of Diffusion-DPO (arXiv 2311.12908), Eq. 14, in velocities and with a weight of one at all noise levels;
@@ -324,7 +348,13 @@ def best_and_worst(x_0: Tensor, scores: Tensor, group: int) -> Tensor:
 # ---------------------------------------------------------------------------------------- finite differences
 
 
-def fdfo(s: Samples, *, group: int = 2, churn: float = 0.1, dsigma: bool = False) -> Log:
+def fdfo(
+    s: Samples,
+    *,
+    group: int = 2,
+    churn: float = 0.1,
+    dsigma: bool = False,
+) -> Log:
     """FDFO: of two samples from nearly one noise, all velocities of both are moved towards the better image.
 
     Finite Difference Flow Optimization (arXiv 2603.12893), on policy.  The noise of a pair differs by a share that

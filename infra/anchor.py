@@ -55,7 +55,7 @@ def squared_distance(v: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def excess_norm(v: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """By how much v is longer than base, (b,), 0 where it is not, and the derivative of sqrt(n c) |v| in v, (b, n, c)."""
+    """By how much v is longer than base, (b,), 0 where it is not, and n c times the derivative in v, (b, n, c)."""
     norm = v.square().flatten(1).mean(1).sqrt()
     base_norm = base.square().flatten(1).mean(1).sqrt()
     is_longer = (norm > base_norm)[:, None, None]
