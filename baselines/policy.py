@@ -255,8 +255,11 @@ def awm(
     noise levels is one, as the paper recommends.  The authors' code has 6 noise levels of a rollout of 14, and the
     paper's group is 24.  Left out: penalties that hold the network near older ones.
     """
+    # 1. Samples of the network as it is, and which of them are the better ones.
     x_0 = rollout(s.velocity, s.noise(0), s.sigmas).x[-1]
     advantage = advantages(s.score(x_0), group, ranks)
+
+    # 2. Noise them anew, and match the velocity that leads back.  No random step, no solver: the ODE's samples serve.
     for sigma, x, target in noised(s, x_0, active):
         error = s.velocity(x, sigma) - target
         add_matching(s, x, sigma, error, advantage, active)
@@ -277,12 +280,15 @@ def nft(
     gradients cancel to 2 r - 1, without beta: what is left is AWM.  The weight is the published one: the loss in x_0,
     divided by its own mean absolute error.  `active` is AWM's; the authors' code has 9 noise levels of 10.
     """
+    # 1. As in AWM.
     x_0 = rollout(s.velocity, s.noise(0), s.sigmas).x[-1]
     advantage = advantages(s.score(x_0), group, ranks)
+
+    # 2. xhat_0 - x_0 is -sigma error, so the loss in x_0 is sigma^2 error^2.
     for sigma, x, target in noised(s, x_0, active):
         error = s.velocity(x, sigma) - target
         x_0_error = sigma * error.abs().flatten(1).mean(1)  # (b,)
-        weight = sigma**2 / x_0_error.clamp(min=1e-5)
+        weight = sigma**2 / x_0_error.clamp(min=1e-5)  # the bound is the authors'
         add_matching(s, x, sigma, error, weight * advantage, active)
     return dict(advantage=advantage.abs())
 
@@ -300,15 +306,18 @@ def dpo(
     beta = 2000 is the paper's for Stable Diffusion 1.5, for errors that are means over entries.  All rows of a group
     are used: each pair of rows holds the best and the worst, under one noise.  Raises ValueError for an odd group.
     """
+    # 1. The best and the worst in turns: even rows are to be matched better, odd rows worse.
     x_0 = rollout(s.velocity, s.noise(0), s.sigmas).x[-1]
     x_0 = best_and_worst(x_0, s.score(x_0), group)
+
+    # 2. Both are compared with the untuned network, under the same noise.
     for sigma, x, target in noised(s, x_0, active, shared=2):
         error = s.velocity(x, sigma) - target
         base_error = s.base(x, sigma) - target
         gain = (base_error.square() - error.square()).flatten(1).mean(1)  # (b,)
         margin = beta / 2 * (gain[::2] - gain[1::2])  # (b / 2,)
         # The loss is -log sigmoid(margin), a mean over pairs.
-        push = beta * (-margin).sigmoid()
+        push = beta * (-margin).sigmoid()  # fades as the best is preferred enough
         weight = torch.stack([push, -push], 1).flatten()  # to the best, from the worst
         add_matching(s, x, sigma, error, weight, active)
     return {}
@@ -323,6 +332,7 @@ def noised(s: Samples, x_0: Tensor, active: int, shared: int = 1) -> Iterator[tu
     steps = draw_steps(all_steps, active, 0.0, s.generator)
     for step in steps:
         sigma = s.sigmas[step]
+        # Not noise(0): that is the x_1 that x_0 was made from.
         noise = s.noise(step + 1)[::shared].repeat_interleave(shared, 0)
         yield sigma, (1 - sigma) * x_0 + sigma * noise, noise - x_0
 
@@ -339,9 +349,9 @@ def best_and_worst(x_0: Tensor, scores: Tensor, group: int) -> Tensor:
     if group % 2 or len(scores) % group:
         raise ValueError(f"{len(scores)} samples do not divide into groups of {group}, which must be even")
     group_scores = scores.view(-1, group)
-    chosen = torch.stack([group_scores.argmax(1), group_scores.argmin(1)], 1)  # (groups, 2), within a group
-    first_rows = torch.arange(0, len(scores), group, device=chosen.device)
-    pairs = (chosen + first_rows[:, None]).repeat(1, group // 2)  # (groups, group)
+    extremes = torch.stack([group_scores.argmax(1), group_scores.argmin(1)], 1)  # (groups, 2), within a group
+    first_rows = torch.arange(0, len(scores), group, device=extremes.device)
+    pairs = (extremes + first_rows[:, None]).repeat(1, group // 2)  # (groups, group)
     return x_0[pairs.flatten()]
 
 
@@ -375,7 +385,7 @@ def fdfo(
     # 2. The slope of the score between the samples of a pair, per entry.
     half = (x_0[::2] - x_0[1::2]) / 2  # (b / 2, n, c)
     rise = (scores[::2] - scores[1::2]) / 2
-    slope = rise / (half.square().flatten(1).mean(1) + 1e-6)
+    slope = rise / (half.square().flatten(1).mean(1) + 1e-6)  # as published; two images may be one
     ascent = 2 / half[0].numel() * slope[:, None, None] * half
     ascent = ascent.repeat_interleave(2, 0)  # up is the same way for both
 

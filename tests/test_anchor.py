@@ -53,7 +53,7 @@ def hinge_of_norms(v: Tensor, near: Tensor) -> Tensor:
 def test_the_gradient_is_the_methods_and_that_of_the_distance_at_a_fixed_state(anchor_on, distance_of):
     network, base = small_network(), small_network()
     with torch.no_grad():
-        network[2].weight *= 1 + torch.linspace(-0.2, 0.2, 8)  # longer for some samples, shorter for others
+        network[0].weight += 0.1  # longer for some samples, shorter for others
     x, u, sigma = torch.randn(5, 4, 3).double(), torch.randn(5, 4, 3).double(), torch.tensor(0.5).double()
 
     def velocity(of: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
@@ -171,9 +171,8 @@ def moved_gradient(cfg: Config) -> Tensor:
 
 def test_it_is_the_same_on_two_ranks_and_in_parts(cfg):
     one = spread(1, moved_gradient, cfg)[0]
-    for changes in (dict(), dict(micro_batch=1), dict(rollout_batch=2)):
-        for two in spread(2, moved_gradient, replace(cfg, **changes)):
-            assert (two - one).norm() < 5e-5 * one.norm()
+    for two in spread(2, moved_gradient, replace(cfg, rollout_batch=2, micro_batch=1)):
+        assert (two - one).norm() < 5e-5 * one.norm()
 
 
 def test_an_update_costs_what_is_counted(cfg):
