@@ -4,7 +4,7 @@
     python -m experiments.fidelity --model runs/leapalign-seed0/final --rollout-steps 25
     python -m experiments.fidelity --methods leapalign refl my_method.py:noisy_steps
 
-The true gradient is baselines.full, through every step. A method's gradient is drawn several times for the same noise,
+The true gradient is that of `full`, through every step. A method's gradient is drawn several times for the same noise,
 which separates bias from variance:
 
     cosine       of a single draw and the true gradient, and norm, their ratio of lengths: what an update sees
