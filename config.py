@@ -40,7 +40,8 @@ class Experiment:
     reward: tuple[str, ...] = ("tiny",)
     """Rewards to raise, NAME[=PATH][:WEIGHT] or my_file.py:function[:WEIGHT]. Names: tiny, clip, pickscore, hpsv2,
     hpsv3, imagereward, and judge for methods that need no gradient; weights multiply what the loss sees (cosines for
-    CLIP rewards, about 13 for hpsv3)."""
+    CLIP rewards, about 13 for hpsv3). NAME~GOOD~BAD is relative: by how much the prompt fits better with a good word in
+    front than with a bad one, as in hpsv2~Real~Painting (SRPO)."""
     watch: tuple[str, ...] = ("judge",)
     """Rewards that are evaluated but never trained on. The run keeps the weights that the first one likes best, and
     warns when one has fallen while the trained reward rose. judge applies the rules of the shapes world; lattice falls
@@ -77,6 +78,9 @@ class Experiment:
     """Weight of an anchor in the loss: the squared distance of the trained velocity from the untuned network's, a mean
     over the latent, at each state where the network is differentiated (two of leapalign's). The untuned network is the
     one without its LoRA, or a frozen copy."""
+    anchor_on: Literal["velocity", "norm"] | None = None
+    """What --anchor holds: the velocity, or its length alone, where that exceeds the untuned network's (NormGuard).
+    Default: the velocity."""
     clip: float = 1.0
     """Largest norm of the whole gradient; inf does not clip."""
     ema: float = 0.98
@@ -105,10 +109,12 @@ class Method:
     have is refused, unless it comes from the preset."""
 
     method: str = "leapalign"
-    """leapalign, the paper's; refl, draft_lv, drtune, full, flowbp_sparse, flowbp_bridge, flowbp_lagrange, flow_grpo,
-    dance_grpo, mix_grpo of baselines.py; or your own, my_file.py:FUNCTION."""
+    """leapalign, the paper's; refl, draft_lv, drtune, full, direct_align, vgg_flow, flowbp_sparse, flowbp_bridge,
+    flowbp_lagrange, and from scores alone flow_grpo, dance_grpo, mix_grpo, awm, nft, dpo, fdfo, all of baselines/; or
+    your own, my_file.py:FUNCTION."""
     option: tuple[str, ...] = ()
-    """NAME=VALUE: keywords of your own method that are no flags here."""
+    """NAME=VALUE: keywords that are no flags here: those of your own method, direct_align's ahead (1 step), vgg_flow's
+    scale (1000), dpo's beta (2000), fdfo's churn (0.1) and dsigma (false, true weighs steps by their length)."""
     alpha: float | None = None
     """leapalign (0.3), flowbp_bridge, flowbp_lagrange (0.1): discount of the nested gradient (Eq. 9): 0 drops it, 1
     keeps it whole."""
@@ -120,12 +126,12 @@ class Method:
     weight: Literal["both", "d_j", "d_0", "none"] | None = None
     """leapalign (both): distances that the similarity weight uses (Eq. 12)."""
     reward_input: Literal["x_0", "xhat_0"] | None = None
-    """leapalign (x_0, the paper's; xhat_0 in the preset shapes): reward the image of the rollout, or the last leap's
-    prediction of it."""
+    """leapalign (x_0, the paper's; xhat_0 in the preset shapes), refl, drtune (xhat_0): reward the image of the
+    rollout, or the prediction of it by the last leap, or at the step where refl and drtune stop."""
     low: float | None = None
-    """leapalign (0): leaps start at noise levels of at least this."""
+    """leapalign (0), direct_align (0.75): leaps and steps start at noise levels of at least this."""
     high: float | None = None
-    """leapalign (1): leaps start at noise levels of at most this."""
+    """leapalign (1), direct_align (0.97): leaps and steps start at noise levels of at most this."""
     distance: float | None = None
     """leapalign: fixed k - j instead of a random pair."""
     by_level: bool = False
@@ -137,7 +143,8 @@ class Method:
     nodes: int | None = None
     """flowbp_lagrange (3): velocities that a leap's polynomial goes through."""
     active: int | None = None
-    """drtune (2), flowbp_sparse (3), flowbp_bridge (5): steps that carry gradient."""
+    """drtune (2), flowbp_sparse, vgg_flow (3), flowbp_bridge (5), awm, nft, dpo (6): steps, or noise levels, that carry
+    gradient."""
     bias: float | None = None
     """flowbp_sparse, flowbp_bridge (2): steps are drawn with odds (i + 1)^bias, so 0 is uniform."""
     rho: float | None = None
@@ -145,16 +152,24 @@ class Method:
     of the trajectory's, or of a leap's, 0 leaves them."""
     copies: int | None = None
     """draft_lv (2): copies of x_0 with fresh noise, whose last step is differentiated too."""
-    last: int | None = None
-    """full: only the last K steps, which is DRaFT-K; refl: one of the last K, by default 11 of 25."""
+    last: int | Literal["random"] | None = None
+    """full: only the last K steps, which is DRaFT-K, or a random K, which is AlignProp; refl: one of the last K, by
+    default 11 of 25."""
     group: int | None = None
-    """flow_grpo, dance_grpo, mix_grpo (8): samples of one prompt, which are compared with each other."""
+    """flow_grpo, dance_grpo, mix_grpo, awm, nft, dpo (8), fdfo (2): samples of one prompt, which are compared with each
+    other."""
+    ranks: bool = False
+    """flow_grpo, dance_grpo, mix_grpo, awm, nft: compare samples by their ranks in the group, not by their scores."""
     noise: float | None = None
     """flow_grpo (a = 0.7), dance_grpo, mix_grpo (eta = 0.3): noise of the random walk."""
+    cps: bool = False
+    """flow_grpo, mix_grpo: coefficient-preserving noise in the random steps (Flow-CPS); --noise, its level, is below
+    1."""
     window: int | None = None
-    """mix_grpo (4): random steps, the others are the ODE's."""
-    shift_every: Annotated[int | None, tyro.conf.arg(aliases=("--every",))] = None
-    """mix_grpo (25): updates until the window moves on by a step."""
+    """mix_grpo (4): random steps, the others are the ODE's; flow_grpo: the same, drawn at each update from the first
+    half (Flow-GRPO-Fast), by default all steps."""
+    shift_every: Annotated[int | Literal["random"] | None, tyro.conf.arg(aliases=("--every",))] = None
+    """mix_grpo (25): updates until the window moves on by a step; random: it is drawn as flow_grpo's."""
 
 
 @flags

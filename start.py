@@ -106,7 +106,7 @@ def choose_method(cfg: Config, process: Process, preset: Config) -> tuple[Callab
     method = partial(method, **options)
     # The anchor is wrapped around the method, so neither the method nor train.py knows of it.
     if cfg.anchor:
-        method = anchored(method, cfg.anchor)
+        method = anchored(method, cfg.anchor, cfg.anchor_on or "velocity")
     return method, group
 
 

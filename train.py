@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 train.py flux-dev-hpsv2 --resume
 
 Read from top to bottom: main and the set-up; the network and FSDP2; optimizers; the loop; one update; one evaluation.
-The gradient itself is a method's: a function of leaps.py, of baselines.py, or yours. Beside what FSDP2 sends, ranks
+The gradient itself is a method's: a function of leaps.py, of baselines/, or yours. Beside what FSDP2 sends, ranks
 exchange: the run's history, checks of agreement, signals, the values of an update, the images of an evaluation,
 whether a checkpoint is whole, and the tensors of a model that is saved.
 A run writes, to --out:

@@ -43,7 +43,7 @@ from start import prepare
 CELLS = RESULTS / "cells.jsonl"  # the runs that the repository ships
 NEW_CELLS = Path("runs/cells.jsonl")  # yours; append its lines to CELLS to ship them
 # Code that is most likely to change a run's numbers. Runs outlive most of its changes, so it is not in a run's key.
-CODE = ("sample.py", "leaps.py", "baselines.py", "shapes/vivid.py")
+CODE = ("sample.py", "leaps.py", "baselines/direct.py", "baselines/policy.py", "shapes/vivid.py")
 # A run is repeatable to the bit, and two runs fit on two cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 NONFINITE = 3  # train.py's exit code after a number that is not finite

@@ -49,7 +49,7 @@ def check_numbers(cfg: Config) -> None:
     )  # fmt: skip
     for name in at_least_1:
         value = getattr(cfg, name)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:  # not None, nor a word such as random
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("lr", "weight_decay", "seed", "anchor", "copies"):
         value = getattr(cfg, name)
@@ -59,6 +59,10 @@ def check_numbers(cfg: Config) -> None:
         raise ValueError(f"--clip must be positive, got {cfg.clip}: inf does not clip")
     if cfg.noise is not None and cfg.noise <= 0:
         raise ValueError(f"--noise must be positive, got {cfg.noise}: a random walk without it has no probabilities")
+    if cfg.cps and (cfg.noise or 0) >= 1:
+        raise ValueError(f"--noise must be below 1 with --cps, got {cfg.noise}: 1 is all of the noise")
+    if cfg.anchor_on and not cfg.anchor:
+        raise ValueError("--anchor-on needs --anchor, its weight in the loss")
     if cfg.tau is not None and cfg.tau <= 0:
         raise ValueError(f"--tau must be positive, got {cfg.tau}: the weight of an exact leap is 1 / (2 tau)")
     if not 0 <= cfg.ema < 1:

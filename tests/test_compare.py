@@ -234,14 +234,14 @@ def test_code_is_other_code_only_if_it_computes_something_else(text, same, tmp_p
 def test_a_key_changes_with_each_flag_and_with_what_the_run_reads(tmp_path):
     prompts, method = tmp_path / "p.txt", tmp_path / "m.py"
     prompts.write_text("a photo of a red circle\n")
-    method.write_text("from baselines import full\n")
+    method.write_text("from baselines.direct import full\n")
     runs = [CELL, replace(CELL, seed=1), replace(CELL, lr=2e-4), replace(CELL, updates=5), replace(CELL, spec="full")]
     runs += [replace(CELL, flags=f"{SMALL} --model hub/{name}") for name in "ab"]
     runs += [replace(CELL, flags=f"{SMALL} --prompts {prompts}"), replace(CELL, spec=f"{method}:full")]
     keys = [run.key for run in runs]
     assert len(set(keys)) == len(keys)
     prompts.write_text("a photo of a blue circle\n")
-    method.write_text("from baselines import full  # now better\n")
+    method.write_text("from baselines.direct import full  # now better\n")
     cells.digest.cache_clear()
     new_keys = [run.key for run in runs]
     assert new_keys[:-2] == keys[:-2] and new_keys[-2] != keys[-2] and new_keys[-1] != keys[-1]

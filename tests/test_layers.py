@@ -10,7 +10,7 @@ import pytest
 
 from tests.tree import ROOT, sources
 
-PACKAGES = ("infra", "formats", "scorers", "shapes", "recipe", "tools", "experiments", "tests")
+PACKAGES = ("baselines", "infra", "formats", "scorers", "shapes", "recipe", "tools", "experiments", "tests")
 HEIGHT = {  # a module may import what is lower, or of its own package
     "infra.flags": -1,
     "leaps": 0, "model": 0, "config": 0,

@@ -237,6 +237,30 @@ def test_two_rewards_of_one_name_are_an_error_as_they_are_logged_by_it(folder):
         check_rewards([f"clip={folder}", f"clip={folder}:2"])
 
 
+def test_a_relative_reward_is_the_score_with_the_good_word_less_that_with_the_bad_one(folder):
+    plain, relative = open_reward(f"clip={folder}"), open_reward(f"clip={folder}~red~three crosses:0.5")
+    images = torch.rand(2, 3, SIDE, SIDE, requires_grad=True)
+    good = plain.score(images, ["red. a circle", "red. a square"])
+    bad = plain.score(images, ["three crosses. a circle", "three crosses. a square"])
+    score = relative.score(images, ["a circle", "a square"])
+    torch.testing.assert_close(score, good - bad)
+    gradients = [torch.autograd.grad(x.sum(), images, retain_graph=True)[0] for x in (score, good - bad)]
+    torch.testing.assert_close(*gradients)
+    assert (relative.name, relative.weight, relative.lam) == ("clip_relative", 0.5, None)
+    assert open_reward("tiny~red~blue").lam is None  # tiny's lambda is of scores, not of differences
+
+
+def test_a_users_function_may_be_relative_and_a_rule_may_not(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def words(images, prompts): return images.new_tensor([float(len(p.split())) for p in prompts])"
+    )
+    reward = open_reward(f"{tmp_path / 'mine.py'}:words~one two three~one")
+    torch.testing.assert_close(reward.score(torch.ones(1, 3, 8, 8), ["a circle"]), torch.tensor([2.0]))
+    assert reward.name == "words_relative"
+    with pytest.raises(ValueError, match="judge is a rule"):
+        check_rewards(["judge~a~b"])
+
+
 def test_the_judge_is_one_or_zero_an_image():
     prompts = list(all_prompts())[:12]
     images = scenes(prompts, np.random.default_rng(0))[0]

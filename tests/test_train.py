@@ -459,7 +459,7 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
         (["--method", "flow_grpo", "--noise", "0"], ["--noise", "0.0"]),
         (["--method", "flow_grpo", "--lam", "0.4"], ["--lam", "flow_grpo"]),
         (["--method", "draft_lv", "--copies", "-1"], ["--copies", "-1"]),
-        (["--method", "nope"], ["--method nope", "baselines.py"]),
+        (["--method", "nope"], ["--method nope", "baselines/"]),
         (["--leaps", "13"], ["13 leaps", "12 steps"]),
         (["--low", "0.99"], ["1 steps"]),
     ],
