@@ -1,0 +1,376 @@
+"""Time and memory of the network, of LeapAlign and of sampling, beside what people would use instead.
+
+    python -m experiments.bench                                                # the tiny Flux on a CPU
+    python -m experiments.bench --network flux-dev --bf16 --lora 64 --compile  # all that a GPU should be asked
+
+The network is compared with diffusers' transformer, `sample` with FluxPipeline, and an iteration of LeapAlign with its
+published structure: one graph through all leaps, the VAE and the reward. Both sides have the same weights; all networks
+but the tiny one have random weights. The VAE, the text encoders and the reward are the tiny ones.
+
+Times are medians over runs that take turns: CPU seconds of the process, or seconds where there is a GPU. Memory is the
+most that a run's tensors took at once, without the gradients of weights.
+"""
+
+import itertools
+import json
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from config import sides
+from experiments.record import RESULTS, markdown_table, run_command, source_line, write_result
+from formats.folders import SHIFTS, Pipeline, load_pipeline
+from formats.lora import add_lora, first_values
+from formats.names import config_to_diffusers, to_diffusers
+from infra.distributed import device_of
+from infra.flags import flags
+from infra.meter import network_flops, peak_flops
+from infra.pictures import line_chart, save_row
+from infra.prompts import read_prompts
+from leaps import Velocity, connect, discount, hinge, leapalign, one_step, pick_leaps
+from model import Flux
+from rewards import open_reward
+from sample import HERE, decode, encode, sample, sigmas, token_grid, velocity_of
+from samples import Size, build_samples
+
+NETWORKS = {
+    "tiny": dict(),
+    "30m": dict(hidden_size=384, num_heads=6, axes_dim=(16, 24, 24), depth=3, depth_single_blocks=6),
+    "flux-dev": dict(hidden_size=3072, num_heads=24, axes_dim=(16, 56, 56), depth=19, depth_single_blocks=38),
+}
+LEVELS = ("none", "light", "blocks")
+ALPHA = 0.3  # of Eq. 9, the paper's
+Runs = dict[str, Callable[[], Any]]
+Row = dict[str, Any]
+
+
+@flags
+class BenchFlags:
+    """Measure time and memory."""
+
+    network: Literal[tuple(NETWORKS)] = "tiny"
+    """Size of the network."""
+    size: str = "64"
+    """Pixels: one number for a square, or HEIGHTxWIDTH."""
+    text_length: int = 16
+    """T5 tokens of a prompt."""
+    batch: int = 16
+    """Samples at a time."""
+    rollout_steps: int = 12
+    """Euler steps of a rollout."""
+    leaps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of leaps."""
+    lora: int | None = None
+    """Train a LoRA of this rank in iterations of LeapAlign."""
+    attention: tuple[Literal[tuple(SDPBackend.__members__)], ...] = ()
+    """Backends of torch's attention, beside its own choice."""
+    compile: bool = False
+    """Measure the network with compiled blocks, too."""
+    bf16: bool = False
+    """Compute the networks in bfloat16."""
+    repeats: int = 5
+    """Runs whose median is a time."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
+    results: Path = RESULTS / "bench.json"
+    """File to write; a table and a picture are written beside it."""
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make: `now` are alive, `peak` were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), options: Any = None) -> Any:
+        result = operation(*args, **(options or {}))
+        old = {id(storage) for storage in storages((args, options))}  # of views, and of what is changed in place
+        for storage in storages(result):
+            if id(storage) not in old:
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """The most that the tensors of a run take at once."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes() as live:
+        run()
+    return live.peak
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()  # on a busy machine the wall clock counts others, too
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(cfg: BenchFlags, runs: Runs, flops: int = 0) -> list[Row]:
+    """A row for each run; `flops` are a run's, without what is recomputed."""
+    device = torch.device(cfg.device)
+    rows = []
+    for name, run in runs.items():
+        try:
+            run()  # compiles; and makes the gradients of weights, which later runs add to
+            rows.append(dict(run=name, bytes=peak_bytes(run, device)))
+        except torch.OutOfMemoryError:
+            rows.append(dict(run=name, bytes=None))
+    seconds: dict[str, list[float]] = {row["run"]: [] for row in rows if row["bytes"] is not None}
+    for _ in range(cfg.repeats):
+        for name in seconds:
+            start = clock(device)
+            runs[name]()
+            seconds[name].append(clock(device) - start)
+    for row in rows:
+        if row["run"] in seconds:
+            row["seconds"] = statistics.median(seconds[row["run"]])
+            row["flops_per_second"] = flops / row["seconds"]
+    return rows
+
+
+# ------------------------------------------------------------------------------- what is measured
+
+
+def bench(cfg: BenchFlags) -> None:
+    """Measure all parts, and write the result, a table and a picture."""
+    pipe, size, prompts = inputs(cfg)
+    reference = as_diffusers(pipe.flux)
+    parts = network_parts(cfg, pipe, reference, size, prompts)
+    parts["sampling"] = sampling_rows(cfg, pipe, reference, size, prompts)
+    if cfg.compile:
+        for block in (*pipe.flux.double_blocks, *pipe.flux.single_blocks):
+            block.compile()
+        compiled = network_parts(cfg, pipe, reference, size, prompts)
+        parts |= {f"{name}, compiled": rows for name, rows in compiled.items()}
+    for network in (reference, pipe.flux):
+        network.zero_grad()
+    if cfg.lora:
+        add_lora(pipe.flux, cfg.lora, 2 * cfg.lora)
+        for name, value in first_values(pipe.flux, seed=0):
+            pipe.flux.get_parameter(name).data = value.to(cfg.device)
+    for leaps in cfg.leaps:
+        parts[f"iteration, {leaps} leaps"] = iteration_rows(cfg, pipe, size, prompts, leaps)
+    write_result(cfg.results, parts=parts)
+    report(cfg.results, torch.device(cfg.device))
+
+
+def inputs(cfg: BenchFlags) -> tuple[Pipeline, Size, list[str]]:
+    """The tiny model with a network of the size asked for, the size of images, and prompts."""
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    pipe = load_pipeline(HERE / "shapes" / "tiny-flux", device_of(cfg.device), dtype, cfg.text_length)
+    config = replace(pipe.flux.config, **NETWORKS[cfg.network])
+    if config != pipe.flux.config:
+        with torch.device(cfg.device):
+            torch.set_default_dtype(dtype)  # 12 billion weights in fp32 would not leave room for others
+            pipe.flux = Flux(config)
+            torch.set_default_dtype(torch.float32)
+    height, width = sides(cfg.size)
+    rows, columns = token_grid(pipe, height, width)
+    levels = sigmas(pipe.schedule, cfg.rollout_steps, rows * columns).to(cfg.device)
+    flops = network_flops(pipe.flux, rows * columns, cfg.text_length)
+    lines = read_prompts(HERE / "shapes" / "train-prompts.txt")
+    return pipe, Size(height, width, rows, columns, levels, flops), lines[: cfg.batch]
+
+
+def network_parts(
+    cfg: BenchFlags, pipe: Pipeline, reference: FluxTransformer2DModel, size: Size, prompts: list[str]
+) -> dict[str, list[Row]]:
+    """A forward, and a forward and its backward in all weights, of the network and of diffusers'."""
+    text = encode(pipe, prompts)
+    ours = velocity_of(pipe.flux, text, size.rows, size.columns, dtype=pipe.compute)
+    theirs = diffusers_velocity(reference, text.txt, text.vec, size)
+    x = torch.randn(cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels, device=cfg.device)
+
+    def backward(velocity: Velocity, recompute: str = "none", attention: str | None = None) -> None:
+        pipe.flux.recompute = recompute
+        backends = [SDPBackend[attention]] if attention else list(SDPBackend.__members__.values())
+        with sdpa_kernel(backends):
+            velocity(x, size.sigmas[0]).sum().backward()
+
+    forwards = {"diffusers": partial(theirs, x, size.sigmas[0]), "model.py": partial(ours, x, size.sigmas[0])}
+    backwards = {"diffusers": partial(backward, theirs)}
+    for level in LEVELS:
+        backwards[f"--recompute {level}"] = partial(backward, ours, level)
+    for name in cfg.attention:
+        backwards[name] = partial(backward, ours, attention=name)
+    with torch.no_grad():
+        parts = {"forward": measure(cfg, forwards, cfg.batch * size.flops.forward)}
+    parts["forward and backward"] = measure(cfg, backwards, cfg.batch * size.flops.forward_backward)
+    return parts
+
+
+def as_diffusers(flux: Flux) -> FluxTransformer2DModel:
+    """diffusers' network, which shares the weights of `flux`."""
+    with torch.device("meta"):
+        reference = FluxTransformer2DModel.from_config(config_to_diffusers(flux.config))
+    reference.load_state_dict(to_diffusers(flux.state_dict(), flux.config), assign=True)
+    return reference.requires_grad_()
+
+
+def diffusers_velocity(reference: FluxTransformer2DModel, txt: Tensor, vec: Tensor, size: Size) -> Velocity:
+    img_ids = FluxPipeline._prepare_latent_image_ids(1, size.rows, size.columns, txt.device, txt.dtype)
+    txt_ids = torch.zeros(txt.shape[1], 3, device=txt.device, dtype=txt.dtype)
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        t = sigma.to(txt.dtype).expand(len(x))
+        (v,) = reference(x.to(txt.dtype), txt, vec, t, img_ids, txt_ids, return_dict=False)
+        return v.to(x.dtype)
+
+    return velocity
+
+
+def sampling_rows(
+    cfg: BenchFlags, pipe: Pipeline, reference: FluxTransformer2DModel, size: Size, prompts: list[str]
+) -> list[Row]:
+    """`sample` and FluxPipeline, whose images are the same."""
+    shifts = {name: pipe.schedule[name] for name in SHIFTS}
+    scheduler = FlowMatchEulerDiscreteScheduler(**shifts)
+    encoders = pipe.clip, pipe.clip_tokenizer, pipe.t5, pipe.t5_tokenizer
+    pipeline = FluxPipeline(scheduler, pipe.vae, *encoders, reference)
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = range(cfg.batch)
+
+    def theirs() -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        # FluxPipeline would decode in the network's dtype.
+        latents = pipeline(
+            prompts, generator=generators, height=size.height, width=size.width, output_type="latent",
+            num_inference_steps=cfg.rollout_steps, max_sequence_length=cfg.text_length,
+        ).images  # fmt: skip
+        with torch.no_grad():
+            return decode(pipe, latents.float(), size.height, size.width).cpu()
+
+    ours = partial(sample, pipe, prompts, seeds, cfg.rollout_steps, size.height, size.width, batch=cfg.batch)
+    rows = measure(cfg, {"FluxPipeline": theirs, "sample.py": ours})
+    rows[1]["difference"] = (ours() - theirs()).abs().max().item()
+    return rows
+
+
+def iteration_rows(cfg: BenchFlags, pipe: Pipeline, size: Size, prompts: list[str], leaps: int) -> list[Row]:
+    """An iteration of LeapAlign, leap by leap and in its published structure, from the same picks."""
+    reward = open_reward("tiny", cfg.device, pipe.clip_tokenizer)
+    noise = torch.randn(cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels, device=cfg.device)
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(leaps)
+
+    def ours(recompute: str) -> None:
+        pipe.flux.recompute = recompute
+        samples, _ = build_samples(pipe, prompts, size, [reward], lambda i: noise, generator())
+        leapalign(samples, alpha=ALPHA, leaps=leaps, weight="none")
+
+    def theirs(recompute: str) -> None:
+        pipe.flux.recompute = recompute
+        velocity = velocity_of(pipe.flux, encode(pipe, prompts), size.rows, size.columns, dtype=pipe.compute)
+        x_0 = published(velocity, noise, size.sigmas, pick_leaps(size.sigmas, generator(), leaps))
+        images = decode(pipe, x_0, size.height, size.width)
+        hinge(reward.score(images, prompts), reward.lam).mean().backward()
+
+    runs = {}
+    for level in LEVELS:
+        runs[f"published, {level}"] = partial(theirs, level)
+        runs[f"leap by leap, {level}"] = partial(ours, level)
+    rows = measure(cfg, runs)
+    for row in rows:
+        row["leaps"] = leaps
+    rows[1]["difference"] = distance(*(gradient(pipe.flux, partial(run, "blocks")) for run in (ours, theirs)))
+    return rows
+
+
+def published(velocity: Velocity, x: Tensor, levels: Tensor, picks: tuple[int, ...]) -> Tensor:
+    """x_0 of a rollout from x, with the graph of leaps from `picks`, where the rollout's own velocities have one."""
+    leap = None  # the arguments of Eq. 3 at the last pick
+    for step, (k, j) in enumerate(itertools.pairwise(levels)):
+        if step in picks and leap:
+            x = connect(x, one_step(*leap, k))
+        with torch.set_grad_enabled(step in picks):
+            v = velocity(discount(x, ALPHA), k)
+        if step in picks:
+            leap = x, v, k
+        x = one_step(x, v, k, j).detach()
+    return connect(x, one_step(*leap, levels[-1]))
+
+
+def gradient(flux: Flux, run: Callable[[], Any]) -> list[Tensor]:
+    flux.zero_grad()
+    run()
+    return [p.grad for p in flux.parameters() if p.grad is not None]
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """Between gradients, relative."""
+    squares = [(x - y).float().square().sum() for x, y in zip(a, b)]
+    return (sum(squares) / sum(y.float().square().sum() for y in b)).sqrt().item()
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def report(path: Path, device: torch.device) -> None:
+    """Write the table and the picture of a result beside it, and print the table."""
+    result = json.loads(path.read_text())
+    lines, memory = [], {}
+    for part, rows in result["parts"].items():
+        for row in rows:
+            lines.append([f"{part}: {row['run']}", *cells(row, rows[0], device)])
+            if "leaps" in row and row["bytes"] is not None:
+                xs, ys = memory.setdefault(row["run"], ([], []))
+                xs.append(row["leaps"])
+                ys.append(row["bytes"] / 1e9)
+    head = ["", "ms", "of the first", "MB", "of the first", "TFLOP/s", "MFU", "differs by"]
+    path.with_suffix(".md").write_text(f"{source_line(result)}\n\n{markdown_table(head, lines)}")
+    print(path.with_suffix(".md").read_text())
+    chart = partial(line_chart, lines=memory, title="memory of an iteration, GB", across="leaps")
+    save_row([chart], path.with_suffix(".png"), right_margin=2.2)
+
+
+def cells(row: Row, first: Row, device: torch.device) -> list[str]:
+    """The numbers of a row, empty where there are none."""
+    if row["bytes"] is None:
+        return ["does not fit", *[""] * 6]
+    numbers = [f"{1000 * row['seconds']:.1f}", "", f"{row['bytes'] / 1e6:.1f}", "", "", "", ""]
+    if first["bytes"] is not None:
+        numbers[1] = f"{row['seconds'] / first['seconds']:.3f}"
+        numbers[3] = f"{row['bytes'] / first['bytes']:.3f}"
+    if row["flops_per_second"]:
+        numbers[4] = f"{row['flops_per_second'] / 1e12:.3f}"
+        peak = peak_flops(device)
+        if peak:
+            numbers[5] = f"{row['flops_per_second'] / peak:.2f}"
+    if "difference" in row:
+        numbers[6] = f"{row['difference']:.1e}"
+    return numbers
+
+
+if __name__ == "__main__":
+    run_command(bench, BenchFlags, __doc__)
