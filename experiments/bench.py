@@ -1,7 +1,8 @@
 """Time and memory of the network, of LeapAlign and of sampling, beside what people would use instead.
 
-    python -m experiments.bench                                                # the tiny Flux on a CPU
-    python -m experiments.bench --network flux-dev --bf16 --lora 64 --compile  # all that a GPU should be asked
+    python -m experiments.bench  # the tiny Flux, minutes on a CPU
+    python -m experiments.bench --network flux-dev --size 720 --text-length 512 --rollout-steps 25 --batch 1 --bf16 \\
+        --lora 64 --leaps 2 8 --repeats 2 --compile --attention FLASH_ATTENTION CUDNN_ATTENTION  # on a GPU of 141 GB
 
 The network is compared with diffusers' transformer, `sample` with FluxPipeline, and an iteration of LeapAlign with its
 published structure: one graph through all leaps, the VAE and the reward. Both sides have the same weights; all networks
@@ -13,6 +14,7 @@ most that a run's tensors took at once, without the gradients of weights.
 
 import itertools
 import json
+import math
 import statistics
 import time
 import weakref
@@ -53,7 +55,8 @@ NETWORKS = {
 LEVELS = ("none", "light", "blocks")
 ALPHA = 0.3  # of Eq. 9, the paper's
 Runs = dict[str, Callable[[], Any]]
-Row = dict[str, Any]
+Rows = dict[str, dict[str, float]]  # run -> column -> number
+COLUMNS = ("ms", "ms / first", "MB", "MB / first", "TFLOP/s", "MFU", "difference")
 
 
 @flags
@@ -135,26 +138,31 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure(cfg: BenchFlags, runs: Runs, flops: int = 0) -> list[Row]:
-    """A row for each run; `flops` are a run's, without what is recomputed."""
+def measure(cfg: BenchFlags, runs: Runs, flops: int = 0) -> Rows:
+    """The numbers of each run, and their ratios to the first one's; `flops` are a run's, without what is recomputed."""
     device = torch.device(cfg.device)
-    rows = []
+    rows: Rows = {}
     for name, run in runs.items():
         try:
             run()  # compiles; and makes the gradients of weights, which later runs add to
-            rows.append(dict(run=name, bytes=peak_bytes(run, device)))
+            rows[name] = {"MB": peak_bytes(run, device) / 1e6}
         except torch.OutOfMemoryError:
-            rows.append(dict(run=name, bytes=None))
-    seconds: dict[str, list[float]] = {row["run"]: [] for row in rows if row["bytes"] is not None}
+            rows[name] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in rows if rows[name]}
     for _ in range(cfg.repeats):
         for name in seconds:
             start = clock(device)
             runs[name]()
             seconds[name].append(clock(device) - start)
-    for row in rows:
-        if row["run"] in seconds:
-            row["seconds"] = statistics.median(seconds[row["run"]])
-            row["flops_per_second"] = flops / row["seconds"]
+    first = rows[next(iter(runs))]
+    for name in seconds:
+        row, median = rows[name], statistics.median(seconds[name])
+        row["ms"] = 1000 * median
+        for unit in first.keys() & {"ms", "MB"}:
+            row[f"{unit} / first"] = row[unit] / first[unit]
+        if flops:
+            row["TFLOP/s"] = flops / median / 1e12
+            row["MFU"] = flops / median / (peak_flops(device) or math.nan)
     return rows
 
 
@@ -181,7 +189,7 @@ def bench(cfg: BenchFlags) -> None:
     for leaps in cfg.leaps:
         parts[f"iteration, {leaps} leaps"] = iteration_rows(cfg, pipe, size, prompts, leaps)
     write_result(cfg.results, parts=parts)
-    report(cfg.results, torch.device(cfg.device))
+    report(cfg.results)
 
 
 def inputs(cfg: BenchFlags) -> tuple[Pipeline, Size, list[str]]:
@@ -204,7 +212,7 @@ def inputs(cfg: BenchFlags) -> tuple[Pipeline, Size, list[str]]:
 
 def network_parts(
     cfg: BenchFlags, pipe: Pipeline, reference: FluxTransformer2DModel, size: Size, prompts: list[str]
-) -> dict[str, list[Row]]:
+) -> dict[str, Rows]:
     """A forward, and a forward and its backward in all weights, of the network and of diffusers'."""
     text = encode(pipe, prompts)
     ours = velocity_of(pipe.flux, text, size.rows, size.columns, dtype=pipe.compute)
@@ -251,7 +259,7 @@ def diffusers_velocity(reference: FluxTransformer2DModel, txt: Tensor, vec: Tens
 
 def sampling_rows(
     cfg: BenchFlags, pipe: Pipeline, reference: FluxTransformer2DModel, size: Size, prompts: list[str]
-) -> list[Row]:
+) -> Rows:
     """`sample` and FluxPipeline, whose images are the same."""
     shifts = {name: pipe.schedule[name] for name in SHIFTS}
     scheduler = FlowMatchEulerDiscreteScheduler(**shifts)
@@ -272,27 +280,26 @@ def sampling_rows(
 
     ours = partial(sample, pipe, prompts, seeds, cfg.rollout_steps, size.height, size.width, batch=cfg.batch)
     rows = measure(cfg, {"FluxPipeline": theirs, "sample.py": ours})
-    rows[1]["difference"] = (ours() - theirs()).abs().max().item()
+    rows["sample.py"]["difference"] = (ours() - theirs()).abs().max().item()
     return rows
 
 
-def iteration_rows(cfg: BenchFlags, pipe: Pipeline, size: Size, prompts: list[str], leaps: int) -> list[Row]:
+def iteration_rows(cfg: BenchFlags, pipe: Pipeline, size: Size, prompts: list[str], leaps: int) -> Rows:
     """An iteration of LeapAlign, leap by leap and in its published structure, from the same picks."""
     reward = open_reward("tiny", cfg.device, pipe.clip_tokenizer)
     noise = torch.randn(cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels, device=cfg.device)
 
-    def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(leaps)
-
     def ours(recompute: str) -> None:
         pipe.flux.recompute = recompute
-        samples, _ = build_samples(pipe, prompts, size, [reward], lambda i: noise, generator())
+        generator = torch.Generator().manual_seed(leaps)
+        samples, _ = build_samples(pipe, prompts, size, [reward], lambda i: noise, generator)
         leapalign(samples, alpha=ALPHA, leaps=leaps, weight="none")
 
     def theirs(recompute: str) -> None:
         pipe.flux.recompute = recompute
         velocity = velocity_of(pipe.flux, encode(pipe, prompts), size.rows, size.columns, dtype=pipe.compute)
-        x_0 = published(velocity, noise, size.sigmas, pick_leaps(size.sigmas, generator(), leaps))
+        picks = pick_leaps(size.sigmas, torch.Generator().manual_seed(leaps), leaps)
+        x_0 = published(velocity, noise, size.sigmas, picks)
         images = decode(pipe, x_0, size.height, size.width)
         hinge(reward.score(images, prompts), reward.lam).mean().backward()
 
@@ -301,9 +308,10 @@ def iteration_rows(cfg: BenchFlags, pipe: Pipeline, size: Size, prompts: list[st
         runs[f"published, {level}"] = partial(theirs, level)
         runs[f"leap by leap, {level}"] = partial(ours, level)
     rows = measure(cfg, runs)
-    for row in rows:
+    for row in rows.values():
         row["leaps"] = leaps
-    rows[1]["difference"] = distance(*(gradient(pipe.flux, partial(run, "blocks")) for run in (ours, theirs)))
+    a, b = gradient(pipe.flux, partial(ours, "blocks")), gradient(pipe.flux, partial(theirs, "blocks"))
+    rows["leap by leap, none"]["difference"] = ((a - b).norm() / b.norm()).item()
     return rows
 
 
@@ -321,55 +329,31 @@ def published(velocity: Velocity, x: Tensor, levels: Tensor, picks: tuple[int, .
     return connect(x, one_step(*leap, levels[-1]))
 
 
-def gradient(flux: Flux, run: Callable[[], Any]) -> list[Tensor]:
+def gradient(flux: Flux, run: Callable[[], Any]) -> Tensor:
     flux.zero_grad()
     run()
-    return [p.grad for p in flux.parameters() if p.grad is not None]
-
-
-def distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """Between gradients, relative."""
-    squares = [(x - y).float().square().sum() for x, y in zip(a, b)]
-    return (sum(squares) / sum(y.float().square().sum() for y in b)).sqrt().item()
+    return torch.cat([p.grad.flatten() for p in flux.parameters() if p.grad is not None])
 
 
 # --------------------------------------------------------------------------------------- the report
 
 
-def report(path: Path, device: torch.device) -> None:
+def report(path: Path) -> None:
     """Write the table and the picture of a result beside it, and print the table."""
     result = json.loads(path.read_text())
     lines, memory = [], {}
     for part, rows in result["parts"].items():
-        for row in rows:
-            lines.append([f"{part}: {row['run']}", *cells(row, rows[0], device)])
-            if "leaps" in row and row["bytes"] is not None:
-                xs, ys = memory.setdefault(row["run"], ([], []))
-                xs.append(row["leaps"])
-                ys.append(row["bytes"] / 1e9)
-    head = ["", "ms", "of the first", "MB", "of the first", "TFLOP/s", "MFU", "differs by"]
-    path.with_suffix(".md").write_text(f"{source_line(result)}\n\n{markdown_table(head, lines)}")
+        for name, row in rows.items():
+            cells = [f"{row[column]:.3g}" if column in row else "" for column in COLUMNS]
+            lines.append([f"{part}: {name}", *cells])
+            if "leaps" in row and "MB" in row:
+                across, up = memory.setdefault(name, ([], []))
+                across.append(row["leaps"])
+                up.append(row["MB"] / 1000)
+    path.with_suffix(".md").write_text(f"{source_line(result)}\n\n{markdown_table(['', *COLUMNS], lines)}")
     print(path.with_suffix(".md").read_text())
     chart = partial(line_chart, lines=memory, title="memory of an iteration, GB", across="leaps")
     save_row([chart], path.with_suffix(".png"), right_margin=2.2)
-
-
-def cells(row: Row, first: Row, device: torch.device) -> list[str]:
-    """The numbers of a row, empty where there are none."""
-    if row["bytes"] is None:
-        return ["does not fit", *[""] * 6]
-    numbers = [f"{1000 * row['seconds']:.1f}", "", f"{row['bytes'] / 1e6:.1f}", "", "", "", ""]
-    if first["bytes"] is not None:
-        numbers[1] = f"{row['seconds'] / first['seconds']:.3f}"
-        numbers[3] = f"{row['bytes'] / first['bytes']:.3f}"
-    if row["flops_per_second"]:
-        numbers[4] = f"{row['flops_per_second'] / 1e12:.3f}"
-        peak = peak_flops(device)
-        if peak:
-            numbers[5] = f"{row['flops_per_second'] / peak:.2f}"
-    if "difference" in row:
-        numbers[6] = f"{row['difference']:.1e}"
-    return numbers
 
 
 if __name__ == "__main__":
