@@ -86,6 +86,8 @@ class Experiment:
     bf16: bool = False
     """Compute the transformer and the text encoders in bfloat16. Trained weights, gradients and optimizer stay fp32,
     unless --lean is given."""
+    vae_bf16: bool = False
+    """Decode in bfloat16, images of evaluations too: half of the memory, and faster on GPUs and on CPUs with AMX."""
     lean: bool = False
     """Train all weights on one GPU in less memory: bfloat16 weights with stochastic rounding, 8-bit optimizer states,
     averages in the host's memory. Needs torchao, and --bf16."""

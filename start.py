@@ -279,6 +279,8 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     length = text_length(cfg, setup.model)
     setup.pipe = load_parts(setup.model, flux, process.device, dtype, length, cfg.offload_encoders)
+    if cfg.vae_bf16:
+        setup.pipe.vae.to(torch.bfloat16)
     everything = cfg.recompute == "blocks"  # of VAE and rewards, too
     if everything:
         setup.pipe.vae.enable_gradient_checkpointing()
