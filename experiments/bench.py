@@ -14,7 +14,6 @@ most that a run's tensors took at once, without the gradients of weights.
 
 import itertools
 import json
-import math
 import statistics
 import time
 import weakref
@@ -126,7 +125,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before  # what torch's allocator gave out, not what it holds
     with LiveBytes() as live:
         run()
     return live.peak
@@ -147,9 +146,10 @@ def measure(cfg: BenchFlags, runs: Runs, flops: int = 0) -> Rows:
         try:
             run()  # compiles; and makes the gradients of weights, which later runs add to
             rows[name] = {"MB": peak_bytes(run, device) / 1e6}
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # that a run does not fit is a result, too
             rows[name] = {}
     seconds: dict[str, list[float]] = {name: [] for name in rows if rows[name]}
+    # In turns, so that what else the machine does slows all of them.
     for _ in range(cfg.repeats):
         for name in seconds:
             start = clock(device)
@@ -163,7 +163,8 @@ def measure(cfg: BenchFlags, runs: Runs, flops: int = 0) -> Rows:
             row[f"{unit} / first"] = row[unit] / first[unit]
         if flops:
             row["TFLOP/s"] = flops / median / 1e12
-            row["MFU"] = flops / median / (peak_flops(device) or math.nan)
+            if peak_flops(device):  # which is known for some GPUs
+                row["MFU"] = flops / median / peak_flops(device)
     return rows
 
 
@@ -176,11 +177,13 @@ def bench(cfg: BenchFlags) -> None:
     reference = as_diffusers(pipe.flux)
     parts = network_parts(cfg, pipe, reference, size, prompts)
     parts["sampling"] = sampling_rows(cfg, pipe, reference, size, prompts)
+    # Compiling cannot be undone, so what is eager comes first.
     if cfg.compile:
         for block in (*pipe.flux.double_blocks, *pipe.flux.single_blocks):
             block.compile()
         compiled = network_parts(cfg, pipe, reference, size, prompts)
         parts |= {f"{name}, compiled": rows for name, rows in compiled.items()}
+    # Gradients of all weights would count against iterations that train a LoRA.
     for network in (reference, pipe.flux):
         network.zero_grad()
     if cfg.lora:
@@ -216,8 +219,8 @@ def network_parts(
 ) -> dict[str, Rows]:
     """A forward, and a forward and its backward in all weights, of the network and of diffusers'."""
     text = encode(pipe, prompts)
-    ours = velocity_of(pipe.flux, text, size.rows, size.columns, dtype=pipe.compute)
-    theirs = diffusers_velocity(reference, text.txt, text.vec, size)
+    flux_velocity = velocity_of(pipe.flux, text, size.rows, size.columns, dtype=pipe.compute)
+    reference_velocity = velocity_of_diffusers(reference, text.txt, text.vec, size)
     x = torch.randn(cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels, device=cfg.device)
 
     def backward(velocity: Velocity, recompute: str = "none", attention: str | None = None) -> None:
@@ -225,12 +228,16 @@ def network_parts(
         with sdpa_kernel(SDPBackend.__members__[attention]) if attention else nullcontext():
             velocity(x, size.sigmas[0]).sum().backward()
 
-    forwards = {"diffusers": partial(theirs, x, size.sigmas[0]), "model.py": partial(ours, x, size.sigmas[0])}
-    backwards = {"diffusers": partial(backward, theirs)}
+    # The first of each kind is what others are compared with.
+    forwards = {
+        "diffusers": partial(reference_velocity, x, size.sigmas[0]),
+        "model.py": partial(flux_velocity, x, size.sigmas[0]),
+    }
+    backwards = {"diffusers": partial(backward, reference_velocity)}
     for level in LEVELS:
-        backwards[f"--recompute {level}"] = partial(backward, ours, level)
+        backwards[f"--recompute {level}"] = partial(backward, flux_velocity, level)
     for name in cfg.attention:
-        backwards[name] = partial(backward, ours, attention=name)
+        backwards[name] = partial(backward, flux_velocity, attention=name)
     with torch.no_grad():
         parts = {"forward": measure(cfg, forwards, cfg.batch * size.flops.forward)}
     parts["forward and backward"] = measure(cfg, backwards, cfg.batch * size.flops.forward_backward)
@@ -241,11 +248,13 @@ def as_diffusers(flux: Flux) -> FluxTransformer2DModel:
     """diffusers' network, which shares the weights of `flux`."""
     with torch.device("meta"):
         reference = FluxTransformer2DModel.from_config(config_to_diffusers(flux.config))
+    # On a GPU there is room for the weights of FLUX.1-dev once.
     reference.load_state_dict(to_diffusers(flux.state_dict(), flux.config), assign=True)
     return reference.requires_grad_()
 
 
-def diffusers_velocity(reference: FluxTransformer2DModel, txt: Tensor, vec: Tensor, size: Size) -> Velocity:
+def velocity_of_diffusers(reference: FluxTransformer2DModel, txt: Tensor, vec: Tensor, size: Size) -> Velocity:
+    # The ids of FluxPipeline, which are in the network's dtype.
     img_ids = FluxPipeline._prepare_latent_image_ids(1, size.rows, size.columns, txt.device, txt.dtype)
     txt_ids = torch.zeros(txt.shape[1], 3, device=txt.device, dtype=txt.dtype)
 
@@ -268,7 +277,7 @@ def sampling_rows(
     pipeline.set_progress_bar_config(disable=True)
     seeds = range(cfg.batch)
 
-    def theirs() -> Tensor:
+    def draw_by_diffusers() -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         # FluxPipeline would decode in the network's dtype.
         latents = pipeline(
@@ -278,9 +287,9 @@ def sampling_rows(
         with torch.no_grad():
             return decode(pipe, latents.float(), size.height, size.width).cpu()
 
-    ours = partial(sample, pipe, prompts, seeds, cfg.rollout_steps, size.height, size.width, batch=cfg.batch)
-    rows = measure(cfg, {"FluxPipeline": theirs, "sample.py": ours})
-    rows["sample.py"]["difference"] = (ours() - theirs()).abs().max().item()
+    draw = partial(sample, pipe, prompts, seeds, cfg.rollout_steps, size.height, size.width, batch=cfg.batch)
+    rows = measure(cfg, {"FluxPipeline": draw_by_diffusers, "sample.py": draw})
+    rows["sample.py"]["difference"] = (draw() - draw_by_diffusers()).abs().max().item()
     return rows
 
 
@@ -289,13 +298,14 @@ def iteration_rows(cfg: BenchFlags, pipe: Pipeline, size: Size, prompts: list[st
     reward = open_reward("tiny", cfg.device, pipe.clip_tokenizer)
     noise = torch.randn(cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels, device=cfg.device)
 
-    def ours(recompute: str) -> None:
+    def leap_by_leap(recompute: str) -> None:
         pipe.flux.recompute = recompute
         generator = torch.Generator().manual_seed(leaps)
+        # Without the weight of Eq. 12, which does not depend on how the gradient is made.
         samples, _ = build_samples(pipe, prompts, size, [reward], lambda i: noise, generator)
         leapalign(samples, alpha=ALPHA, leaps=leaps, weight="none")
 
-    def theirs(recompute: str) -> None:
+    def one_graph(recompute: str) -> None:
         pipe.flux.recompute = recompute
         velocity = velocity_of(pipe.flux, encode(pipe, prompts), size.rows, size.columns, dtype=pipe.compute)
         picks = pick_leaps(size.sigmas, torch.Generator().manual_seed(leaps), leaps)
@@ -305,12 +315,13 @@ def iteration_rows(cfg: BenchFlags, pipe: Pipeline, size: Size, prompts: list[st
 
     runs = {}
     for level in LEVELS:
-        runs[f"published, {level}"] = partial(theirs, level)
-        runs[f"leap by leap, {level}"] = partial(ours, level)
+        runs[f"published, {level}"] = partial(one_graph, level)
+        runs[f"leap by leap, {level}"] = partial(leap_by_leap, level)
     rows = measure(cfg, runs)
     for row in rows.values():
         row["leaps"] = leaps
-    a, b = gradient(pipe.flux, partial(ours, "blocks")), gradient(pipe.flux, partial(theirs, "blocks"))
+    # Two gradients of FLUX.1-dev fit beside the least activations.
+    a, b = gradient(pipe.flux, partial(leap_by_leap, "blocks")), gradient(pipe.flux, partial(one_graph, "blocks"))
     rows["leap by leap, none"]["difference"] = ((a - b).norm() / b.norm()).item()
     return rows
 
@@ -319,6 +330,7 @@ def published(velocity: Velocity, x: Tensor, levels: Tensor, picks: tuple[int, .
     """x_0 of a rollout from x, with the graph of leaps from `picks`, where the rollout's own velocities have one."""
     leap = None  # the arguments of Eq. 3 at the last pick
     for step, (k, j) in enumerate(itertools.pairwise(levels)):
+        # A later leap starts where the one before ended, so that gradient flows through both.
         if step in picks and leap:
             x = connect(x, one_step(*leap, k))
         with torch.set_grad_enabled(step in picks):

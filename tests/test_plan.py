@@ -225,10 +225,10 @@ def rows_of_command(words: str, monkeypatch, capsys) -> tuple[str, dict[str, lis
     [
         ("--gpus 8", 55),
         ("flux-dev-pickscore --gpus 8", 55),
-        ("flux-dev-hpsv3 --gpus 8", 68),
+        ("flux-dev-hpsv3 --gpus 8", 67),
         ("flux-dev-hpsv2 --lean --gpus 1", 97),
         ("flux-dev-lora --gpus 1", 54),
-        ("--gpus 1 --batch 16 --lora 64 --offload-encoders", 46),
+        ("--gpus 1 --batch 16 --lora 64 --offload-encoders", 45),
         ("flux-dev-lora --gpus 1 --lora 16 --offload-encoders --size 512 --fp8 --watch", 22),
     ],
 )
