@@ -123,9 +123,9 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """The most that the tensors of a run take at once."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before  # what torch's allocator gave out, not what it holds
+        return torch.cuda.max_memory_allocated(device) - allocated  # what torch's allocator gave out, not what it holds
     with LiveBytes() as live:
         run()
     return live.peak
@@ -172,17 +172,17 @@ def measure(cfg: BenchFlags, runs: Runs, flops: int = 0) -> Rows:
 
 
 def bench(cfg: BenchFlags) -> None:
-    """Measure all parts, and write the result, a table and a picture."""
+    """Measure all tables, and write the result, a table and a picture."""
     pipe, size, prompts = inputs(cfg)
     reference = as_diffusers(pipe.flux)
-    parts = network_parts(cfg, pipe, reference, size, prompts)
-    parts["sampling"] = sampling_rows(cfg, pipe, reference, size, prompts)
+    tables = network_tables(cfg, pipe, reference, size, prompts)
+    tables["sampling"] = sampling_rows(cfg, pipe, reference, size, prompts)
     # Compiling cannot be undone, so what is eager comes first.
     if cfg.compile:
         for block in (*pipe.flux.double_blocks, *pipe.flux.single_blocks):
             block.compile()
-        compiled = network_parts(cfg, pipe, reference, size, prompts)
-        parts |= {f"{name}, compiled": rows for name, rows in compiled.items()}
+        compiled = network_tables(cfg, pipe, reference, size, prompts)
+        tables |= {f"{name}, compiled": rows for name, rows in compiled.items()}
     # Gradients of all weights would count against iterations that train a LoRA.
     for network in (reference, pipe.flux):
         network.zero_grad()
@@ -191,8 +191,8 @@ def bench(cfg: BenchFlags) -> None:
         for name, value in first_values(pipe.flux, seed=0):
             pipe.flux.get_parameter(name).data = value.to(cfg.device)
     for leaps in cfg.leaps:
-        parts[f"iteration, {leaps} leaps"] = iteration_rows(cfg, pipe, size, prompts, leaps)
-    write_result(cfg.results, parts=parts)
+        tables[f"iteration, {leaps} leaps"] = iteration_rows(cfg, pipe, size, prompts, leaps)
+    write_result(cfg.results, tables=tables)
     report(cfg.results)
 
 
@@ -214,7 +214,7 @@ def inputs(cfg: BenchFlags) -> tuple[Pipeline, Size, list[str]]:
     return pipe, Size(height, width, rows, columns, levels, flops), lines[: cfg.batch]
 
 
-def network_parts(
+def network_tables(
     cfg: BenchFlags, pipe: Pipeline, reference: FluxTransformer2DModel, size: Size, prompts: list[str]
 ) -> dict[str, Rows]:
     """A forward, and a forward and its backward in all weights, of the network and of diffusers'."""
@@ -239,9 +239,9 @@ def network_parts(
     for name in cfg.attention:
         backwards[name] = partial(backward, flux_velocity, attention=name)
     with torch.no_grad():
-        parts = {"forward": measure(cfg, forwards, cfg.batch * size.flops.forward)}
-    parts["forward and backward"] = measure(cfg, backwards, cfg.batch * size.flops.forward_backward)
-    return parts
+        tables = {"forward": measure(cfg, forwards, cfg.batch * size.flops.forward)}
+    tables["forward and backward"] = measure(cfg, backwards, cfg.batch * size.flops.forward_backward)
+    return tables
 
 
 def as_diffusers(flux: Flux) -> FluxTransformer2DModel:
@@ -354,10 +354,10 @@ def report(path: Path) -> None:
     """Write the table and the picture of a result beside it, and print the table."""
     result = json.loads(path.read_text())
     lines, memory = [], {}
-    for part, rows in result["parts"].items():
+    for table, rows in result["tables"].items():
         for name, row in rows.items():
             cells = [f"{row[column]:.3g}" if column in row else "" for column in COLUMNS]
-            lines.append([f"{part}: {name}", *cells])
+            lines.append([f"{table}: {name}", *cells])
             if "leaps" in row and "MB" in row:
                 across, up = memory.setdefault(name, ([], []))
                 across.append(row["leaps"])

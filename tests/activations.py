@@ -14,23 +14,27 @@ from model import Flux, FluxConfig
 
 
 def kept_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of tensors that `run` makes and that are alive after it, for its backward; without its result."""
+    """Bytes of tensors that `run` makes and that are alive after it: its result, and what its backward needs."""
     with LiveBytes() as live:
-        result = run()
-    return live.now - sum(storage.nbytes() for storage in set(storages(result)))
+        result = run()  # noqa: F841
+    return live.now
 
 
 def backward_bytes(run: Callable[[], Any], recomputed: Iterable[nn.Module] = ()) -> int:
-    """As kept_bytes, with the inside of the largest of the blocks that are recomputed one after the other."""
-    calls: list[Callable[[], Any]] = []
+    """As kept_bytes, with the largest of the blocks that are recomputed one after the other, its inputs and result."""
+    calls: list[tuple[nn.Module, Any]] = []
     hooks = []
     for block in recomputed:
-        hook = block.register_forward_pre_hook(lambda block, inputs: calls.append(partial(block, *inputs)))
+        hook = block.register_forward_pre_hook(lambda block, inputs: calls.append((block, inputs)))
         hooks.append(hook)
     outside = kept_bytes(run)
     for hook in hooks:
         hook.remove()
-    return outside + max(map(kept_bytes, calls), default=0)
+    inside = [0]
+    for block, inputs in calls:
+        input_bytes = sum(storage.nbytes() for storage in set(storages(inputs)))
+        inside.append(input_bytes + kept_bytes(partial(block, *inputs)))
+    return outside + max(inside)
 
 
 def leap_bytes(flux: Flux, b: int, image_tokens: int, text_tokens: int) -> int:

@@ -9,27 +9,27 @@ from experiments.bench import BenchFlags, LiveBytes, bench
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> dict:
+def tables(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("bench") / "bench.json"
     bench(
         BenchFlags(batch=2, rollout_steps=3, leaps=(1, 3), repeats=1, device="cpu", attention=("MATH",), results=path)
     )
     table = path.with_suffix(".md").read_text()
     assert "iteration, 3 leaps: leap by leap, light" in table and path.with_suffix(".png").exists()
-    return json.loads(path.read_text())["parts"]
+    return json.loads(path.read_text())["tables"]
 
 
-def test_both_sides_give_the_same_gradient_and_the_same_images(parts):
-    assert parts["sampling"]["sample.py"]["difference"] < 2e-6
+def test_both_sides_give_the_same_gradient_and_the_same_images(tables):
+    assert tables["sampling"]["sample.py"]["difference"] < 2e-6
     for leaps in (1, 3):
-        assert parts[f"iteration, {leaps} leaps"]["leap by leap, none"]["difference"] < 1e-6
+        assert tables[f"iteration, {leaps} leaps"]["leap by leap, none"]["difference"] < 1e-6
 
 
-def test_each_level_takes_less_memory_and_leap_by_leap_takes_no_more_for_more_leaps(parts):
-    levels = parts["forward and backward"]
+def test_each_level_takes_less_memory_and_leap_by_leap_takes_no_more_for_more_leaps(tables):
+    levels = tables["forward and backward"]
     memory = [levels[f"--recompute {level}"]["MB"] for level in ("none", "light", "blocks")]
     assert memory[0] > memory[1] > memory[2]
-    one, three = parts["iteration, 1 leaps"], parts["iteration, 3 leaps"]
+    one, three = tables["iteration, 1 leaps"], tables["iteration, 3 leaps"]
     assert three["leap by leap, none"]["MB"] < 1.05 * one["leap by leap, none"]["MB"]
     assert three["published, none"]["MB"] > 1.2 * one["published, none"]["MB"]
 
