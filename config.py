@@ -4,6 +4,7 @@ Each flag is a field; the string beneath the field is its help. `python train.py
 as boxes; infra/checks.py refuses values that cannot be. The presets, other values of a `Config`, end the file.
 """
 
+import itertools
 import re
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -90,6 +91,8 @@ class Experiment:
     bf16: bool = False
     """Compute the transformer and the text encoders in bfloat16. Trained weights, gradients and optimizer stay fp32,
     unless --lean is given."""
+    vae_bf16: bool = False
+    """Decode in bfloat16, images of evaluations too: half of the memory, and faster on GPUs and on CPUs with AMX."""
     lean: bool = False
     """Train all weights on one GPU in less memory: bfloat16 weights with stochastic rounding, 8-bit optimizer states,
     averages in the host's memory. Needs torchao, and --bf16."""
@@ -215,8 +218,10 @@ class Machine:
     """Rollouts at a time on a rank; None means all of the rank's share of --batch."""
     micro_batch: int | None = None
     """Samples at a time in the backward of reward and leaps; None means as many as in a rollout."""
-    recompute: bool = False
-    """Recompute the activations of transformer, VAE and rewards in their backward: less memory, more time."""
+    recompute: Literal["none", "light", "blocks"] = "none"
+    """What a backward computes again instead of keeping it from the forward. light: what is elementwise in the
+    transformer, norms and activations among it; blocks: all of transformer, VAE and rewards, for a third of a backward
+    more."""
     compile: bool = False
     """Compile the transformer's blocks."""
     shard: int | None = None
@@ -251,6 +256,7 @@ def parse(arguments: list[str], console_outputs: bool = True) -> tuple[Config, C
     if not names_preset:
         arguments = ["shapes", *arguments]
     presets = {name: (text, grouped(cfg)) for name, (text, cfg) in PRESETS.items()}
+    arguments = with_levels(arguments)
     flags = tyro.extras.overridable_config_cli(presets, args=arguments, console_outputs=console_outputs)
     cfg = flat(flags)
     if cfg.smoke:
@@ -275,6 +281,21 @@ def command(cfg: Config) -> str:
                 words += [f"--{flag}", *map(str, values)]
         commands.append(words)
     return shlex.join(min(commands, key=len))
+
+
+def with_levels(arguments: list[str]) -> list[str]:
+    """The arguments with --recompute's level where a script has the flag without one, from when it was on or off."""
+    words = []
+    for word, following in itertools.pairwise([*arguments, "--"]):
+        if word == "--no-recompute":
+            words += ["--recompute", "none"]
+        elif word == "--recompute" and following.startswith("--"):
+            words += ["--recompute", "blocks"]
+        elif words[-1:] == ["--recompute"] and word == "True":
+            words.append("blocks")
+        else:
+            words.append(word)
+    return words
 
 
 def grouped(cfg: Config) -> Flags:
@@ -315,7 +336,7 @@ PAPER = Config(
     bf16=True,
     rollout_batch=4,
     micro_batch=1,
-    recompute=True,
+    recompute="blocks",
 )
 NEEDS = "Needs weights/FLUX.1-dev, weights/train-prompts.txt"  # the files of the rewards follow
 PRESETS = {

@@ -284,7 +284,10 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     length = text_length(cfg, setup.model)
     setup.pipe = load_parts(setup.model, flux, process.device, dtype, length, cfg.offload_encoders)
-    if cfg.recompute:
+    if cfg.vae_bf16:
+        setup.pipe.vae.to(torch.bfloat16)
+    everything = cfg.recompute == "blocks"  # of VAE and rewards, too
+    if everything:
         setup.pipe.vae.enable_gradient_checkpointing()
     if process.rank == 0:
         # What is truncated is neither drawn nor learned, and nobody would see it in the pictures.
@@ -294,7 +297,7 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
     rewards = []
     for spec in (*cfg.reward, *cfg.watch):
         reward = setup.functions.get(spec)
-        rewards.append(reward or open_reward(spec, process.device, setup.pipe.clip_tokenizer, cfg.recompute))
+        rewards.append(reward or open_reward(spec, process.device, setup.pipe.clip_tokenizer, everything))
     setup.rewards = rewards[: len(cfg.reward)]
     setup.watched = rewards[len(cfg.reward) :]
     # Without --lam a reward has its default lambda, or no hinge.

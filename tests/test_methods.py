@@ -261,3 +261,18 @@ def test_signals_are_noted_within_and_handled_as_before_after():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, outer)
+
+
+@pytest.mark.parametrize(
+    "words, level",
+    [
+        ("", "none"),
+        ("--recompute", "blocks"),
+        ("--recompute True --batch 8", "blocks"),
+        ("--recompute --batch 8", "blocks"),
+        ("--recompute light", "light"),
+    ],
+)
+def test_recompute_without_a_level_means_blocks(words, level):
+    assert parse(["shapes", *words.split()])[0].recompute == level
+    assert parse(["flux-dev-lora", "--no-recompute"])[0].recompute == "none"
