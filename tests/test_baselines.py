@@ -565,7 +565,7 @@ def test_methods_train_alike_on_one_rank_and_on_two_with_micro_batches(lora, nam
     # The method named here decides that the untuned network is loaded.
     cfg = Config(out=Path("nonexistent"), method=names[-1], batch=4, rollout_steps=3, lora=lora, lr=1e-6, clip=1e9)
     cfg = replace(cfg, group=2 if names[-1] == "dpo" else None)
-    (one_rank,) = spread(1, updates, cfg, names)
+    one_rank = updates(cfg, names)
     for rank in spread(2, updates, replace(cfg, rollout_batch=2, micro_batch=1), names):
         for name in names:
             update = one_rank[name]
