@@ -8,7 +8,13 @@ import pytest
 
 from tools.publish import PublishFlags, publish
 
-FLAGS = dict(base=None, model="weights/FLUX.1-dev", method="leapalign", reward=["hpsv2"], lr=1e-5, at=None)
+FLAGS = dict(
+    base=None,
+    model="weights/FLUX.1-dev",
+    method="leapalign",
+    reward=["hpsv2"],
+    command="python train.py flux-dev-lora --lr 1e-5",
+)
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def run(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_card_has_the_licence_of_the_base_the_numbers_of_best_how_to_load_and_the_flags(run):
+def test_a_card_has_the_licence_of_the_base_the_numbers_of_best_how_to_load_and_the_command(run):
     publish(PublishFlags(run))
     assert (run / "best" / "before_after.png").read_bytes() == b"picture"
     card = (run / "best" / "README.md").read_text()
@@ -36,7 +42,7 @@ def test_a_card_has_the_licence_of_the_base_the_numbers_of_best_how_to_load_and_
     assert "base_model: black-forest-labs/FLUX.1-dev" in header
     assert "| hpsv2 | 0.307 | 0.391 |" in card and "seconds" not in card and "50 updates" in card
     assert 'load_lora_weights("NAME/MODEL")' in card
-    assert '"lr": 1e-05' in card and '"at"' not in card
+    assert "    python train.py flux-dev-lora --lr 1e-5" in card.splitlines()
 
 
 def test_nothing_is_sent_without_repo_and_with_it_the_folder_is(run, monkeypatch):

@@ -73,7 +73,7 @@ def publish(cfg: PublishFlags) -> None:
 
 
 def card(run_flags: dict[str, Any], first: Entry, last: Entry, repo: str, is_lora: bool, has_picture: bool) -> str:
-    """The model card: licence and base, picture, means before and after, how to load, flags."""
+    """The model card: licence and base, picture, means before and after, how to load, command."""
     base = run_flags["base"] or run_flags["model"]
     # The licence of the base is that of the weights. That of a base that is not listed is for the user to fill in.
     license_lines = next((LICENSES[word] for word in LICENSES if word in base), "license: unknown\n")
@@ -87,7 +87,6 @@ def card(run_flags: dict[str, Any], first: Entry, last: Entry, repo: str, is_lor
         load = f'pipe = FluxPipeline.from_pretrained("{hub_base}")\npipe.load_lora_weights("{repo}")'
     else:
         load = f'pipe = FluxPipeline.from_pretrained("{repo}")'
-    set_flags = {name: value for name, value in run_flags.items() if value}
     return f"""\
 ---
 {license_lines}base_model: {hub_base}
@@ -108,11 +107,9 @@ from diffusers import FluxPipeline
 {load}
 ```
 
-Flags of the run:
+Trained with
 
-```json
-{json.dumps(set_flags, indent=1)}
-```
+    {run_flags["command"]}
 """
 
 
