@@ -205,7 +205,7 @@ class Machine:
     offload_encoders: bool = False
     """Keep T5 on the CPU, and move each of its layers to the GPU only while it computes: for a single small GPU."""
     check_every: int = 50
-    """Updates between checks that all ranks have the same flags, prompts and VAE, and replicas the same weights."""
+    """Updates between checks that replicas (--shard) have the same weights."""
 
 
 GROUPS = (Experiment, Method, Run, Machine)

@@ -19,7 +19,6 @@ many prompts.
 """
 
 import gc
-import hashlib
 import itertools
 import json
 import os
@@ -40,10 +39,10 @@ from tqdm import tqdm
 
 from config import sides
 from formats.folders import Description, describe, load_pipeline
-from formats.locations import Location
 from formats.lora_files import read_lora
+from formats.weights import weight_files
 from infra.distributed import Process, all_gather_objects, join, on_first_rank
-from infra.files import check_writable, replacing
+from infra.files import check_writable, content_hash, replacing
 from infra.flags import flags
 from infra.pictures import save_png, to_pil
 from infra.prompts import prompts_hash, read_entries, rows_of_rank
@@ -178,7 +177,7 @@ def describe_models(cfg: EvaluateFlags, prompts: Sequence[str]) -> list[Model]:
         for height, width in sizes:
             token_grid(description, height, width)
             check_rewards(cfg.reward, prompts, (height, width), f"--prompts {cfg.prompts}")
-        models[label] = Model(label, source, description, sizes, hash_of_weights(location))
+        models[label] = Model(label, source, description, sizes, content_hash(weight_files(location)))
     return list(models.values())
 
 
@@ -201,20 +200,6 @@ def image_sizes(cfg: EvaluateFlags, folder: Path) -> list[tuple[int, int]]:
         vae_config = json.loads((folder / "vae" / "config.json").read_text())
         sizes = [str(vae_config["sample_size"])]
     return [sides(size) for size in sizes]
-
-
-def hash_of_weights(location: Location) -> str:
-    """A hash of the end of each file: training changes every tensor, so that is enough to see it."""
-    digest = hashlib.sha256()
-    # Both of a LoRA: its scores depend on the transformer beneath, too.
-    for path in filter(None, (location.transformer, location.lora)):
-        # A folder holds one or more files. A single file has nothing to glob in it.
-        for file in sorted(path.glob("*.safetensors")) or [path]:
-            with file.open("rb") as stream:
-                # 64 kB: FLUX.1-dev has 24 GB, which would take a minute to read.
-                stream.seek(max(0, file.stat().st_size - 2**16))
-                digest.update(stream.read())
-    return digest.hexdigest()
 
 
 def tags_of(cfg: EvaluateFlags, entries: Sequence[Entry]) -> list[str] | None:

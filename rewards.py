@@ -16,6 +16,7 @@ Without a path, weights are looked for in WEIGHTS.  A weight may follow: `picksc
 Legend: b or n images, h and w their height and width.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from infra.user_code import describe_error, is_user_code, load_function
+from infra.prompts import print_on_first_rank
+from infra.user_code import is_user_code, load_function
 from scorers import clip, hpsv2, hpsv3, imagereward, judge, lattice
 from scorers.common import Device, Score, Scorer
 
@@ -87,6 +89,8 @@ def parse_reward(spec: str) -> tuple[str, str, float]:
     Raises ValueError if the name is unknown or a file is missing; no weights are read.
     """
     scorer_spec, weight = split_weight(spec)
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight of the reward {spec!r} must be finite")
     if is_user_code(scorer_spec):
         file = scorer_spec.rpartition(":")[0]
         if not Path(file).is_file():
@@ -149,20 +153,28 @@ def open_scorer(
 
 @torch.no_grad()
 def try_score(score: Score, spec: str, device: Device, size: tuple[int, int], prompts: Sequence[str]) -> None:
-    """Try a user's function (images, prompts) -> (b,) on random images. Raises ValueError saying what is wrong."""
-    for b in (2, 1):  # with one image a squeeze() in the function drops an axis too many
-        generator = torch.Generator().manual_seed(0)
-        images = torch.rand(b, 3, *size, generator=generator).to(device)
+    """Try a user's function (images, prompts) -> (b,) on random images, and warn if scores depend on more than these.
+
+    Raises ValueError saying what is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, *size, generator=generator).to(device)
+    scores = []
+    for b in (2, 2, 1):  # twice; and one image, with which a squeeze() in the function drops an axis too many
         texts = [prompts[i % len(prompts)] for i in range(b)]
-        try:
-            result = score(images, texts)
-        except Exception as error:
-            raise ValueError(f"reward {spec} fails on images {tuple(images.shape)}: {describe_error(error)}") from error
-        if not isinstance(result, Tensor) or result.shape != (b,):
-            raise ValueError(
-                f"reward {spec} must return a Tensor of {b} scores for {b} images, and returned a "
-                f"{type(result).__name__} of shape {getattr(result, 'shape', None)}"
-            )
+        result = score(images[:b], texts)
+        if not isinstance(result, Tensor) or result.shape != (b,) or not result.is_floating_point():
+            kind = f"{result.dtype} of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result)
+            raise ValueError(f"reward {spec} must return {b} scores for {b} images, floats of shape ({b},), not {kind}")
+        scores.append(result[0].item())
+    first, second, single = scores
+    if not math.isclose(first, second, rel_tol=1e-4, abs_tol=1e-6):
+        print_on_first_rank(f"note: reward {spec} draws random numbers: the same image has scored {first} and {second}")
+    elif not math.isclose(first, single, rel_tol=1e-2, abs_tol=1e-4):
+        print_on_first_rank(
+            f"warning: reward {spec} gives an image {first} beside another one and {single} without: its scores will "
+            "depend on --micro-batch. Is a network of it not in eval() mode?"
+        )
 
 
 def check_rewards(

@@ -9,23 +9,25 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import PRESETS, Config, sides
+from config import HERE, PRESETS, Config, sides
 from formats.folders import Description, Pipeline, describe, load_parts
 from formats.lora import Changes, add_lora, first_values, wrapped_name
 from formats.lora_files import lora_file, merge_lora, read_lora
 from formats.reading import flux_file
+from formats.weights import weight_files
 from infra.anchor import anchored
 from infra.checkpoints import checkpoint_folders, update_of
 from infra.checks import check_flags, check_folder, check_groups, check_log_names, check_prompts, tell_changes
 from infra.distributed import Process
-from infra.files import PART, beside, lock_folder, put_in_place, recover, remove, replacing
+from infra.files import PART, beside, check_room, content_hash, lock_folder, put_in_place, recover, remove, replacing
 from infra.jsonl import Entry, read_log, truncate_log
 from infra.meter import network_flops
 from infra.methods import (
@@ -39,11 +41,11 @@ from infra.methods import (
     user_code_hashes,
 )
 from infra.prompts import print_on_first_rank, prompts_hash, prompts_of_update, read_prompts
-from infra.user_code import describe_error, is_user_code
+from infra.user_code import is_user_code
 from infra.watch import watched_value
 from leaps import Samples
 from model import Flux, FluxConfig
-from rewards import RULES, Reward, check_rewards, open_reward, reward_name, try_score
+from rewards import RULES, Reward, check_rewards, open_reward, parse_reward, reward_name, try_score
 from sample import sigmas, token_grid, truncation_warning
 from samples import Size
 
@@ -80,9 +82,33 @@ def prepare(cfg: Config, process: Process, preset: Config | None = None) -> Setu
     check_folder(cfg, out, recorded_flags(cfg), resume_flags(cfg))
     prompts, eval_prompts = read_run_prompts(cfg, out)
     model = describe_model(cfg)
+    if not cfg.export:
+        check_room(f"--out {out}", out, disk_needs(cfg, model))
     sizes = [size_of(cfg, model, name) for name in cfg.size]
     functions, trial = try_user_code(cfg, process, method, group, sizes, prompts, eval_prompts)
     return Setup(out, method, group, trial.needs_base, prompts, eval_prompts, model, sizes, functions)
+
+
+def shared_inputs(cfg: Config, setup: Setup) -> dict[str, Any]:
+    """What must be alike on all ranks: each flag, and hashes of what the flags name and of this program."""
+    shared = {}
+    for name, value in asdict(cfg).items():
+        shared[f"--{name.replace('_', '-')}"] = value
+    shared["what --prompts says"] = prompts_hash(setup.prompts)
+    shared["what --eval-prompts says"] = prompts_hash(setup.eval_prompts)
+    shared["your code"] = user_code_hashes(cfg)
+    files = weight_files(setup.model.location)
+    for component in ("vae", "text_encoder", "text_encoder_2"):
+        files += sorted((setup.model.location.folder / component).glob("*.safetensors"))
+    shared["the content of --model"] = content_hash(files)
+    for spec in (*cfg.reward, *cfg.watch):
+        name, path, _ = parse_reward(spec)
+        if name not in RULES:
+            files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.pt")] or [Path(path)]
+            shared[f"the content of the reward {spec}"] = content_hash(filter(Path.is_file, sorted(files)))
+    sources = [*HERE.glob("*.py"), *HERE.glob("*/*.py")]
+    shared["this program"] = content_hash(sorted(sources))
+    return shared
 
 
 def run_folder(cfg: Config) -> Path:
@@ -167,6 +193,15 @@ def size_of(cfg: Config, model: Description, name: str) -> Size:
     return Size(height, width, rows, columns, levels, flops)
 
 
+def disk_needs(cfg: Config, model: Description) -> dict[str, float]:
+    """Bytes of what a run must be able to write: without a checkpoint and a model all training is lost."""
+    flux = empty_flux(cfg, model.weights.config)
+    count = sum(p.numel() for p in flux.parameters() if p.requires_grad)
+    # fp32 weights, averages and two moments; --lean keeps bf16 weights and a byte a moment.
+    checkpoint = count * (8 if cfg.lean else 16)
+    return {"a checkpoint": checkpoint, "a model": count * (2 if cfg.bf16 and not cfg.lora else 4)}
+
+
 def text_length(cfg: Config, model: Description) -> int:
     """T5 tokens of a prompt: --text-length, or the tokenizer's own, at most 512 (some T5 have no limit: 1e30)."""
     t5_tokenizer = model.tokenizers[1]
@@ -226,8 +261,13 @@ def try_user_code(
     eval_prompts: list[str],
 ) -> tuple[dict[str, Reward], Trial]:
     """The rewards that are no network, and what the method asks for. All of it is run once, on small inputs."""
-    for size in sizes:
-        trial = try_method(method, size.sigmas, group)
+    # A size has noise levels of its own: what the method does at any of them counts.
+    trials = [try_method(method, size.sigmas, group) for size in sizes]
+    trial = Trial(
+        needs_gradient=any(trial.needs_gradient for trial in trials),
+        needs_base=any(trial.needs_base for trial in trials),
+        logged_names=set().union(*(trial.logged_names for trial in trials)),
+    )
     check_needs(cfg, trial.needs_gradient)
     # Rewards with weights are this repository's and need no trial. The user's functions are tried before any weights
     # are read.
@@ -256,19 +296,18 @@ def check_needs(cfg: Config, needs_gradient: bool) -> None:
 
 
 def check_gradient(reward: Reward, prompts: list[str], size: tuple[int, int], device: torch.device) -> None:
-    """Raise ValueError if a reward has no gradient in an image."""
-    image = torch.rand(1, 3, *size, device=device).requires_grad_()
-    reason = ""
+    """Raise ValueError if a reward has no gradient in an image, or one that is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, *size, generator=generator).to(device).requires_grad_()
     try:
-        has_gradient = reward.score(image, prompts).requires_grad
-    except Exception as error:  # numpy takes no tensor that has a gradient
-        has_gradient = False
-        reason = f" ({describe_error(error)})"
-    if not has_gradient:
+        (gradient,) = torch.autograd.grad(reward.score(image, prompts).sum(), image)
+    except (RuntimeError, ValueError) as error:  # numpy takes no tensor that has a gradient; a score may have no graph
         raise ValueError(
-            f"--reward {reward.name} has no gradient in the images{reason}: watch it, or take a method that needs "
+            f"--reward {reward.name} has no gradient in the images ({error}): watch it, or take a method that needs "
             "none, such as flow_grpo"
-        )
+        ) from error
+    if not gradient.isfinite().all():
+        raise ValueError(f"--reward {reward.name} has a gradient that is not finite on a random image")
 
 
 # ----------------------------------------------------------------------------------- 5. the networks
@@ -341,6 +380,10 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
         mark = f".step_{best['step']:06d}"
         put_in_place(out / "best", beside(out / "best", mark))
         print_on_first_rank(f"{out / 'best'} is of step {best['step']}, and is kept as best{mark}")
+    if first and watched and not best and (out / "best").exists():
+        # eval.jsonl was lost: any evaluation would count as better than what is in best/.
+        put_in_place(out / "best", beside(out / "best", ".unknown"))
+        print_on_first_rank(f"no evaluation of {out / 'best'} is in eval.jsonl: it is kept as best.unknown")
     truncate_log(out / "metrics.jsonl", first)
     # The evaluation at `first` is made again if the loop evaluates there. Where it does not, as after the end of a run
     # that is made longer, the old one stays.

@@ -48,6 +48,15 @@ def open_flux(location: Location) -> Weights:
     return open_subfolder(path)
 
 
+def weight_files(location: Location) -> list[Path]:
+    """The files of a model's transformer, and of the LoRA over it: scores depend on both."""
+    files = []
+    for path in filter(None, (location.transformer, location.lora)):
+        # A folder holds one or more files. A single file has nothing to glob in it.
+        files += sorted(path.glob("*.safetensors")) or [path]
+    return files
+
+
 def open_single_file(path: Path, config_file: Path) -> Weights:
     """A transformer in a file of its own; or in a checkpoint of ComfyUI, whose VAE and text encoders are left unread.
 

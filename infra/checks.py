@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from infra.checkpoints import checkpoint_folders, update_of
+from infra.checkpoints import NEWEST, checkpoint_folders, update_of
 from infra.distributed import FSDP_DEVICES, Process
 from infra.files import PART, check_writable
 from infra.jsonl import read_log
@@ -197,6 +197,12 @@ def check_checkpoints(cfg: Config, out: Path) -> None:
         raise ValueError(f"--at {cfg.at}: {out} has {names}")
     if cfg.export and not folders:
         raise ValueError(f"--export: {out} has {names}")
+    mark = out / NEWEST
+    if mark.exists() and not folders:
+        raise ValueError(
+            f"--resume: {out} was saved at {mark.read_text()}, and has no checkpoint any more: put one back, or choose "
+            f"another --out. To train from the start again in this folder, remove {mark}"
+        )
     # The checkpoint that the run will continue from, unless it turns out to be damaged.
     first = cfg.at if cfg.at is not None else max(updates, default=0)
     if first > cfg.updates and not cfg.export:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
+from infra.checkpoints import what_is_saved
 from infra.distributed import Stop
 from infra.files import unlock_folder
 from infra.jsonl import Entry, append_line
@@ -145,8 +146,7 @@ class Log:
         try:
             append_line(self.out / name, entry)
         except OSError as error:  # the disk is full, for instance
-            folder = self.out / "checkpoints"
-            raise Stop(1, f"{error}; --resume goes on from the newest checkpoint in {folder}") from error
+            raise Stop(1, f"{error}; {what_is_saved(self.out)}") from error
 
     def close(self) -> None:
         """Close the progress bar, and let other runs use the folder."""

@@ -15,7 +15,7 @@ from baselines import Log
 from config import Config, Experiment, Method
 from infra.user_code import describe_error, file_hashes, is_user_code, load_function
 from leaps import Samples
-from samples import zero_samples
+from samples import trial_samples
 
 # The flags of the group Method that choose a method. Its other flags are keywords of methods.
 NO_KEYWORDS = ("method", "option")
@@ -135,15 +135,15 @@ def user_code_hashes(cfg: Config) -> dict[str, str]:
 
 
 def try_method(method: Callable, sigmas: Tensor, group: int) -> Trial:
-    """Run a method once on samples of zeros, without a network. Raises ValueError if it cannot be used in a run."""
+    """Run a method once on random samples, without a network. Raises ValueError if it cannot be used in a run."""
     b = 2 * group  # two groups, so that a mistake in comparing samples across groups has a chance to show
-    samples, calls = zero_samples(sigmas, b, torch.Generator())
+    samples, calls = trial_samples(sigmas, b, torch.Generator())
     try:
         log = method(samples)
     except ValueError as error:  # a method's own word on its keywords
         raise ValueError(f"--method: {error}") from error
     except Exception as error:
-        raise ValueError(f"--method fails on zeros: {describe_error(error)}") from error
+        raise ValueError(f"--method fails on random samples: {describe_error(error)}") from error
     if not calls["vjp"]:
         raise ValueError(f"--method makes no gradient: it never calls vjp in a rollout of {len(sigmas) - 1} steps")
     if not calls["reward"] and not calls["score"]:

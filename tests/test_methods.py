@@ -101,7 +101,10 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
     "code, words",
     [
         ("    return {}", "makes no gradient"),
-        ("    return dict(k=s.vjp(s.noise(0), s.sigmas[0], s.noise(0)).mean())", "fails on zeros"),  # without wrt_x
+        (
+            "    return dict(k=s.vjp(s.noise(0), s.sigmas[0], s.noise(0)).mean())",
+            "has no attribute 'mean'",
+        ),  # without wrt_x
         ("    s.vjp(s.noise(0), s.sigmas[0], s.noise(0))\n    return {}", "asks for no reward"),
         ("    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return 3", "must return a dict of tensors"),
         (
@@ -109,7 +112,7 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
             "must return a dict of tensors",
         ),
         ("    return s.nothing", "AttributeError.*line 2"),
-        ("    raise ValueError('an odd T')", "--method: an odd T"),
+        ("    raise ValueError('an odd T')", "--method: .*ValueError: an odd T .*line 2"),
     ],
 )
 def test_a_method_that_cannot_be_is_told_before_anything_is_read(code, words, tmp_path):

@@ -273,7 +273,7 @@ def test_a_reward_that_computes_in_numpy_can_be_watched_but_not_trained_on(tmp_p
         "import torch\ndef mean(images, prompts): return torch.from_numpy(images.cpu().numpy().mean((1, 2, 3)))\n"
     )
     reward = open_reward(f"{file}:mean")
-    with pytest.raises(ValueError, match=r"no gradient in the images \(RuntimeError: Can't call numpy"):
+    with pytest.raises(ValueError, match=r"no gradient in the images .*Can't call numpy"):
         check_gradient(reward, ["a photo of a circle"], (64, 64), torch.device("cpu"))
 
 
@@ -285,12 +285,12 @@ def test_a_reward_that_computes_in_numpy_can_be_watched_but_not_trained_on(tmp_p
         ("import no_such_module", "does not run: ModuleNotFoundError"),
         ("import sys\nsys.exit()", "does not run: SystemExit"),
         ("g = 1", "defines no function 'f'"),
-        ("def f(images): return images", "fails on images .*takes 1 positional argument"),
+        ("def f(images): return images", "fails on \\(2, 3, 64, 64\\): TypeError: .*takes 1 positional argument"),
         (
             "def f(images, prompts): return images.mean()",
-            r"a Tensor of 2 scores for 2 images, and returned a Tensor of shape torch.Size\(\[\]\)",
+            r"must return 2 scores for 2 images, floats of shape \(2,\), not torch.float32 of shape \(\)",
         ),
-        ("def f(images, prompts): return [0.0, 1.0]", "returned a list"),
+        ("def f(images, prompts): return [0.0, 1.0]", "not <class 'list'>"),
         ("from __future__ import annotations", "defines no function 'f'"),
     ],
 )
