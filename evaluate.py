@@ -40,12 +40,13 @@ from tqdm import tqdm
 from config import sides
 from formats.folders import Description, describe, load_pipeline
 from formats.lora_files import read_lora
+from formats.sampling import draw_as_trained
 from formats.weights import weight_files
 from infra.distributed import Process, all_gather_objects, join, on_first_rank
 from infra.files import check_writable, content_hash, replacing
-from infra.flags import flags
+from infra.flags import check_ranges, flags
 from infra.pictures import save_png, to_pil
-from infra.prompts import prompts_hash, read_entries, rows_of_rank
+from infra.prompts import printable, prompts_hash, read_entries, rows_of_rank
 from infra.summary import format_table, summarize, write_sheets
 from infra.user_code import file_hashes
 from rewards import Reward, check_rewards, open_reward, reward_name, score_all
@@ -69,8 +70,8 @@ class EvaluateFlags(DrawFlags):
     reward: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--rewards",))] = ("judge", "tiny")
     """NAME[=PATH] or my_file.py:function: tiny, clip, pickscore, hpsv2, hpsv3, imagereward, or judge, the rules of the
     shapes world."""
-    rollout_steps: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 50
-    """Euler steps."""
+    rollout_steps: Annotated[int | None, tyro.conf.arg(aliases=("--steps",))] = None
+    """Euler steps. Default: those of the training of the first model that has any, or 50; so of guidance and size."""
     size: tuple[str, ...] = ()
     """Pixels: one number for a square, or HEIGHTxWIDTH; none: the VAE's own. Of several, a prompt's images take turns.
     """
@@ -102,15 +103,17 @@ def main() -> None:
         # Ranks that are done wait for the slowest one, up to a day.
         with join(cfg.device, timeout=timedelta(days=1)) as process:
             evaluate_models(cfg, process)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         prefix = f"rank {rank}: " if rank else ""
-        print(f"error: {prefix}{error}", file=sys.stderr)
+        print(printable(f"error: {prefix}{error}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:
     """Check everything, draw and score the images of each model, and report. Raises ValueError naming the flag."""
     check_values(cfg)
+    # All models are drawn alike, as one of them was while it was trained.
+    cfg = draw_as_trained(cfg, cfg.model, dict(rollout_steps=50, guidance=3.5))
     entries = read_entries(cfg.prompts)
     prompts = [entry["prompt"] for entry in entries]
     models = describe_models(cfg, prompts)
@@ -152,8 +155,7 @@ def check_values(cfg: EvaluateFlags) -> None:
     """Raise ValueError for flags that are wrong whatever the files hold."""
     if not cfg.model or not cfg.reward:
         raise ValueError("give at least one --model and one --reward")
-    if min(cfg.num, cfg.rollout_steps, cfg.batch) < 1:
-        raise ValueError(f"--num {cfg.num}, --rollout-steps {cfg.rollout_steps}, --batch {cfg.batch}: give 1 or more")
+    check_ranges(cfg)
     if len(cfg.size) > cfg.num:
         raise ValueError(f"--num {cfg.num}: a prompt's images take turns at {len(cfg.size)} sizes, so give as many")
 

@@ -38,6 +38,7 @@ WEIGHTS = {  # where a name without a path looks, from the current folder
     "hpsv3": "weights/HPSv3",
     "imagereward": "weights/ImageReward",
 }
+COSINES = ("tiny", "clip", "pickscore", "hpsv2")
 RULES = ("judge", "lattice")  # have no weights
 LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the paper's, but for tiny's
 

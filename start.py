@@ -170,6 +170,12 @@ def describe_model(cfg: Config) -> Description:
     model = describe(cfg.model, cfg.base)
     if model.weights.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
+    if cfg.guidance is not None and not model.weights.config.guidance_embed:
+        print_on_first_rank(f"note: --guidance {cfg.guidance} is not used: {cfg.model} takes none")
+    if cfg.lora and cfg.lora > model.weights.config.hidden_size:
+        raise ValueError(
+            f"--lora {cfg.lora}: the layers of {cfg.model} have {model.weights.config.hidden_size} channels"
+        )
     changes = earlier_lora(cfg, model.weights.config)
     if changes:  # --model is a LoRA: does it fit into a LoRA of the rank that --lora names?
         flux = empty_flux(cfg, model.weights.config)
@@ -318,6 +324,13 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     length = text_length(cfg, setup.model)
     setup.pipe = load_parts(setup.model, flux, process.device, dtype, length, cfg.offload_encoders)
+    setup.pipe.sampling = {
+        "rollout_steps": cfg.rollout_steps,
+        "size": cfg.size[0],
+        "guidance": cfg.guidance,
+        "text_length": length,
+        "bf16": cfg.bf16,
+    }
     if cfg.recompute:
         setup.pipe.vae.enable_gradient_checkpointing()
     if process.rank == 0:

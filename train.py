@@ -42,6 +42,7 @@ from infra import checkpoints, distributed, failures, logs, seeds, watch
 from infra.distributed import Process, Stop
 from infra.files import lock_text
 from infra.meter import Meter
+from infra.prompts import printable
 from model import Flux
 from rewards import mean_scores, reported_means, score_all
 from sample import sample
@@ -74,10 +75,10 @@ def main() -> None:
             # timeout is long.
             process = stack.enter_context(distributed.join(cfg.device, cfg.shard, timeout=timedelta(hours=1)))
             setup = set_up(cfg, process, preset)
-        except ValueError as error:  # a flag or a file cannot be used
+        except (ValueError, OSError) as error:  # a flag or a file cannot be used
             # Once the ranks are joined all of them have the error, with the rank that it is of.
             if rank == 0 or not dist.is_initialized():
-                print(f"\nerror: {error}", file=sys.stderr)
+                print(printable(f"\nerror: {error}"), file=sys.stderr)
             raise SystemExit(2) from None
         if rank == 0 and not cfg.export:
             print(announce(cfg, preset, setup, process))
@@ -85,7 +86,7 @@ def main() -> None:
             run(cfg, setup, process)
         except Stop as stop:
             if rank == 0:
-                print(f"\n{stop.message}", file=sys.stderr)
+                print(printable(f"\n{stop.message}"), file=sys.stderr)
             raise SystemExit(stop.code) from None
 
 

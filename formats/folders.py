@@ -4,7 +4,7 @@
 networks around a transformer that the caller made: train.py shards its own, `load_pipeline` makes one on one device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,9 @@ from transformers.utils import logging
 
 from formats.locations import Location, locate
 from formats.lora_files import read_lora
-from formats.reading import parse_file, parse_json
 from formats.weights import Weights, build_flux, build_with_lora, interpolate, open_flux
 from infra.prompts import print_on_first_rank
+from infra.reading import check_finite, parse_file, parse_json
 from model import Flux
 
 PATCH = 2  # FLUX sees 2x2 patches of latents
@@ -59,6 +59,7 @@ class Pipeline:
     cell: int  # pixels a token spans each way
     text_length: int  # T5 tokens that a prompt is padded or truncated to
     compute: torch.dtype  # of the transformer, whatever its weights are kept in
+    sampling: dict[str, Any] = field(default_factory=dict)  # how it is drawn while it is trained, see sampling.py
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +99,12 @@ def parse_schedule(entries: dict[str, Any]) -> dict[str, Any]:
     """scheduler_config.json with its defaults. Raises ValueError for an entry that `sample.sigmas` would ignore."""
     # An entry that is absent has the default of the installed diffusers, as in FluxPipeline.
     defaults = {"_class_name": "FlowMatchEulerDiscreteScheduler", **FlowMatchEulerDiscreteScheduler().config}
-    schedule = defaults | entries
+    schedule = defaults | {"_class_name": entries["_class_name"]} | entries
+    if schedule["base_image_seq_len"] - schedule["max_image_seq_len"] == 0 or not schedule["shift"] > 0:
+        raise ValueError("its shift is not positive, or both of its sequence lengths are equal")
+    unknown = entries.keys() - defaults.keys() - {"_diffusers_version"}
+    if unknown:
+        raise ValueError(f"{min(unknown)} is no entry of FLUX's schedule")
     for name in defaults.keys() - SHIFTS:
         if schedule[name] != defaults[name]:
             raise ValueError(f"only FLUX's own schedule is implemented, not {name}={schedule[name]!r}")
@@ -206,6 +212,7 @@ def load_frozen(network: type, folder: Path, **options: Any) -> Any:
             raise ValueError(
                 f"{len(missing_keys)} tensors of {network.__name__} are missing, such as {missing_keys[0]}"
             )
+        check_finite(loaded.named_parameters())
         return loaded
 
     return parse_file(folder, parse).eval().requires_grad_(False)

@@ -20,8 +20,9 @@ from huggingface_hub import snapshot_download
 
 from formats.lora import FILE, NOTE
 from formats.lora_files import lora_file
-from formats.reading import flux_file, parse_file, parse_json, tensor_names
+from formats.reading import flux_file, tensor_names
 from infra.files import put_back
+from infra.reading import parse_file, parse_json
 
 # All but the transformer stays as it is in training, and is copied or linked to the folder of a tuned model.
 FROZEN = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")

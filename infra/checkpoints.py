@@ -91,7 +91,7 @@ class State:
 def checkpoint_folders(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     # Unfinished and damaged ones have a suffix, so their names end without a number.
-    folders = [f for f in (out / "checkpoints").glob("step_*") if f.name.removeprefix("step_").isdigit()]
+    folders = [f for f in (out / "checkpoints").glob("step_*") if f.name.removeprefix("step_").isdecimal()]
     return sorted(folders, key=update_of)
 
 
@@ -247,13 +247,12 @@ def damage_of(folder: Path) -> str | None:
     """Why a checkpoint cannot be read, or None. Each rank checks its share of the files."""
     try:
         recorded = json.loads((folder / CHECKSUMS).read_text())
-        rank_files = sorted(recorded)[dist.get_rank() :: dist.get_world_size()]
-        checksums = checksums_of(folder / name for name in rank_files)
+        names = sorted({".metadata", *recorded})[dist.get_rank() :: dist.get_world_size()]
+        for name, checksum in checksums_of(folder / name for name in names).items():
+            if recorded[name] != checksum:
+                return f"{name} is not what was written"
     except Exception as error:
         return first_cause(error)
-    for name, checksum in checksums.items():
-        if recorded[name] != checksum:
-            return f"{name} is not what was written"
     return None
 
 

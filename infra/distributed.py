@@ -132,10 +132,10 @@ def on_first_rank(run: Callable[[], Item], meanwhile: Callable[[], None] = lambd
 def on_every_rank(run: Callable[[], Item]) -> Item:
     """run() on each rank; if it raises on some, so that no rank waits for them, on all.
 
-    The first error that is a ValueError names its rank; any other is raised as it is where it happened.
+    The first error that is a ValueError or OSError names its rank; any other is raised as it is where it happened.
     """
     result, error = attempt(run)
-    if error is not None and (dist.get_world_size() == 1 or not isinstance(error, ValueError)):
+    if error is not None and (dist.get_world_size() == 1 or not isinstance(error, ValueError | OSError)):
         all_gather_objects(f"{type(error).__name__}: {error}")
         raise error
     for rank, text in enumerate(all_gather_objects(error and str(error))):

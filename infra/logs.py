@@ -1,5 +1,6 @@
 """What a run prints and writes down: lines on the screen, metrics and evaluations, pictures, trackers."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from infra.distributed import Stop
 from infra.files import unlock_folder
 from infra.jsonl import Entry, append_line
 from infra.pictures import before_after, contact_sheet, curves
+from infra.prompts import printable
 from infra.trackers import open_trackers
 from infra.watch import folder_advice, preview_indices
 
@@ -67,7 +69,7 @@ class Log:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.is_first_rank:
-            self.bar.write(text)
+            self.bar.write(printable(text))
 
     def update(self, entry: Entry) -> None:
         """Log an update in metrics.jsonl."""
@@ -107,6 +109,11 @@ class Log:
 
     def finish(self, setup: Any, history: Any) -> None:
         """Draw the run's pictures, and say what it wrote and which of best/ and final/ to use."""
+        last = history.evaluations[-1]
+        if not math.isfinite(last["reward"]):
+            raise Stop(
+                3, f"the reward of final/ is {last['reward']}: take a lower --lr, and what best/ holds if it is there"
+            )
         if not self.is_first_rank:
             return
         with self.pictures_may_fail():
@@ -114,7 +121,7 @@ class Log:
         names = sorted(path.name for path in self.out.iterdir())
         self.say(f"{self.seconds():.0f} s; wrote {self.out}: {', '.join(names)}")
         if history.watched:
-            self.say(folder_advice(history.best, history.evaluations[-1], history.watched[0]))
+            self.say(folder_advice(history.best, last, history.watched[0]))
 
     def draw(self, setup: Any, history: Any) -> None:
         """curves.png, and before_after.png of the images of the first and the last evaluation."""

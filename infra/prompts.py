@@ -19,6 +19,7 @@ COMMENT = re.compile(r"#+(\s|$)")  # "# a note", not "#1 dad mug"
 # Zero-width space, word joiner and byte order mark: they come with text from web pages and would become tokens. The
 # zero-width joiners stay, because emoji and Persian words are made with them.
 INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
+CONTROL = re.compile("[\0-\b\v-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tab and line feed; half of a pair, too
 # The first line that is written for another program: an object of JSON; a prompt with flags such as --w 512;
 # "prompts:", or the first line of a list in which every line has a dash.
 OTHER_FORMAT = re.compile(
@@ -104,6 +105,7 @@ def with_prompt(item: Any, number: int) -> Entry:
     for column in COLUMNS:
         prompt = fields.get(column)
         if isinstance(prompt, str) and prompt.strip():
+            prompt.encode()  # raises UnicodeEncodeError for half of a pair, which JSON can write
             return entry | {"prompt": prompt.strip()}
     raise ValueError(f'line {number} has no "prompt": {item!r:.80}')
 
@@ -111,7 +113,12 @@ def with_prompt(item: Any, number: int) -> Entry:
 def print_on_first_rank(text: str) -> None:
     """Print to stderr, on rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """A text with its control characters escaped: those of a stranger's file could rewrite the terminal."""
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 # ---------------------------------------------------------------------------------------------- order

@@ -231,9 +231,8 @@ def test_a_best_model_whose_evaluation_is_lost_is_kept(undisturbed, tmp_path):
 def test_a_disk_without_room_for_a_checkpoint_is_refused_before_weights_are_read(base, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1e6))
     monkeypatch.setattr("train.build_network", None)
-    with pytest.raises(ValueError, match="0.0 GB are free there, which is too little for a checkpoint of"):
-        with join("cpu") as process:
-            train.set_up(replace(base, out=tmp_path / "run"), process)
+    with pytest.raises(ValueError, match="too little for a checkpoint of"), join("cpu") as process:
+        train.set_up(replace(base, out=tmp_path / "run"), process)
 
 
 # ---------------------------------------------------------------------- errors in the middle of a run
