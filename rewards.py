@@ -51,6 +51,7 @@ class Reward:
     scale: float = 1.0  # people report scale * score
     model: nn.Module | None = None  # the frozen network; rules and a user's function have none
     task_of: Callable[[str], str] | None = None  # a prompt's task, where means are reported for each task
+    reads: tuple[PreTrainedTokenizerBase, int] | None = None  # the tokenizer of prompts, and how many tokens are read
     name: str = "reward"  # in logs
     weight: float = 1.0  # of this reward's loss in the sum of several
     lam: float | None = None  # lambda of Eq. 11, in units of the score; None: no hinge

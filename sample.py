@@ -35,6 +35,14 @@ HERE = Path(__file__).parent
 # ------------------------------------------------------------------------------------------- encode
 
 
+class Reader(NamedTuple):
+    """Who reads prompts, and how much of them."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    limit: int  # tokens
+
+
 class Text(NamedTuple):
     """A batch of encoded prompts."""
 
@@ -310,23 +318,22 @@ def draw_picture(cfg: SampleFlags) -> None:
     print(f"wrote {cfg.picture}: {len(images)} images of {height}x{width}")
 
 
-def truncation_warning(pipe: Pipeline, prompts: Sequence[str]) -> str | None:
-    """A warning if some prompts are longer than an encoder reads, with the numbers; else None."""
+def truncation_warning(pipe: Pipeline, prompts: Sequence[str], readers: Sequence[Reader] = ()) -> str | None:
+    """A warning if some prompts are longer than an encoder or a reward of `readers` reads, with the numbers; else None.
+
+    Of a list of more than 10,000 prompts some are looked at: to tokenize all takes minutes.
+    """
     encoders = [
-        ("T5 (--text-length)", pipe.t5_tokenizer, pipe.text_length),
-        ("CLIP", pipe.clip_tokenizer, clip_length(pipe)),
+        Reader("T5 (--text-length)", pipe.t5_tokenizer, pipe.text_length),
+        Reader("CLIP", pipe.clip_tokenizer, clip_length(pipe)),
     ]
+    examples = list(prompts[:: math.ceil(len(prompts) / 10_000)])
     notes = []
-    for name, tokenizer, limit in encoders:
-        lengths = []
-        # 4096 at a time: the tokens of a list of millions take gigabytes.
-        for i in range(0, len(prompts), 4096):
-            chunk = list(prompts[i : i + 4096])
-            ids = tokenizer(chunk, verbose=False).input_ids
-            lengths += map(len, ids)
+    for name, tokenizer, limit in (*encoders, *readers):
+        lengths = list(map(len, tokenizer(examples, verbose=False).input_ids))
         too_long = sum(length > limit for length in lengths)
         if too_long:
-            notes.append(f"{name} reads {limit} tokens, {too_long} of {len(prompts)} have more, up to {max(lengths)}")
+            notes.append(f"{name} reads {limit} tokens, {too_long} of {len(examples)} have more, up to {max(lengths)}")
     if not notes:
         return None
     return f"warning: prompts are truncated: {'; '.join(notes)}"

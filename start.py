@@ -46,7 +46,7 @@ from infra.watch import watched_value
 from leaps import Samples
 from model import Flux, FluxConfig
 from rewards import RULES, Reward, check_rewards, open_reward, parse_reward, reward_name, try_score
-from sample import sigmas, token_grid, truncation_warning
+from sample import Reader, sigmas, token_grid, truncation_warning
 from samples import Size
 
 
@@ -172,10 +172,9 @@ def describe_model(cfg: Config) -> Description:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
     if cfg.guidance is not None and not model.weights.config.guidance_embed:
         print_on_first_rank(f"note: --guidance {cfg.guidance} is not used: {cfg.model} takes none")
-    if cfg.lora and cfg.lora > model.weights.config.hidden_size:
-        raise ValueError(
-            f"--lora {cfg.lora}: the layers of {cfg.model} have {model.weights.config.hidden_size} channels"
-        )
+    channels = model.weights.config.hidden_size
+    if cfg.lora and cfg.lora > channels:
+        raise ValueError(f"--lora {cfg.lora} is more than the {channels} channels of the layers of {cfg.model}")
     changes = earlier_lora(cfg, model.weights.config)
     if changes:  # --model is a LoRA: does it fit into a LoRA of the rank that --lora names?
         flux = empty_flux(cfg, model.weights.config)
@@ -333,15 +332,16 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
     }
     if cfg.recompute:
         setup.pipe.vae.enable_gradient_checkpointing()
-    if process.rank == 0:
-        # What is truncated is neither drawn nor learned, and nobody would see it in the pictures.
-        warning = truncation_warning(setup.pipe, [*setup.prompts, *setup.eval_prompts])
-        if warning:
-            print_on_first_rank(warning)
     rewards = []
     for spec in (*cfg.reward, *cfg.watch):
         reward = setup.functions.get(spec)
         rewards.append(reward or open_reward(spec, process.device, setup.pipe.clip_tokenizer, cfg.recompute))
+    if process.rank == 0:
+        # What is truncated is neither drawn nor learned, and nobody would see it in the pictures.
+        readers = [Reader(reward.name, *reward.reads) for reward in rewards if reward.reads]
+        warning = truncation_warning(setup.pipe, [*setup.prompts, *setup.eval_prompts], readers)
+        if warning:
+            print_on_first_rank(warning)
     setup.rewards = rewards[: len(cfg.reward)]
     setup.watched = rewards[len(cfg.reward) :]
     # Without --lam a reward has its default lambda, or no hinge.

@@ -1,5 +1,6 @@
 """What a file of tensors is, by its header, before a weight is read."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +9,10 @@ from safetensors import safe_open
 from infra.reading import AGAIN, parse_file
 
 FLUX_TENSOR = "vector_in.in_layer.weight"  # which FLUX.2 and Chroma lack, and diffusers names otherwise
+MODELS_FILE = re.compile(
+    r"\w*config\.json|[\w-]+\.safetensors(\.index\.json)?|vocab\.(json|txt)|merges\.txt|tokenizer\.json|spiece\.model"
+    r"|\w*tokens(_map)?\.json"
+)
 
 
 def tensor_names(file: Path, remedy: str = AGAIN) -> list[str]:
@@ -32,3 +37,13 @@ def flux_file(name: str | Path) -> Path | None:
         return None
     prefix = bfl_prefix(tensor_names(path))
     return None if prefix is None else path
+
+
+def is_models_file(file: Path, model: Path) -> bool:
+    """Whether a file of a model folder is one that models have, and lies in it. Saved models are published as they are.
+
+    Code, pickles, notes, devices, and links out of the folder are not; a hub's cache links from snapshots/ to blobs/.
+    """
+    root = model.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    return bool(MODELS_FILE.fullmatch(file.name)) and file.is_file() and file.resolve().is_relative_to(root)

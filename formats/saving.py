@@ -16,6 +16,7 @@ from formats.folders import Pipeline
 from formats.locations import FROZEN, Location
 from formats.lora import save_lora
 from formats.names import config_to_diffusers, empty_state, to_diffusers
+from formats.reading import is_models_file
 from formats.weights import INDEX, WEIGHTS, Tensors
 from infra.distributed import Process, gathered_tensors, on_first_rank
 from infra.files import replacing
@@ -77,8 +78,13 @@ def base_entries(location: Location) -> dict[str, str]:
 
 def save_pipeline(folder: Path, source: Path, config: FluxConfig, state: Tensors) -> None:
     """Write a model folder: frozen components copied from `source`, a transformer from `state` (our names)."""
+
+    def unknown(component: str, names: list[str]) -> list[str]:
+        return [name for name in names if not is_models_file(Path(component) / name, source)]
+
     for component in FROZEN:
-        shutil.copytree(source / component, folder / component, dirs_exist_ok=True, copy_function=link_or_copy)
+        target = folder / component
+        shutil.copytree(source / component, target, dirs_exist_ok=True, copy_function=link_or_copy, ignore=unknown)
     shutil.copy(source / "model_index.json", folder)
     save_transformer(folder / "transformer", config, state)
 

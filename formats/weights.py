@@ -96,7 +96,7 @@ def open_subfolder(path: Path) -> Weights:
 
 
 def read_config(file: Path) -> FluxConfig:
-    """The configuration in a diffusers config.json. Raises ValueError naming the file if no network can be made of it."""
+    """The configuration in a diffusers config.json. ValueError names the file if no network can be made of it."""
 
     def parse(entries: dict[str, Any]) -> FluxConfig:
         config = config_from_diffusers(entries)

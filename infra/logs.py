@@ -111,9 +111,7 @@ class Log:
         """Draw the run's pictures, and say what it wrote and which of best/ and final/ to use."""
         last = history.evaluations[-1]
         if not math.isfinite(last["reward"]):
-            raise Stop(
-                3, f"the reward of final/ is {last['reward']}: take a lower --lr, and what best/ holds if it is there"
-            )
+            raise Stop(3, f"the reward of final/ is {last['reward']}: take a lower --lr; best/ may be sound")
         if not self.is_first_rank:
             return
         with self.pictures_may_fail():

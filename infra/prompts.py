@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def read_entries(path: Path) -> list[Entry]:
         text = INVISIBLE.sub("", path.read_text(encoding="utf-8"))
         entries = [with_prompt(item, number) for number, item in read_items(text, path.suffix.lower())]
     except (OSError, ValueError) as error:
-        raise ValueError(f"prompt file {path} (UTF-8): {error}") from error
+        remedy = "write one prompt per line there, or make prompts with python -m tools.prompts --file FILE"
+        raise ValueError(f"prompt file {path} (UTF-8): {error}{'' if path.exists() else f': {remedy}'}") from error
     if not entries:
         raise ValueError(f"prompt file {path} holds no prompt: write one per line")
     match = OTHER_FORMAT.search("\n".join(entry["prompt"] for entry in entries))
@@ -132,9 +134,14 @@ def prompts_of_update(prompts: Sequence[str], update: int, size: int, seed: int)
     batch = []
     while len(batch) < size:
         epoch, first = divmod(update * size + len(batch), len(prompts))
-        order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
+        order = order_of_epoch(len(prompts), epoch, seed)
         batch += [prompts[i] for i in order[first : first + size - len(batch)]]
     return batch
+
+
+@lru_cache(maxsize=2)  # a permutation of a million prompts takes longer than an update of a small model
+def order_of_epoch(count: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def rows_of_rank(rows: Sequence, rank: int, world_size: int) -> Sequence:

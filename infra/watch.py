@@ -80,7 +80,7 @@ def folder_advice(best: Entry | None, last: Entry, name: str) -> str:
         return f"use final/: {value}, and best/ is the same"
     best_value = f"{name} was {best[name]:.3f} after {best['step']} updates"
     if best["step"] == 0:
-        best_value = f"{name} was {best[name]:.3f} before training, whose model is in best/"
+        best_value = f"{name} was {best[name]:.3f} before training"
     # final/ is trained the longest: a difference that chance explains does not count against it.
     if has_fallen(best, last, name):
         return f"use best/, not final/: {best_value} and is {last[name]:.3f} after {last['step']}"

@@ -24,7 +24,8 @@ def clip(name: str | Path, device: Device = "cpu", recompute: bool = False) -> S
     model, tokenizer = load_clip(name)
     score = clip_cosine(model, tokenizer, preprocess, device, recompute)
     # CLIP's softmax multiplies cosines by exp(logit_scale), 100 in most trained models.
-    return Scorer(score, scale=model.logit_scale.exp().item(), model=model)
+    reads = tokenizer, model.config.text_config.max_position_embeddings
+    return Scorer(score, scale=model.logit_scale.exp().item(), model=model, reads=reads)
 
 
 def clip_cosine(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infra.reading import AGAIN, check_finite, parse_file
@@ -40,6 +41,7 @@ class Scorer(NamedTuple):
     scale: float = 1.0  # people report scale * score
     model: nn.Module | None = None  # the frozen network; rules have none
     task_of: Callable[[str], str] | None = None  # a prompt's task, where means are reported for each task
+    reads: tuple[PreTrainedTokenizerBase, int] | None = None  # the tokenizer of prompts, and how many tokens are read
 
 
 # --------------------------------------------------------------------------------------- preprocessing
