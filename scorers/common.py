@@ -105,10 +105,9 @@ def require_file(folder: Path, *names: str) -> None:
 
 def read_tensors(file: Path) -> dict[str, Any]:
     """The content of a published file of tensors, on the CPU. Raises ValueError naming the file if it is damaged."""
-    if file.suffix == ".safetensors":
-        return parse_file(file, load_file)
     # weights_only: a .pt file is a pickle, which could run a stranger's code.
     load = partial(torch.load, map_location="cpu", weights_only=True)
+    load = load_file if file.suffix == ".safetensors" else load
     return parse_file(file, lambda path: dict(load(path)), f"truncated, or no file of tensors: {AGAIN}")
 
 

@@ -158,7 +158,8 @@ def test_keywords_of_ones_own_are_recorded_as_json_reads_them_and_are_no_flags_o
 
 
 def test_a_resumed_run_tells_of_code_that_has_changed(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(dict(method="refl", code_read={"a.py": "1", "b.py": "2"})))
+    recorded = dict(method="refl", prompts_read=["0", "0"], code_read={"a.py": "1", "b.py": "2"})
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
     tell_changes(tmp_path, {"a.py": "1", "b.py": "3", "c.py": "4"})
     assert capsys.readouterr().err.startswith("warning: b.py has changed since")
     (file := tmp_path / "mine.py").write_text("def f(images, prompts): ...")
