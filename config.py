@@ -23,7 +23,10 @@ def sides(size: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
     if not match:
         raise ValueError(f"--size {size}: give pixels, one number for a square or HEIGHTxWIDTH, such as 768x1344")
-    return int(match[1]), int(match[2] or match[1])
+    height, width = int(match[1]), int(match[2] or match[1])
+    if not 0 < min(height, width) <= max(height, width) <= 16384:
+        raise ValueError(f"--size {size}: give 1 to 16384 pixels")
+    return height, width
 
 
 @flags

@@ -118,9 +118,9 @@ def main() -> None:
 
 def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:
     """Check everything, draw and score the images of each model, and report. Raises ValueError naming the flag."""
-    check_values(cfg)
     # All models are drawn alike, as one of them was while it was trained.
     cfg = draw_as_trained(cfg, cfg.model, dict(rollout_steps=50, guidance=3.5))
+    check_values(cfg)
     entries = read_entries(cfg.prompts)
     prompts = [entry["prompt"] for entry in entries]
     models = describe_pictures(cfg, prompts) if cfg.images else describe_models(cfg, prompts)

@@ -292,8 +292,8 @@ def draw_picture(cfg: SampleFlags) -> None:
         prompts += read_prompts(cfg.prompts)
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
-    check_ranges(cfg)
     cfg = draw_as_trained(cfg, (cfg.model,), dict(rollout_steps=25, guidance=3.5))
+    check_ranges(cfg)
     if cfg.picture.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--picture {cfg.picture}: give a picture's name, such as {cfg.picture.with_suffix('.png')}")
     check_writable(f"--picture {cfg.picture}", cfg.picture.parent)

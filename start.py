@@ -165,7 +165,7 @@ def batch_prompts(cfg: Config, setup: Setup, update: int) -> list[str]:
 
 def describe_model(cfg: Config) -> Description:
     """All of the model but its weights. Raises ValueError if it cannot do what the flags ask of it."""
-    if cfg.base and not lora_file(cfg.model) and not flux_file(cfg.model):
+    if cfg.base is not None and not lora_file(cfg.model) and not flux_file(cfg.model):
         raise ValueError(f"--base {cfg.base} is for a LoRA or a transformer's file, and --model {cfg.model} is neither")
     model = describe(cfg.model, cfg.base)
     if model.weights.config.guidance_embed and cfg.guidance is None:

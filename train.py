@@ -148,7 +148,10 @@ def run(cfg: Config, setup: Setup, process: Process) -> None:
             zero_gradients(state)
             checkpoints.save_checkpoint(setup.out, state, updates, cfg.keep)
             state.wait()
-        raise Stop(1, f"error: {explanation}; {checkpoints.what_is_saved(setup.out)}") from error
+        message = f"error: {explanation}; {checkpoints.what_is_saved(setup.out)}"
+        if process.rank:  # rank 0 prints what stops it, and does not know of this
+            print(printable(f"rank {process.rank}: {message}"), file=sys.stderr)
+        raise Stop(1, message) from error
     finally:
         state.wait()  # for the checkpoint that is being written
         log.close()

@@ -58,6 +58,8 @@ def locate(name: str | Path, base: str | None = None) -> Location:
         remedy = "give a FLUX.1 folder, a LoRA, or a transformer with black-forest-labs' names, all of .safetensors"
         first_names = ", ".join(tensor_names(path, remedy)[:3])
         raise ValueError(f"{name} is no FLUX.1 model, its tensors are {first_names} ...: {remedy}")
+    if base:
+        locate(base)  # which --strength needs; a misspelt one is found also where it is not used
     folder = find_folder(name, COMPONENTS)
     return Location(folder, folder / "transformer")
 

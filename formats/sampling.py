@@ -21,13 +21,10 @@ KINDS = {"rollout_steps": int, "size": str, "guidance": float, "text_length": in
 def saved_sampling(name: str | Path) -> dict[str, Any]:
     """The settings that a model, a folder or a file, was saved with; empty for a model of others."""
     path = Path(name)
-    file = path / FILE
     if path.suffix == ".safetensors" and path.is_file():
-        with safe_open(path, "pt") as header:
-            text = (header.metadata() or {}).get(FILE)
-    else:
-        text = parse_file(file, Path.read_text) if file.exists() else None
-    return parse_file(file, lambda _: parse_sampling(text)) if text else {}
+        return parse_file(path, lambda file: parse_sampling((safe_open(file, "pt").metadata() or {}).get(FILE, "{}")))
+    file = path / FILE
+    return parse_file(file, lambda file: parse_sampling(file.read_text())) if file.exists() else {}
 
 
 def parse_sampling(text: str) -> dict[str, Any]:

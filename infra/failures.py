@@ -16,8 +16,8 @@ REMEDIES = {
 
 def stage_of(error: BaseException) -> str:
     """The stage that an error came in: what the meter noted, or the evaluation, which has no meter."""
-    notes = getattr(error, "__notes__", [])
-    return notes[0] if notes else "evaluation"
+    stages = [note for note in getattr(error, "__notes__", []) if note in REMEDIES]
+    return [*stages, "evaluation"][0]
 
 
 def explain(error: BaseException) -> str | None:

@@ -102,8 +102,9 @@ def run_guest(failure: str, file: Path, function: Callable, *inputs: Any, **opti
         raise UserCodeError(f"{failure}: {describe_error(error, file)}") from error
     finally:
         os.chdir(folder)
-        torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
         if torch.get_default_device() != device:
             torch.set_default_device(None)
 

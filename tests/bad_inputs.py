@@ -96,13 +96,13 @@ def flag_cases() -> Iterator[Case]:
             if not word:
                 word = {"size": "-5", "option": "x"}.get(name, word)
             if not (name == "out" and word not in (value, "x" * 300, "/dev/null/x")):
-                shown = word if len(word) < 200 else flag if name == "out" else word[:40]
-                yield Case("names", train, [f"{flag}={word}"], "x" if "\x1b" in word or "\ud800" in word else shown)
+                shown = word[:40] if word.isascii() and word.isprintable() else ""
+                yield Case("names", train, [f"{flag}={word}"], flag if name == "out" else shown)
     for flag in ("--active", "--last", "--window", "--leaps"):
         method = {"--active": "drtune", "--last": "full", "--window": "mix_grpo"}.get(flag, "leapalign")
         yield Case("flags", train, ["--method", method, flag, "99"], flag.strip("-"))
     for arguments in (["--lora", "100000"], ["--size", "100000"], ["--reward", "tiny:0"], ["--reward", "tiny:1e999"]):
-        yield Case("flags", train, arguments, arguments[0])
+        yield Case("flags", train, arguments, "weight" if arguments[0] == "--reward" else arguments[0])
     for command in (sample, evaluate):
         needs = ["--prompt", "a"] if command is sample else []
         for arguments in (
@@ -113,7 +113,7 @@ def flag_cases() -> Iterator[Case]:
             ["--device", "x"],
         ):
             word = "nope" if "nope" in arguments else arguments[0]
-            yield Case("flags", command, [*needs, *arguments], word.replace("--size", "image size"))
+            yield Case("flags", command, [*needs, *arguments], word)
 
 
 # ------------------------------------------------------------------------------------------------- files
