@@ -13,7 +13,7 @@ whether a checkpoint is whole, and the tensors of a model that is saved.
 A run writes, to --out:
 
     config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png
-    checkpoints/step_NNNNNN/  best/  final/  nonfinite.jsonl, if a number was not finite
+    checkpoints/step_NNNNNN/  newest_checkpoint  best/  final/  nonfinite.jsonl, if a number was not finite
 
 The shapes preset differs from the paper in learning rate, decay, T, EMA, lambda and the image that is rewarded, for
 which shapes/README.md has the reasons, and in length.

@@ -3,6 +3,7 @@
 The folder is what a user would bring: save_pretrained of a tiny random CLIPModel and of its tokenizer, 32x32 pixels.
 """
 
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -275,6 +276,21 @@ def test_a_reward_that_computes_in_numpy_can_be_watched_but_not_trained_on(tmp_p
     reward = open_reward(f"{file}:mean")
     with pytest.raises(ValueError, match=r"no gradient in the images .*Can't call numpy"):
         check_gradient(reward, ["a photo of a circle"], (64, 64), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "score, words",
+    [
+        ("(images - images.mean(0)).square().mean((1, 2, 3))", "warning: .*beside another one and .* without.*eval"),
+        ("images.mean((1, 2, 3)) * torch.rand(())", "note: .* draws random numbers"),
+        ("images.mean((1, 2, 3))", "^$"),
+    ],
+)
+def test_scores_that_depend_on_more_than_the_image_are_told(score, words, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(f"import torch\ndef f(images, prompts): return {score}\n")
+    open_reward(f"{file}:f")
+    assert re.search(words, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
