@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from infra.reading import parse_file
-
 from scorers.common import STRICT, Device, Score, Scorer, check_complete, freeze, preprocess, require_file
 
 

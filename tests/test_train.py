@@ -67,7 +67,7 @@ def test_a_short_run_writes_all_its_files(short_run):
     names = {p.name for p in short_run.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "eval.jsonl", "curves.png", "before_after.png", "samples", "best", "final",
-        "checkpoints",
+        "checkpoints", "newest_checkpoint",
     }  # fmt: skip
     assert [f.name for f in (short_run / "checkpoints").iterdir()] == ["step_000008"]  # the last, --save-every or not
     assert {p.name for p in (short_run / "samples").glob("*.png")} == {f"step_{i:04d}.png" for i in (0, 4, 8)}
@@ -84,8 +84,8 @@ def test_a_short_run_writes_all_its_files(short_run):
         (dict(watch=("nonsense",)), "no reward 'nonsense'"),
         (dict(watch=("tiny",)), "two are named 'tiny'"),
         (dict(reward=("hpsv2=/nope",)), "no reward file at '/nope'"),
-        (dict(lr=-1.0), "--lr must not be negative"),
-        (dict(lora_alpha=2.0), "--lora-alpha 2.0 must be positive, and is for --lora"),
+        (dict(lr=-1.0), "--lr -1.0 is out of range"),
+        (dict(lora_alpha=2.0), "--lora-alpha 2.0 is for --lora"),
         (dict(out=Path(__file__) / "run"), "nothing can be written in"),
         (dict(size=("63",), watch=()), "image size 63x63"),
         (dict(low=0.99), "cannot pick 2 leaps from 1 steps"),
