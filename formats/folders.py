@@ -100,8 +100,10 @@ def parse_schedule(entries: dict[str, Any]) -> dict[str, Any]:
     # An entry that is absent has the default of the installed diffusers, as in FluxPipeline.
     defaults = {"_class_name": "FlowMatchEulerDiscreteScheduler", **FlowMatchEulerDiscreteScheduler().config}
     schedule = defaults | {"_class_name": entries["_class_name"]} | entries
-    if schedule["base_image_seq_len"] - schedule["max_image_seq_len"] == 0 or not schedule["shift"] > 0:
-        raise ValueError("its shift is not positive, or both of its sequence lengths are equal")
+    is_switch = isinstance(schedule["use_dynamic_shifting"], bool)
+    lengths = schedule["max_image_seq_len"] - schedule["base_image_seq_len"]
+    if not is_switch or not lengths > 0 or not schedule["shift"] > 0 or not schedule["max_shift"] > 0:
+        raise ValueError(f"these shifts have no meaning: { {name: schedule[name] for name in sorted(SHIFTS)} }")
     unknown = entries.keys() - defaults.keys() - {"_diffusers_version"}
     if unknown:
         raise ValueError(f"{min(unknown)} is no entry of FLUX's schedule")
@@ -115,7 +117,7 @@ def parse_vae_config(entries: dict[str, Any]) -> tuple[int, int]:
     """Channels of a latent, and pixels that a token spans each way."""
     # Each of the VAE's levels but the first halves height and width: 4 levels make a latent of 8x8 pixels.
     pixels = 2 ** (len(entries["block_out_channels"]) - 1)
-    return entries["latent_channels"], PATCH * pixels
+    return int(entries["latent_channels"]), PATCH * pixels
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:

@@ -12,7 +12,6 @@ Or it is one file, with a folder of all else: a LoRA, or the transformer as blac
 
 import re
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +125,6 @@ def download_folder(name: str, components: tuple[str, ...]) -> Path:
 def check_class(folder: Path) -> None:
     """Raise ValueError naming the pipeline that a folder's model_index.json names, if it is not FLUX.1's."""
     remedy = "give a folder of FluxPipeline"
-    pipeline = parse_json(folder / "model_index.json", itemgetter("_class_name"), remedy)
+    pipeline = parse_json(folder / "model_index.json", lambda entries: str(entries["_class_name"]), remedy)
     if not re.match(r"Flux[A-Z]", pipeline):  # FluxPipeline, FluxFillPipeline, but not Flux2Pipeline
         raise ValueError(f"{folder} is no FLUX.1 model, its model_index.json says {pipeline}: {remedy}")

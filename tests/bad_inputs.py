@@ -45,6 +45,7 @@ class Case(NamedTuple):
     arguments: list[str]
     word: str  # which the error must hold: the flag or the file
     prepare: Callable[[Path], None] = lambda folder: None  # makes the files in the folder that stands for {}
+    damage: str = ""  # what is wrong with a file
 
 
 class Reached(Exception):
@@ -215,8 +216,8 @@ def model_cases() -> Iterator[Case]:
     jsons = ["model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json",
              "text_encoder/config.json", "text_encoder_2/config.json"]  # fmt: skip
     for file in jsons:
-        for damage in DAMAGES.values():
-            yield Case("model folders", train, arguments, "model", damaged(file, damage))
+        for name, damage in DAMAGES.items():
+            yield Case("model folders", train, arguments, "model", damaged(file, damage), f"{file} {name}")
     values = (None, "two", -1, 0, [], {}, 1.5)
     keys = {
         "transformer/config.json": ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim",
@@ -233,7 +234,9 @@ def model_cases() -> Iterator[Case]:
         for name in names:
             for value in values:
                 if isinstance(value, list | dict) or (name, value) not in harmless:
-                    yield Case("model folders", train, arguments, "model", damaged(file, entry(name, value)))
+                    yield Case(
+                        "model folders", train, arguments, "model", damaged(file, entry(name, value)), f"{name} {value}"
+                    )
     yield Case("model folders", train, arguments, "model", damaged("scheduler/scheduler_config.json", entry("new", 1)))
     for folder in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         (weights,) = (TINY / folder).glob("*.safetensors")
@@ -250,7 +253,8 @@ def model_cases() -> Iterator[Case]:
                 def prepare(into: Path, file: str = file, change: Callable = change) -> None:
                     tensors(change)(model_copy(into) / file)
 
-                yield Case("weights", command, [*needs, *arguments], "model", prepare)
+                detail = f"{file} {change.__name__}"
+                yield Case("weights", command, [*needs, *arguments], "model", prepare, detail)
     for folder in ("tokenizer", "tokenizer_2"):
         for file in sorted(path.name for path in (TINY / folder).iterdir()):
             if file in ("tokenizer.json",):
@@ -472,7 +476,10 @@ def main() -> None:
             tried[case.kind] = tried.get(case.kind, 0) + 1
             held[case.kind] = held.get(case.kind, 0) + (not result)
             if result:
-                print(f"{case.kind}: {case.command.__name__} {' '.join(case.arguments)!r:.120}: {result!r}", flush=True)
+                print(
+                    f"{case.kind}: {case.command.__name__} {' '.join(case.arguments)!r:.120} {case.damage}: {result!r}",
+                    flush=True,
+                )
         for kind in tried:
             print(f"{kind:15} {tried[kind]:5} tried {held[kind]:5} held")
         print(f"{'all':15} {sum(tried.values()):5} tried {sum(held.values()):5} held")
