@@ -125,9 +125,11 @@ def read_lora_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
     if file.name == PEFT and config_file.exists():
         settings = json.loads(config_file.read_text())
     check_finite(state.items())
-    for pattern in settings.get("alpha_pattern", {}):
-        re.compile(pattern)
-    return state, {key.removeprefix("transformer."): value for key, value in settings.items()}
+    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+    float(settings.get("lora_alpha", 1))
+    for pattern, alpha in settings.get("alpha_pattern", {}).items():
+        re.compile(pattern), float(alpha)
+    return state, settings
 
 
 @cache  # once a file: it has many such tensors, and is read twice, to check it and to use it

@@ -321,7 +321,7 @@ def code_cases() -> Iterator[Case]:
     ]  # fmt: skip
     for code in rewards:
         prepare = write("mine.py", code.encode())
-        yield Case("rewards", train, ["--reward", "{}/mine.py:f"], "mine.py:f" if code else "mine.py", prepare)
+        yield Case("rewards", train, ["--reward", "{}/mine.py:f"], "f", prepare, code)
     ro = "    ro = rollout(s.velocity, s.noise(0), s.sigmas)\n    g = s.reward(ro.x[-1])\n"
     sweep = "    sweep(s.vjp, ro, [Term(0, ro.sigmas[-1] - ro.sigmas[-2])], g)\n"
     methods = [
@@ -365,7 +365,7 @@ def run_cases(run: Path) -> Iterator[Case]:
             yield Case("run folders", train, flags, "config.json", changed("config.json", damage))
     for key in ("method", "prompts_read", "lr", "seed", "reward"):
         for value in (None, 3, "x", []):
-            yield Case("run folders", train, flags, "--resume", changed("config.json", entry(key, value)))
+            yield Case("run folders", train, flags, "run", changed("config.json", entry(key, value)))
     lines = (b"[]", b"3", b"null", b"{}", b'"x"', b'{"step": null}', b'{"step": "x"}', b'{"step": 0}', b"{", b"\xff",
              b'{"step": 0, "reward": "x"}', b'{"step": 0, "reward": null}', b'{"step": [], "reward": 1}')  # fmt: skip
     for file in ("metrics.jsonl", "eval.jsonl"):
