@@ -422,7 +422,8 @@ def read_scores(cfg: EvaluateFlags, label: str, prompts: Sequence[str]) -> dict[
         def parse(entries: dict[str, Any], prompt: str = prompt) -> np.ndarray:
             if entries["prompt"] != prompt:
                 raise ValueError("its scores are of another prompt")
-            return np.array([entries[name] for name in names], dtype=float).reshape(len(names), cfg.num)
+            numbers = [float(score) for name in names for score in entries[name]]
+            return np.array(numbers).reshape(len(names), cfg.num)
 
         rows.append(parse_json(cfg.out / label / f"{i:05d}.json", parse, "remove it, and give the command again"))
     return dict(zip(names, np.stack(rows, axis=1)))

@@ -402,7 +402,7 @@ def evaluation_cases(evaluation: Path) -> Iterator[Case]:
                     path = Path(shutil.copytree(evaluation, folder / "out")) / file
                     path.write_bytes(damage(path.read_bytes()))
 
-                yield Case("evaluations", evaluate, flags, Path(file).name, prepare)
+                yield Case("evaluations", evaluate, flags, Path(file).stem if "0" in file else "out", prepare)
     for scores in ([], None, "x", [1.0, 2.0], [None], {"a": 1}):
 
         def replaced(folder: Path, scores: Any = scores) -> None:
