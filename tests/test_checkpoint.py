@@ -429,7 +429,7 @@ def test_a_log_that_a_kill_cut_is_read_up_to_there_and_truncated_by_step(tmp_pat
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 2]
     assert read_log(tmp_path / "none.jsonl") == truncate_log(tmp_path / "none.jsonl", 3) == []
     file.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=f"{file}, line 2, is damaged"):
+    with pytest.raises(ValueError, match=f"cannot read {file}, line 2 .*: remove that line"):
         read_log(file)
 
 
