@@ -4,7 +4,9 @@ Each flag is a field; the string beneath the field is its help. `python train.py
 as boxes; infra/checks.py refuses values that cannot be. The presets, other values of a `Config`, end the file.
 """
 
+import itertools
 import re
+import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,7 +44,8 @@ class Experiment:
     reward: tuple[str, ...] = ("tiny",)
     """Rewards to raise, NAME[=PATH][:WEIGHT] or my_file.py:function[:WEIGHT]. Names: tiny, clip, pickscore, hpsv2,
     hpsv3, imagereward, and judge for methods that need no gradient; weights multiply what the loss sees (cosines for
-    CLIP rewards, about 13 for hpsv3)."""
+    CLIP rewards, about 13 for hpsv3). NAME~GOOD~BAD is relative: by how much the prompt fits better with a good word in
+    front than with a bad one, as in hpsv2~Real~Painting (SRPO)."""
     watch: tuple[str, ...] = ("judge",)
     """Rewards that are evaluated but never trained on. The run keeps the weights that the first one likes best, and
     warns when one has fallen while the trained reward rose. judge applies the rules of the shapes world; lattice falls
@@ -79,6 +82,9 @@ class Experiment:
     """Weight of an anchor in the loss: the squared distance of the trained velocity from the untuned network's, a mean
     over the latent, at each state where the network is differentiated (two of leapalign's). The untuned network is the
     one without its LoRA, or a frozen copy."""
+    anchor_on: Literal["velocity", "norm"] | None = None
+    """What --anchor holds: the velocity, or its length alone, where that exceeds the untuned network's (NormGuard).
+    Default: the velocity."""
     clip: float = 1.0
     """Largest norm of the whole gradient; inf does not clip."""
     ema: float = 0.98
@@ -88,6 +94,8 @@ class Experiment:
     bf16: bool = False
     """Compute the transformer and the text encoders in bfloat16. Trained weights, gradients and optimizer stay fp32,
     unless --lean is given."""
+    vae_bf16: bool = False
+    """Decode in bfloat16, images of evaluations too: half of the memory, and faster on GPUs and on CPUs with AMX."""
     lean: bool = False
     """Train all weights on one GPU in less memory: bfloat16 weights with stochastic rounding, 8-bit optimizer states,
     averages in the host's memory. Needs torchao, and --bf16."""
@@ -107,10 +115,12 @@ class Method:
     have is refused, unless it comes from the preset."""
 
     method: str = "leapalign"
-    """leapalign, the paper's; refl, draft_lv, drtune, full, flowbp_sparse, flowbp_bridge, flowbp_lagrange, flow_grpo,
-    dance_grpo, mix_grpo of baselines.py; or your own, my_file.py:FUNCTION."""
+    """leapalign, the paper's; refl, draft_lv, drtune, full, direct_align, vgg_flow, flowbp_sparse, flowbp_bridge,
+    flowbp_lagrange, and from scores alone flow_grpo, dance_grpo, mix_grpo, awm, nft, dpo, fdfo, all of baselines/; or
+    your own, my_file.py:FUNCTION."""
     option: tuple[str, ...] = ()
-    """NAME=VALUE: keywords of your own method that are no flags here."""
+    """NAME=VALUE: keywords that are no flags here: those of your own method, direct_align's ahead (1 step), vgg_flow's
+    scale (1000), dpo's beta (2000), fdfo's churn (0.1) and dsigma (false, true weighs steps by their length)."""
     alpha: float | None = None
     """leapalign (0.3), flowbp_bridge, flowbp_lagrange (0.1): discount of the nested gradient (Eq. 9): 0 drops it, 1
     keeps it whole."""
@@ -122,12 +132,12 @@ class Method:
     weight: Literal["both", "d_j", "d_0", "none"] | None = None
     """leapalign (both): distances that the similarity weight uses (Eq. 12)."""
     reward_input: Literal["x_0", "xhat_0"] | None = None
-    """leapalign (x_0, the paper's; xhat_0 in the preset shapes): reward the image of the rollout, or the last leap's
-    prediction of it."""
+    """leapalign (x_0, the paper's; xhat_0 in the preset shapes), refl, drtune (xhat_0): reward the image of the
+    rollout, or the prediction of it by the last leap, or at the step where refl and drtune stop."""
     low: float | None = None
-    """leapalign (0): leaps start at noise levels of at least this."""
+    """leapalign (0), direct_align (0.75): leaps and steps start at noise levels of at least this."""
     high: float | None = None
-    """leapalign (1): leaps start at noise levels of at most this."""
+    """leapalign (1), direct_align (0.97): leaps and steps start at noise levels of at most this."""
     distance: float | None = None
     """leapalign: fixed k - j instead of a random pair."""
     by_level: bool = False
@@ -139,7 +149,8 @@ class Method:
     nodes: int | None = None
     """flowbp_lagrange (3): velocities that a leap's polynomial goes through."""
     active: int | None = None
-    """drtune (2), flowbp_sparse (3), flowbp_bridge (5): steps that carry gradient."""
+    """drtune (2), flowbp_sparse, vgg_flow (3), flowbp_bridge (5), awm, nft, dpo (6): steps, or noise levels, that carry
+    gradient."""
     bias: float | None = None
     """flowbp_sparse, flowbp_bridge (2): steps are drawn with odds (i + 1)^bias, so 0 is uniform."""
     rho: float | None = None
@@ -147,16 +158,24 @@ class Method:
     of the trajectory's, or of a leap's, 0 leaves them."""
     copies: int | None = None
     """draft_lv (2): copies of x_0 with fresh noise, whose last step is differentiated too."""
-    last: int | None = None
-    """full: only the last K steps, which is DRaFT-K; refl: one of the last K, by default 11 of 25."""
+    last: int | Literal["random"] | None = None
+    """full: only the last K steps, which is DRaFT-K, or a random K, which is AlignProp; refl: one of the last K, by
+    default 11 of 25."""
     group: int | None = None
-    """flow_grpo, dance_grpo, mix_grpo (8): samples of one prompt, which are compared with each other."""
+    """flow_grpo, dance_grpo, mix_grpo, awm, nft, dpo (8), fdfo (2): samples of one prompt, which are compared with each
+    other."""
+    ranks: bool = False
+    """flow_grpo, dance_grpo, mix_grpo, awm, nft: compare samples by their ranks in the group, not by their scores."""
     noise: float | None = None
     """flow_grpo (a = 0.7), dance_grpo, mix_grpo (eta = 0.3): noise of the random walk."""
+    cps: bool = False
+    """flow_grpo, mix_grpo: coefficient-preserving noise in the random steps (Flow-CPS); --noise, its level, is below
+    1."""
     window: int | None = None
-    """mix_grpo (4): random steps, the others are the ODE's."""
-    shift_every: Annotated[int | None, tyro.conf.arg(aliases=("--every",))] = None
-    """mix_grpo (25): updates until the window moves on by a step."""
+    """mix_grpo (4): random steps, the others are the ODE's; flow_grpo: the same, drawn at each update from the first
+    half (Flow-GRPO-Fast), by default all steps."""
+    shift_every: Annotated[int | Literal["random"] | None, tyro.conf.arg(aliases=("--every",))] = None
+    """mix_grpo (25): updates until the window moves on by a step; random: it is drawn as flow_grpo's."""
 
 
 @flags
@@ -165,6 +184,9 @@ class Run:
 
     updates: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 100
     """Updates of the weights."""
+    smoke: bool = False
+    """Try the other flags in seconds: 2 updates of 8 rollouts, and 6 of the evaluation prompts. Writes to runs/smoke,
+    which is emptied first, whatever --updates, --batch and --out say."""
     out: Path | None = None
     """Folder of the run; the default is runs/METHOD-seedN. It must not hold a run yet, unless --resume is given."""
     patience: int = 2
@@ -185,7 +207,7 @@ class Run:
     lines; a best/ of a later update is kept as best.step_NNNNNN."""
     skip_nonfinite: int = 0
     """How many updates with a loss or gradient that is not finite are left out before the run stops at one."""
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where to log beside metrics.jsonl and eval.jsonl. Needs that package."""
 
 
@@ -199,8 +221,10 @@ class Machine:
     """Rollouts at a time on a rank; None means all of the rank's share of --batch."""
     micro_batch: int | None = None
     """Samples at a time in the backward of reward and leaps; None means as many as in a rollout."""
-    recompute: bool = False
-    """Recompute the activations of transformer, VAE and rewards in their backward: less memory, more time."""
+    recompute: Literal["none", "light", "blocks"] = "none"
+    """What a backward computes again instead of keeping it from the forward. light: what is elementwise in the
+    transformer, norms and activations among it; blocks: all of transformer, VAE and rewards, for a third of a backward
+    more."""
     compile: bool = False
     """Compile the transformer's blocks."""
     shard: int | None = None
@@ -235,8 +259,46 @@ def parse(arguments: list[str], console_outputs: bool = True) -> tuple[Config, C
     if not names_preset:
         arguments = ["shapes", *arguments]
     presets = {name: (text, grouped(cfg)) for name, (text, cfg) in PRESETS.items()}
+    arguments = with_levels(arguments)
     flags = tyro.extras.overridable_config_cli(presets, args=arguments, console_outputs=console_outputs)
-    return flat(flags), PRESETS[arguments[0]][1]
+    cfg = flat(flags)
+    if cfg.smoke:
+        cfg = replace(cfg, **SMOKE)
+    return cfg, PRESETS[arguments[0]][1]
+
+
+def command(cfg: Config) -> str:
+    """The command of a run: the preset that needs the fewest flags, and these."""
+    commands = []
+    for name, (_, preset) in PRESETS.items():
+        words = ["python", "train.py", name]
+        for field in fields(Config):
+            value = getattr(cfg, field.name)
+            if field.name in ("resume", "export", "at") or value == getattr(preset, field.name):
+                continue
+            flag = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                values = value if isinstance(value, tuple) else [value]
+                words += [f"--{flag}", *map(str, values)]
+        commands.append(words)
+    return shlex.join(min(commands, key=len))
+
+
+def with_levels(arguments: list[str]) -> list[str]:
+    """The arguments with --recompute's level where a script has the flag without one, from when it was on or off."""
+    words = []
+    for word, following in itertools.pairwise([*arguments, "--"]):
+        if word == "--no-recompute":
+            words += ["--recompute", "none"]
+        elif word == "--recompute" and following.startswith("--"):
+            words += ["--recompute", "blocks"]
+        elif words[-1:] == ["--recompute"] and word == "True":
+            words.append("blocks")
+        else:
+            words.append(word)
+    return words
 
 
 def grouped(cfg: Config) -> Flags:
@@ -255,6 +317,8 @@ def flat(flags: Flags) -> Config:
     return Config(**values)
 
 
+# What --smoke makes of any preset. The folder is fixed because it is emptied: no other folder may ever be.
+SMOKE = dict(updates=2, batch=8, out=Path("runs/smoke"), resume=False)
 # The defaults of the flags are those of the shapes world. With x_0, which the paper rewards, this world gains less, and
 # longer runs lose the gain again: see shapes/README.md.
 SHAPES = Config(reward_input="xhat_0")
@@ -275,7 +339,7 @@ PAPER = Config(
     bf16=True,
     rollout_batch=4,
     micro_batch=1,
-    recompute=True,
+    recompute="blocks",
 )
 NEEDS = "Needs weights/FLUX.1-dev, weights/train-prompts.txt"  # the files of the rewards follow
 PRESETS = {

@@ -8,7 +8,7 @@
 Prints means with 95% intervals, and the differences to the first model, paired by prompt.  Writes to --out:
 
     results.json                            all of the printed numbers, and the scores of every prompt
-    best.png  worst.png  changed.png        by the first reward: where the last model is best, worst, or has changed
+    index.html                              a page with the table, and the images that gained and lost most
     config.json                             the flags, but --model, --out, --batch, --device; others must stay alike
     MODEL/00000.json  00000.png             a prompt's scores and a thumbnail of its first image
 
@@ -47,10 +47,11 @@ from formats.weights import weight_files
 from infra.distributed import Process, all_gather_objects, join, on_first_rank
 from infra.files import check_writable, content_hash, replacing
 from infra.flags import check_ranges, flags
+from infra.page import models_page
 from infra.pictures import save_png, to_pil
 from infra.prompts import printable, prompts_hash, read_entries, rows_of_rank
 from infra.reading import parse_file, parse_json
-from infra.summary import format_table, summarize, write_sheets
+from infra.summary import format_table, summarize
 from infra.user_code import file_hashes
 from rewards import Reward, check_rewards, open_reward, reward_name, score_all
 from sample import DrawFlags, Pipeline, Reader, sample, token_grid, truncation_warning
@@ -378,7 +379,7 @@ def write_images(cfg: EvaluateFlags, model: Model, i: int, entry: Entry, images:
         for n, picture in enumerate(pictures):
             save_png(picture, geneval / "samples" / f"{n:04d}.png")
         (geneval / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
-    # The contact sheets are made of these: a thousand FLUX images at full size would be 2 GB.
+    # The page is made of these: a thousand FLUX images at full size would be 2 GB.
     thumbnail = pictures[0]
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
     save_png(thumbnail, folder / f"{i:05d}.png")
@@ -390,7 +391,7 @@ def write_images(cfg: EvaluateFlags, model: Model, i: int, entry: Entry, images:
 def report_scores(
     cfg: EvaluateFlags, prompts: Sequence[str], tags: Sequence[str] | None, models: Sequence[Model]
 ) -> None:
-    """Print the tables, and write results.json and the contact sheets."""
+    """Print the tables, and write results.json and index.html."""
     scores = {}
     for model in models:
         scores[model.label] = read_scores(cfg, model.label, prompts)
@@ -399,11 +400,11 @@ def report_scores(
     # JSON has no NaN, which is the interval of a single prompt.
     results = results.replace("NaN", "null")
     (cfg.out / "results.json").write_text(results + "\n")
-    write_sheets(scores, prompts, cfg.out)
+    models_page(summary, scores, prompts, cfg.out)
     # The tables come last, where people look.
     print(f"{len(prompts)} prompts, {cfg.num} images each, {cfg.rollout_steps} steps; ± is half of a 95% interval\n")
     print(format_table(summary))
-    print(f"wrote {cfg.out}: results.json and contact sheets")
+    print(f"wrote {cfg.out}: results.json and index.html")
     if cfg.geneval:
         print(f"wrote {cfg.geneval}: {len(prompts) * cfg.num:,} pictures of each model")
 

@@ -21,7 +21,7 @@ So the gradient of step 3 (Eq. 10) is a reverse sweep that re-evaluates and diff
 the activations of reward and VAE were freed.  The price is one more forward per leap.  `leap` is the same gradient as
 the paper states it, by autograd.
 
-A method (LeapAlign, a function of baselines.py, or yours) is a function of `Samples` that adds its gradient to the
+A method (LeapAlign, a function of baselines/, or yours) is a function of `Samples` that adds its gradient to the
 weights and returns values to log.  It sees no text, no VAE, no micro-batch and, but for `total`, no rank: samples.py
 hides those.
 

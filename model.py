@@ -17,13 +17,14 @@ Sources: github.com/black-forest-labs/flux; diffusers' FluxTransformer2DModel; D
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 EMBED_CHANNELS = 256  # of the sinusoidal embeddings of time and guidance
 EPS = 1e-6  # of every norm
@@ -127,6 +128,34 @@ class Branch(NamedTuple):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) * norm(x) + shift. The norm has no weights of its own: adaLN supplies them."""
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
+
+
+# ---------------------------------------------------------------------- memory of the backward
+
+
+def run_block(recompute: str, block: nn.Module, *inputs: Tensor) -> Any:
+    """block(*inputs). Its backward computes again: nothing, what is elementwise ("light"), or all of it ("blocks").
+
+    Kept until then is all that autograd asks for; the inputs, and the results of products and attention; the inputs.
+    """
+    if recompute == "none" or not torch.is_grad_enabled():
+        return block(*inputs)
+    kept_by_light = partial(create_selective_checkpoint_contexts, keep_products)
+    context_fn = kept_by_light if recompute == "light" else noop_context_fn
+    # Nothing in a block is random.
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+
+
+def keep_products(context: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    """torch calls this with each operation of a block: is its result kept for the backward?"""
+    name = operation.__name__
+    if "attention" in name:  # each kind of GPU has its own
+        return CheckpointPolicy.MUST_SAVE
+    if "mm" not in name:  # mm, addmm, bmm
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    inner, outer = args[-1].shape[-2:]
+    # The second product of a LoRA, from its rank to the layer's width, takes much memory and little time.
+    return CheckpointPolicy.MUST_SAVE if 16 * inner > outer else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # --------------------------------------------------------------------------------------- modules
@@ -276,12 +305,7 @@ class Flux(nn.Module):
         singles = range(config.depth_single_blocks)
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in singles)
         self.final_layer = LastLayer(config)
-        self.recompute = False  # keep only the blocks' inputs for the backward, and run each again there
-
-    def run(self, block: nn.Module, *inputs: Tensor) -> Any:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
-        return block(*inputs)
+        self.recompute: Literal["none", "light", "blocks"] = "none"  # see run_block
 
     def forward(
         self,
@@ -317,10 +341,10 @@ class Flux(nn.Module):
 
         img, txt = self.img_in(img), self.txt_in(txt)
         for block in self.double_blocks:
-            img, txt = self.run(block, img, txt, vec, pe)
+            img, txt = run_block(self.recompute, block, img, txt, vec, pe)
         x = torch.cat([txt, img], dim=1)
         for block in self.single_blocks:
-            x = self.run(block, x, vec, pe)
+            x = run_block(self.recompute, block, x, vec, pe)
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
 

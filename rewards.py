@@ -11,7 +11,9 @@ FILE.py:FUNCTION:
     judge        the rules of the shapes world; no gradient: to watch, to evaluate, for policy gradients
     lattice      0 without a pattern that repeats with every token, lower the stronger it is; to watch, to evaluate
 
-Without a path, weights are looked for in WEIGHTS.  A weight may follow: `pickscore:0.5 hpsv2:0.5`.
+Without a path, weights are looked for in WEIGHTS.  A weight may follow: `pickscore:0.5 hpsv2:0.5`.  SRPO's relative
+reward (arXiv 2509.06942) is NAME~GOOD~BAD, as in `hpsv2~Real~Painting`: how much better an image fits its prompt
+with the good word in front than with the bad one.  What an image gains whatever the word, it cannot gain there.
 
 Legend: b or n images, h and w their height and width.
 """
@@ -19,7 +21,7 @@ Legend: b or n images, h and w their height and width.
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -79,10 +81,16 @@ def open_reward(
         score = load_function(path, "reward")
         # An error of the user's code should show now, not after the weights of FLUX are read.
         try_score(score, path, device, size, prompts)
-        return Reward(score, name=reward_name(spec), weight=weight)
-    scorer = open_scorer(name, path, device, tokenizer, recompute)
-    # Scorers without a published lambda have no hinge: all of their samples have a gradient.
-    return Reward(*scorer, name=name, weight=weight, lam=LAMBDA.get(name))
+        reward = Reward(score, name=reward_name(spec), weight=weight)
+    else:
+        scorer = open_scorer(name, path, device, tokenizer, recompute)
+        # Scorers without a published lambda have no hinge: all of their samples have a gradient.
+        reward = Reward(*scorer, name=name, weight=weight, lam=LAMBDA.get(name))
+    _, words = split_words(split_weight(spec)[0])
+    if not words:
+        return reward
+    # A lambda is of scores, not of their differences.
+    return replace(reward, score=relative_score(reward.score, *words), name=reward_name(spec), lam=None)
 
 
 def parse_reward(spec: str) -> tuple[str, str, float]:
@@ -93,12 +101,15 @@ def parse_reward(spec: str) -> tuple[str, str, float]:
     scorer_spec, weight = split_weight(spec)
     if not math.isfinite(weight):
         raise ValueError(f"the weight of the reward {spec!r} must be finite")
+    scorer_spec, words = split_words(scorer_spec)
     if is_user_code(scorer_spec):
         file = scorer_spec.rpartition(":")[0]
         if not Path(file).is_file():
             raise ValueError(f"no file {file!r} for the reward {spec!r}")
         return "", scorer_spec, weight
     name, _, path = scorer_spec.partition("=")
+    if name in RULES and words:
+        raise ValueError(f"no reward {spec!r}: {name} is a rule, which a word before the prompt does not change")
     if name in RULES and not path:
         return name, "", weight
     if not path and name in WEIGHTS:
@@ -128,12 +139,32 @@ def split_weight(spec: str) -> tuple[str, float]:
     return scorer_spec, float(weight)
 
 
+def split_words(scorer_spec: str) -> tuple[str, list[str]]:
+    """`hpsv2~Real~Painting` as `hpsv2` and the good and the bad word; without words the spec and []."""
+    scorer, *words = scorer_spec.rsplit("~", 2)  # from the right: a path may begin with ~
+    if len(words) < 2:
+        return scorer_spec, []
+    return scorer, words
+
+
+def relative_score(score: Score, good: str, bad: str) -> Score:
+    """SRPO's relative reward, as in the authors' code: the score for "GOOD. prompt" less that for "BAD. prompt"."""
+
+    def difference(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        good_prompts = [f"{good}. {prompt}" for prompt in prompts]
+        bad_prompts = [f"{bad}. {prompt}" for prompt in prompts]
+        return score(images, good_prompts) - score(images, bad_prompts)
+
+    return difference
+
+
 def reward_name(spec: str) -> str:
     """The name that a reward is logged by: that of its spec, or of the user's function."""
-    scorer_spec, _ = split_weight(spec)
+    scorer_spec, words = split_words(split_weight(spec)[0])
+    end = "_relative" if words else ""
     if is_user_code(scorer_spec):
-        return scorer_spec.rpartition(":")[2]
-    return scorer_spec.partition("=")[0]
+        return scorer_spec.rpartition(":")[2] + end
+    return scorer_spec.partition("=")[0] + end
 
 
 def open_scorer(

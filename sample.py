@@ -210,7 +210,7 @@ def decode(pipe: Pipeline, x: Tensor, height: int, width: int) -> Tensor:
     z = z.to(pipe.vae.dtype)
     # FLUX's latents are the VAE's, shifted and scaled to about mean 0 and variance 1.
     z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    images = pipe.vae.decode(z).sample
+    images = pipe.vae.decode(z).sample.to(x.dtype)  # the VAE may be bf16; rewards see fp32
     # The VAE's range is [-1, 1], and it overshoots. The clamp stops the gradient of a reward there: no picture can be
     # whiter than white.
     return (images / 2 + 0.5).clamp(0, 1)

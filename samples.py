@@ -1,6 +1,6 @@
 """What a method is given: this file is the one place where `Samples` are built.
 
-A method (leaps.py, baselines.py, or yours) knows noise, noise levels, a velocity, a vector-Jacobian product and the
+A method (leaps.py, baselines/, or yours) knows noise, noise levels, a velocity, a vector-Jacobian product and the
 reward of a latent. Everything else about a batch is hidden here: the prompts, the VAE, the dtype of the network,
 several rewards with their weights and lambdas, and micro-batches. The mathematics comes first; what counts and logs,
 called there in a line each, is at the end of the file.

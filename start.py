@@ -9,7 +9,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import HERE, PRESETS, Config, sides
+from config import HERE, Config, command, sides
 from formats.folders import Description, Pipeline, describe, load_parts
 from formats.lora import Changes, add_lora, first_values, wrapped_name
 from formats.lora_files import lora_file, merge_lora, read_lora
@@ -27,6 +27,7 @@ from infra.anchor import anchored
 from infra.checkpoints import checkpoint_folders, update_of
 from infra.checks import check_flags, check_folder, check_groups, check_log_names, check_prompts, tell_changes
 from infra.distributed import Process
+from infra.downloads import check_downloads
 from infra.files import PART, beside, check_room, content_hash, lock_folder, put_in_place, recover, remove, replacing
 from infra.jsonl import Entry, read_log, truncate_log
 from infra.meter import network_flops
@@ -41,11 +42,11 @@ from infra.methods import (
     user_code_hashes,
 )
 from infra.prompts import print_on_first_rank, prompts_hash, prompts_of_update, read_prompts
-from infra.user_code import is_user_code
+from infra.user_code import is_user_code, revision
 from infra.watch import watched_value
 from leaps import Samples
 from model import Flux, FluxConfig
-from rewards import RULES, Reward, check_rewards, open_reward, parse_reward, reward_name, try_score
+from rewards import RULES, WEIGHTS, Reward, check_rewards, open_reward, parse_reward, reward_name, try_score
 from sample import Reader, sigmas, token_grid, truncation_warning
 from samples import Size
 
@@ -80,6 +81,7 @@ def prepare(cfg: Config, process: Process, preset: Config | None = None) -> Setu
     method, group = choose_method(cfg, process, preset or Config())
     out = run_folder(cfg)
     check_folder(cfg, out, recorded_flags(cfg), resume_flags(cfg))
+    check_downloads(cfg, WEIGHTS)
     prompts, eval_prompts = read_run_prompts(cfg, out)
     model = describe_model(cfg)
     if not cfg.export:
@@ -130,7 +132,7 @@ def choose_method(cfg: Config, process: Process, preset: Config) -> tuple[Callab
     method = partial(method, **options)
     # The anchor is wrapped around the method, so neither the method nor train.py knows of it.
     if cfg.anchor:
-        method = anchored(method, cfg.anchor)
+        method = anchored(method, cfg.anchor, cfg.anchor_on or "velocity")
     return method, group
 
 
@@ -141,6 +143,9 @@ def read_run_prompts(cfg: Config, out: Path) -> tuple[list[str], list[str]]:
     """The prompts to train on and to evaluate on, which a resumed run must find as they were."""
     prompts = read_prompts(cfg.prompts)
     eval_prompts = read_prompts(cfg.eval_prompts)
+    if cfg.smoke:
+        # Evenly spread: prompts of one kind lie together in a file.
+        eval_prompts = eval_prompts[:: max(1, len(eval_prompts) // 6)][:6]
     if cfg.resume and (out / "config.json").exists():
         check_prompts(out, prompts, eval_prompts, (cfg.prompts, cfg.eval_prompts))
         tell_changes(out, user_code_hashes(cfg))
@@ -326,12 +331,15 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
         "text_length": length,
         "bf16": cfg.bf16,
     }
-    if cfg.recompute:
+    if cfg.vae_bf16:
+        setup.pipe.vae.to(torch.bfloat16)
+    everything = cfg.recompute == "blocks"  # of VAE and rewards, too
+    if everything:
         setup.pipe.vae.enable_gradient_checkpointing()
     rewards = []
     for spec in (*cfg.reward, *cfg.watch):
         reward = setup.functions.get(spec)
-        rewards.append(reward or open_reward(spec, process.device, setup.pipe.clip_tokenizer, cfg.recompute))
+        rewards.append(reward or open_reward(spec, process.device, setup.pipe.clip_tokenizer, everything))
     if process.rank == 0:
         # What is truncated is neither drawn nor learned, and nobody would see it in the pictures.
         readers = [Reader(reward.name, *reward.reads) for reward in rewards if reward.reads]
@@ -372,6 +380,8 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
     Raises ValueError if another process trains there.
     """
     out = setup.out
+    if cfg.smoke:
+        remove(out)
     # Two runs in one folder would mix their logs and remove each other's checkpoints. Another run may have begun, or
     # ended, since the folder was checked.
     lock_folder(out)
@@ -402,13 +412,18 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
 
 
 def write_config(cfg: Config, setup: Setup) -> None:
-    """config.json: every flag, and hashes of the prompts and of the user's code, which --resume compares."""
-    hashes = {
+    """config.json: every flag, what made the run, and hashes of the prompts and of the user's code.
+
+    --resume compares the flags and the hashes.
+    """
+    origin = {
+        "command": command(cfg),
+        "revision": revision(),
         "prompts_read": [prompts_hash(setup.prompts), prompts_hash(setup.eval_prompts)],
         "code_read": user_code_hashes(cfg),
     }
     with replacing(setup.out / "config.json") as file:
-        file.write_text(json.dumps(recorded_flags(cfg) | hashes, indent=2) + "\n")
+        file.write_text(json.dumps(recorded_flags(cfg) | origin, indent=2) + "\n")
 
 
 def set_later_checkpoints_aside(cfg: Config, out: Path, first: int) -> None:
@@ -434,20 +449,14 @@ def evaluation_of_best(out: Path, watched: list[str]) -> Entry | None:
     return saved[-1] if saved else None
 
 
-def announce(cfg: Config, preset: Config, setup: Setup, process: Process) -> str:
+def announce(cfg: Config, setup: Setup, process: Process) -> str:
     """What a run is, in a few lines; all of it is in config.json."""
-    preset_name = next(name for name, (_, values) in PRESETS.items() if values is preset)
-    changes = []
-    for flag in fields(Config):
-        value = getattr(cfg, flag.name)
-        if value != getattr(preset, flag.name):
-            changes.append(f"--{flag.name.replace('_', '-')} {value}")
     trained = sum(p.numel() for p in setup.pipe.flux.parameters() if p.requires_grad)
     rewards = [r.name if r.lam is None else f"{r.name} (lambda {r.lam})" for r in setup.rewards]
     watched = [r.name for r in setup.watched] or ["nothing"]
     rollout_batch = cfg.rollout_batch or cfg.batch // process.world_size
     return f"""\
-{preset_name} {" ".join(changes)}
+{command(cfg)}
 {cfg.method} on {cfg.model}: {trained / 1e6:.1f} M trained parameters
 raises {", ".join(rewards)}; watches {", ".join(watched)}
 {cfg.batch} rollouts of {cfg.rollout_steps} steps an update on {process.world_size} x {process.device.type}

@@ -7,13 +7,13 @@
     torchrun --nproc-per-node 8 train.py flux-dev-hpsv2 --resume
 
 Read from top to bottom: main and the set-up; the network and FSDP2; optimizers; the loop; one update; one evaluation.
-The gradient itself is a method's: a function of leaps.py, of baselines.py, or yours. Beside what FSDP2 sends, ranks
+The gradient itself is a method's: a function of leaps.py, of baselines/, or yours. Beside what FSDP2 sends, ranks
 exchange: the run's history, checks of agreement, signals, the values of an update, the images of an evaluation,
 whether a checkpoint is whole, and the tensors of a model that is saved.
 A run writes, to --out:
 
-    config.json  metrics.jsonl  eval.jsonl  curves.png  before_after.png  samples/step_NNNN.png
-    checkpoints/step_NNNNNN/  newest_checkpoint  best/  final/  nonfinite.jsonl, if a number was not finite
+    index.html  config.json  metrics.jsonl  eval.jsonl  before_after.png  samples/step_NNNN.png  samples/step_NNNN/
+    checkpoints/step_NNNNNN/  newest_checkpoint  best/  final/  warnings.txt and nonfinite.jsonl, if there were any
 
 The shapes preset differs from the paper in learning rate, decay, T, EMA, lambda and the image that is rewarded, for
 which shapes/README.md has the reasons, and in length.
@@ -81,7 +81,7 @@ def main() -> None:
                 print(printable(f"\nerror: {error}"), file=sys.stderr)
             raise SystemExit(2) from None
         if rank == 0 and not cfg.export:
-            print(announce(cfg, preset, setup, process))
+            print(announce(cfg, setup, process))
         try:
             run(cfg, setup, process)
         except Stop as stop:
@@ -311,6 +311,7 @@ def train(
                 hacked = watch.hacking_warnings(history.evaluations, history.watched, cfg.patience)
                 for warning in hacked:
                     log.say(warning)
+                log.page()
                 if cfg.stop_early and hacked:
                     is_last = True
             if is_last:

@@ -34,6 +34,7 @@ from config import Config, Experiment, Method, parse
 from experiments.record import RESULTS, ROOT, provenance
 from infra.distributed import Process, device_of
 from infra.jsonl import Entry, append_line, read_log
+from infra.logs import UpdateLog
 from infra.methods import recorded_flags
 from rewards import parse_reward
 from samples import Size, trial_samples
@@ -42,7 +43,7 @@ from start import prepare
 CELLS = RESULTS / "cells.jsonl"  # the runs that the repository ships
 NEW_CELLS = Path("runs/cells.jsonl")  # yours; append its lines to CELLS to ship them
 # Code that is most likely to change a run's numbers. Runs outlive most of its changes, so it is not in a run's key.
-CODE = ("sample.py", "leaps.py", "baselines.py", "shapes/vivid.py")
+CODE = ("sample.py", "leaps.py", "baselines/direct.py", "baselines/policy.py", "shapes/vivid.py")
 # A run is repeatable to the bit, and two runs fit on two cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 NONFINITE = 3  # train.py's exit code after a number that is not finite
@@ -292,4 +293,9 @@ def summarize_run(folder: Path) -> dict[str, Any]:
         curve.append(point)
     seconds = sum(update["seconds"] for update in updates)
     memory = max((update["memory"] for update in updates), default=0.0)
-    return dict(curve=curve, evaluations=sum(costs_of_steps.values()), seconds=seconds, memory=memory)
+    # What the method logs, and each of several rewards: means over the updates.
+    logged = {}
+    for name in updates[0] if updates else ():
+        if name not in UpdateLog.__annotations__ and not name.startswith("seconds_"):
+            logged[name] = sum(update[name] for update in updates) / len(updates)
+    return dict(curve=curve, evaluations=sum(costs_of_steps.values()), seconds=seconds, memory=memory, logged=logged)

@@ -48,6 +48,7 @@ from experiments.draw import draw_tables
 from experiments.record import run_command, write_result
 from infra.flags import flags
 from infra.jsonl import Entry
+from infra.page import runs_page
 from rewards import reward_name
 from shapes.world import TASKS
 
@@ -132,7 +133,7 @@ class CompareFlags:
     work: Path = Path("runs/compare")
     """Folder of the runs; a finished run keeps its logs, pictures and final model."""
     results: Annotated[Path | None, tyro.conf.arg(aliases=("--out",))] = None
-    """JSON file of the results; tables and pictures are written beside it. The default is runs/TABLE.json."""
+    """JSON file of the results; tables, pictures and a page are written beside it. The default is runs/TABLE.json."""
     plan: bool = False
     """Print which runs there are and how many evaluations the others take, and stop."""
 
@@ -163,6 +164,14 @@ def compare_methods(cfg: CompareFlags) -> None:
     path = cfg.results or Path("runs") / f"{cfg.table}.json"
     result = write_result(path, rewards=rewards, select=cfg.select, grid=trials, tables={cfg.equal: table})
     draw_tables(result, path)
+    # The page has one seed's curves and pictures, of the runs that this command, or an earlier one, made in --work.
+    folders = []
+    for cell in entries:
+        folder = cfg.work / cell.name
+        if cell.seed == 0 and (folder / "eval.jsonl").exists():
+            folders.append(folder)
+    if folders:
+        runs_page(folders, path.with_suffix(".html"))
     # Last, below the tables, where it is read.
     warn_of_other_code(entries.values())
 

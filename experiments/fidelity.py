@@ -4,7 +4,7 @@
     python -m experiments.fidelity --model runs/leapalign-seed0/final --rollout-steps 25
     python -m experiments.fidelity --methods leapalign refl my_method.py:noisy_steps
 
-The true gradient is baselines.full, through every step. A method's gradient is drawn several times for the same noise,
+The true gradient is that of `full`, through every step. A method's gradient is drawn several times for the same noise,
 which separates bias from variance:
 
     cosine       of a single draw and the true gradient, and norm, their ratio of lengths: what an update sees
@@ -14,7 +14,8 @@ which separates bias from variance:
 The mean is of finitely many draws, so its squared length is too large by the variance of a draw, divided by their
 number. That is subtracted; where nothing is left, mean_cosine is NaN and more --draws are needed.
 
-All methods see the same prompts and noise, but dance_grpo and mix_grpo start a group from the x_1 of its first sample.
+All methods see the same prompts and noise, but dance_grpo and mix_grpo start a group from the x_1 of its first sample,
+fdfo a pair from nearly that of its first.
 mix_grpo is as in its first update: its window is at the noisiest steps. Intervals are over batches of noise.
 """
 
@@ -54,17 +55,29 @@ METHODS = (
     "leapalign --leaps 3 --alpha 1",
     "leapalign --reward-input xhat_0",
     "refl",
+    "refl --reward-input x_0",
     "draft_lv",
     "drtune",
+    "drtune --reward-input x_0",
     "full --last 1",
     "full --last 2",
+    "full --last random",
+    "direct_align",
+    "vgg_flow",
     "flowbp_sparse",
     "flowbp_sparse --bias 0",
     "flowbp_bridge",
     "flowbp_lagrange",
     "flow_grpo",
+    "flow_grpo --window 2",
+    "flow_grpo --cps",
     "dance_grpo",
     "mix_grpo",
+    "awm",
+    "nft",
+    "dpo",
+    "fdfo",
+    "fdfo --option dsigma=true",
 )
 Numbers = dict[str, float]
 
@@ -141,7 +154,9 @@ def build_batch(cfg: FidelityFlags, pipe: Pipeline, size: Size, reward: Reward, 
     x_1 = torch.randn(cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels, generator=generator)
     samples, _ = build_samples(pipe, texts, size, [reward], noise=lambda i: x_1, generator=generator)
     # All draws of all methods make the same rollout, which costs more than most gradients.
-    return samples._replace(velocity=compute_once(samples.velocity))
+    velocity = compute_once(samples.velocity)
+    # The gradients are those of a first update: the network is its own base.
+    return samples._replace(velocity=velocity, base=velocity)
 
 
 def samples_of_draw(batch: Samples, *key: int) -> Samples:

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -18,6 +17,7 @@ import tyro
 
 from infra.files import replacing
 from infra.summary import confidence_interval
+from infra.user_code import revision
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -64,16 +64,6 @@ def hardware() -> str:
     if torch.cuda.is_available():
         words.append(torch.cuda.get_device_name())
     return ", ".join([*words, f"torch {torch.__version__}"])
-
-
-def revision() -> str:
-    """The commit of this repository, with a + if tracked files differ from it; unknown where there is no git."""
-    # --exclude: the hash, not the name of a tag before it.
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is an archive without .git
-        return "unknown"
 
 
 # ------------------------------------------------------------------------------------------- Markdown

@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from formats.lora import FILE, NOTE
 from formats.lora_files import lora_file
 from formats.reading import flux_file, tensor_names
+from infra.downloads import DOWNLOADS, how_to_get
 from infra.files import put_back
 from infra.reading import parse_file, parse_json
 
@@ -107,11 +108,17 @@ def find_folder(name: str | Path, components: tuple[str, ...]) -> Path:
 
 def download_folder(name: str, components: tuple[str, ...]) -> Path:
     """The folder that huggingface_hub keeps of a hub id. Raises ValueError if the download fails, or if it is no id."""
-    # A misspelt path must not go to the network. A path whose parent exists is no hub id.
-    is_path = Path(name).suffix == ".safetensors" or Path(name).parent.is_dir()
+    if name in DOWNLOADS:
+        raise ValueError(f"no model at {name!r}; get it with\n{how_to_get(name)}")
+    # A misspelt path must not go to the network. A path whose parent exists is no hub id, nor is one into our folders.
+    parent = Path(name).parent
+    is_path = Path(name).suffix == ".safetensors" or parent.is_dir() or parent.name in ("weights", "runs")
     if is_path or not HUB_ID.fullmatch(name):
-        raise ValueError(f"no model at {name!r}: give a folder or file that exists, or a hub id owner/name")
-    remedy = "check name and network; for a gated model, accept its licence and `hf auth login`"
+        reason = "" if parent.is_dir() else f"there is no folder {parent}, "
+        raise ValueError(f"no model at {name!r}: {reason}give a folder or file that exists, or a hub id owner/name")
+    remedy = (
+        f"no folder {name} is here: check name and network; for a gated model, accept its licence and `hf auth login`"
+    )
     # The transformer's config.json describes the file that takes the place of its weights.
     patterns = [*(f"{component}/*" for component in components), "transformer/config.json"]
     # The index is fetched and checked alone: nobody should wait for the weights of a model that cannot be used.

@@ -49,11 +49,15 @@ def check_numbers(cfg: Config) -> None:
     check_ranges(cfg)
     for name in ("active", "last", "window"):
         value = getattr(cfg, name)
-        if value is not None and value > cfg.rollout_steps:
+        if isinstance(value, int) and value > cfg.rollout_steps:  # not None, nor a word such as random
             raise ValueError(f"--{name} {value}: a rollout has {cfg.rollout_steps} steps (--rollout-steps)")
     for spec, lam in zip(cfg.reward, cfg.lam):  # --lam may be empty
         if lam is not None and lam > 1 and reward_name(spec) in COSINES:
             print_on_first_rank(f"note: --lam {lam}: scores of {spec} are cosines, which never reach more than 1")
+    if cfg.cps and (cfg.noise or 0) >= 1:
+        raise ValueError(f"--noise must be below 1 with --cps, got {cfg.noise}: 1 is all of the noise")
+    if cfg.anchor_on and not cfg.anchor:
+        raise ValueError("--anchor-on needs --anchor, its weight in the loss")
 
 
 def check_machine(cfg: Config, process: Process) -> None:
@@ -127,7 +131,7 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
         raise ValueError(f"--export {cfg.export} exists: give a path that does not")
     has_files = out.exists() and any(out.iterdir())
     if not cfg.resume:
-        if has_files:
+        if has_files and not cfg.smoke:
             raise ValueError(f"--out {out} is occupied: --resume goes on with it, or choose another folder")
         return
     if not (out / "config.json").exists():

@@ -7,8 +7,8 @@ from infra.user_code import UserCodeError
 # By the stage of an update, or the evaluation: what needs less memory.
 REMEDIES = {
     "rollout": "take a smaller --rollout-batch",
-    "reward": "take a smaller --micro-batch, or --recompute",
-    "leaps": "take a smaller --micro-batch, or --recompute",
+    "reward": "take a smaller --micro-batch, or --recompute blocks",
+    "leaps": "take a smaller --micro-batch, or --recompute blocks",
     "update": "train a --lora, or take more GPUs",
     "evaluation": "take a smaller --rollout-batch",
 }

@@ -1,10 +1,11 @@
 """What a run prints and writes down: lines on the screen, metrics and evaluations, pictures, trackers."""
 
+import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -18,7 +19,8 @@ from infra.checkpoints import what_is_saved
 from infra.distributed import Stop
 from infra.files import unlock_folder
 from infra.jsonl import Entry, append_line
-from infra.pictures import before_after, contact_sheet, curves
+from infra.page import SIDE, runs_page
+from infra.pictures import before_after, contact_sheet, read_png, save_png, to_pil
 from infra.prompts import printable
 from infra.trackers import open_trackers
 from infra.watch import folder_advice, preview_indices
@@ -67,15 +69,25 @@ class Log:
         return time.time() - self.began
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        if self.is_first_rank:
-            self.bar.write(printable(text))
+        """Print a line above the progress bar; a warning is kept in warnings.txt, too, for the run's page."""
+        if not self.is_first_rank:
+            return
+        text = printable(text)
+        self.bar.write(text)
+        if text.startswith("warning"):
+            with suppress(OSError), (self.out / "warnings.txt").open("a") as file:  # the disk may be full
+                file.write(text + "\n")
 
     def update(self, entry: Entry) -> None:
         """Log an update in metrics.jsonl."""
         self.write("metrics.jsonl", entry)
         self.track(entry["step"], entry, [])
-        self.bar.set_postfix_str(f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}")
+        words = [f"reward {entry['reward']:.3f} grad {entry['grad_norm']:.2f}"]
+        for name, value in entry.items():  # what the method logs; of several rewards, each
+            is_of_run = name in UpdateLog.__annotations__ or name.startswith("seconds_")
+            if not is_of_run and value != entry["reward"]:
+                words.append(f"{name} {value:.3g}")
+        self.bar.set_postfix_str(" ".join(words))
         # A loss of zero trains nothing. A policy gradient has no loss and may meet a batch without a gradient.
         if "loss" in entry and entry["grad_norm"] == 0 and not self.warned_of_zero_gradient:
             self.warned_of_zero_gradient = True
@@ -95,10 +107,12 @@ class Log:
             with self.pictures_may_fail():
                 indices = preview_indices(prompts)
                 contact_sheet(images[indices] / 255, [prompts[i] for i in indices], sheet, columns=8)
-                # The pictures at the end of the run need both, also where the run was resumed in between.
-                if entry["step"] == 0:
-                    torch.save(images[indices], samples / "first.pt")
-                torch.save(images[indices], samples / "last.pt")
+                # One by one as well, for the page and for the pictures at the end, also after a --resume in between.
+                for i in indices:
+                    picture = to_pil(images[i] / 255)
+                    picture.thumbnail((SIDE, SIDE))
+                    save_png(picture, sheet.with_suffix("") / f"{i}.png")
+                (samples / "prompts.json").write_text(json.dumps({i: prompts[i] for i in indices}))
         self.write("eval.jsonl", entry)
         self.track(entry["step"], entry, [sheet] if sheet.exists() else [])
         numbers = []  # all means, but not the lists by prompt
@@ -107,42 +121,44 @@ class Log:
                 numbers.append(f"{name} {value:.3f}")
         self.say(f"step {entry['step']:4d}  {'  '.join(numbers)}")
 
+    def page(self) -> None:
+        """Write index.html, from what the run has written so far."""
+        if self.is_first_rank:
+            with self.pictures_may_fail():
+                runs_page([self.out], self.out / "index.html")
+
     def finish(self, setup: Any, history: Any) -> None:
-        """Draw the run's pictures, and say what it wrote and which of best/ and final/ to use."""
+        """Draw before_after.png, and say what the run wrote and which of best/ and final/ to use."""
         last = history.evaluations[-1]
         if not math.isfinite(last["reward"]):
             raise Stop(3, f"the reward of final/ is {last['reward']}: take a lower --lr; best/ may be sound")
         if not self.is_first_rank:
             return
         with self.pictures_may_fail():
-            self.draw(setup, history)
+            self.draw(setup, history.evaluations[0], history.evaluations[-1])
+        self.page()
         names = sorted(path.name for path in self.out.iterdir())
         self.say(f"{self.seconds():.0f} s; wrote {self.out}: {', '.join(names)}")
         if history.watched:
             self.say(folder_advice(history.best, last, history.watched[0]))
 
-    def draw(self, setup: Any, history: Any) -> None:
-        """curves.png, and before_after.png of the images of the first and the last evaluation."""
+    def draw(self, setup: Any, first: Entry, last: Entry) -> None:
+        """before_after.png, of the images of the first and the last evaluation."""
         prompts = setup.eval_prompts
-        tasks: dict[str, None] = {}  # in the order of the prompts
+        indices = preview_indices(prompts)
+        titles = []
         for reward in setup.watched:
             if reward.task_of:
-                tasks |= dict.fromkeys(reward.task_of(prompt) for prompt in prompts)
-        curves(self.out, self.out / "curves.png", list(tasks))
-
-        samples = self.out / "samples"
-        first_images = torch.load(samples / "first.pt", weights_only=True) / 255
-        last_images = torch.load(samples / "last.pt", weights_only=True) / 255
-        indices = preview_indices(prompts)
-        first, last = history.evaluations[0], history.evaluations[-1]
-        is_correct = None
-        if "judge" in first["by_prompt"] and "judge" in last["by_prompt"]:
-            is_correct = []
-            for i in indices:
-                judged = (first["by_prompt"]["judge"][i], last["by_prompt"]["judge"][i])
-                is_correct.append([score > 0.5 for score in judged])
+                titles = [reward.task_of(prompts[i]) for i in indices]
+        pairs, correct = [], []
+        for i in indices:
+            folders = [self.out / "samples" / f"step_{entry['step']:04d}" for entry in (first, last)]
+            pairs.append([read_png(folder / f"{i}.png") for folder in folders])
+            scores = [entry["by_prompt"].get("judge") for entry in (first, last)]
+            correct.append([bool(of_prompts) and of_prompts[i] > 0.5 for of_prompts in scores])
         captions = [prompts[i] for i in indices]
-        before_after(first_images, last_images, captions, self.out / "before_after.png", correct=is_correct)
+        names = ("base", f"after {last['step']} updates")
+        before_after(pairs, captions, self.out / "before_after.png", names, titles, correct)
 
     def write(self, name: str, entry: Entry) -> None:
         """Add a line to a log. Raises Stop if that fails: a run without its log could not be resumed."""
@@ -163,8 +179,8 @@ class Log:
         """A picture that cannot be written, as on a full disk, is no reason to lose a run."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
-            self.say(f"warning: a picture is not written: {error}")
+        except Exception as error:
+            self.say(f"warning: a picture is not written: {type(error).__name__}: {error}")
 
 
 def note_nonfinite(

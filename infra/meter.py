@@ -91,7 +91,7 @@ def network_flops(flux: Flux, image_tokens: int, text_tokens: int) -> Flops:
     # A product has a gradient in each factor: in its input always, in its weight if the weight is trained. Both factors
     # of attention's products are activations.
     backward = linear + 2 * attention + trained
-    if flux.recompute:
+    if flux.recompute == "blocks":
         backward += in_blocks + attention
     return Flops(forward, forward + backward)
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import baselines
 import leaps
-from baselines import Log
+from baselines import direct, policy
+from baselines.direct import Log
 from config import Config, Experiment, Method
 from infra.reading import check_finite
 from infra.user_code import describe_error, file_hashes, is_user_code, load_function
@@ -34,14 +34,15 @@ class Trial(NamedTuple):
 
 
 def find_method(name: str) -> Callable[..., Log]:
-    """The function that --method names: of leaps.py or baselines.py, or FILE.py:FUNCTION. Raises ValueError."""
+    """The function that --method names: of leaps.py or baselines/, or FILE.py:FUNCTION. Raises ValueError."""
     if is_user_code(name):
         return load_function(name, "method")
-    # No registry: every function of the two files that has the signature of a method is a method.
-    function = getattr(leaps, name, None) or getattr(baselines, name, None)
-    if not inspect.isfunction(function) or not is_method(inspect.signature(function)):
-        raise ValueError(f"--method {name}: it is a function of leaps.py or baselines.py, or FILE.py:FUNCTION of yours")
-    return function
+    # No registry: every function of these files that has the signature of a method is a method.
+    for file in (leaps, direct, policy):
+        function = getattr(file, name, None)
+        if inspect.isfunction(function) and is_method(inspect.signature(function)):
+            return function
+    raise ValueError(f"--method {name}: it is a function of leaps.py or baselines/, or FILE.py:FUNCTION of yours")
 
 
 def is_method(signature: inspect.Signature) -> bool:

@@ -1,13 +1,13 @@
-"""Pictures for people: captioned grids of images, before and after, and curves of what a run measured."""
+"""Pictures for people: captioned grids of images, before and after, and charts for the results of experiments."""
 
 import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,11 +17,10 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from infra.jsonl import read_log
-
 PADDING = 6  # pixels between the cells of a grid
 LINE_HEIGHT = 13  # pixels of a line of a caption
 CAPTION_LINES = 4
+NAME_WIDTH = 66  # pixels at the left of a grid whose rows have names
 # GitHub's colors, for a white page. A line's color is also that of its name, so all have a contrast of 4.5 or more.
 GRID = "#d8dee4"
 INK = "#57606a"
@@ -44,19 +43,19 @@ def contact_sheet(
 
 
 def before_after(
-    first: Sequence[Tensor],
-    last: Sequence[Tensor],
+    pairs: Sequence[Sequence[Tensor]],
     captions: Sequence[str],
     path: Path,
-    side: int = 96,
-    correct: Sequence[Sequence[bool]] | None = None,
+    names: tuple[str, str],
+    titles: Sequence[str],
+    correct: Sequence[Sequence[bool]],
 ) -> None:
     """Write pairs of images of the same prompt and noise, the first above the last, then the caption.
 
+    `names` of the two stand at the left. `titles` are the tasks of the pairs: each stands above the first of its pairs.
     `correct` says of each pair which of the two a judge calls right; those get a frame.
     """
-    cells = list(zip(first, last, strict=True))
-    save_png(grid_of(cells, captions, columns=8, side=side, framed=correct), path)
+    save_png(grid_of(pairs, captions, columns=8, side=96, framed=correct, names=names, titles=titles), path)
 
 
 def grid_of(
@@ -65,8 +64,14 @@ def grid_of(
     columns: int,
     side: int,
     framed: Sequence[Sequence[bool]] | None = None,
+    names: Sequence[str] = (),
+    titles: Sequence[str] = (),
 ) -> Image.Image:
-    """A grid of cells: images of one size above each other, some with a frame, and a caption of up to four lines."""
+    """A grid of cells: images of one size above each other, some with a frame, and a caption of up to four lines.
+
+    `names` are those of a cell's images, at the left of each row of cells. `titles` are the cells'; a title that
+    the cell before has, too, is not repeated.
+    """
     first = cells[0][0]
     height = round(side * first.shape[1] / first.shape[2])
     texts = []
@@ -77,19 +82,28 @@ def grid_of(
         texts.append(lines[:CAPTION_LINES])
     # Every cell is as high as the one with the longest caption.
     text_height = LINE_HEIGHT * max(map(len, texts))  # pixels
-    cell_height = (height + 2) * len(cells[0]) + text_height + PADDING
+    title_height = LINE_HEIGHT + 4 if titles else 0
+    cell_height = title_height + (height + 2) * len(cells[0]) + text_height + PADDING
     cell_width = side + PADDING
     rows = math.ceil(len(cells) / columns)
-    sheet_width = cell_width * min(columns, len(cells)) + PADDING
+    left_margin = PADDING + (NAME_WIDTH if names else 0)
+    sheet_width = left_margin + cell_width * min(columns, len(cells))
     sheet_height = cell_height * rows + PADDING
     sheet = Image.new("RGB", (sheet_width, sheet_height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(11)  # Pillow's own, so that the sheet is the same on every machine
+    large_font = ImageFont.load_default(14)
     for i, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         row, column = divmod(i, columns)
-        x = PADDING + column * cell_width
+        x = left_margin + column * cell_width
         y = PADDING + row * cell_height
+        if titles and (i == 0 or titles[i] != titles[i - 1]):
+            draw.text((x, y), titles[i], fill="black", font=large_font)
+        y += title_height
         for n, image in enumerate(cell):
+            if names and column == 0:
+                name = "\n".join(textwrap.wrap(names[n], width=9))
+                draw.multiline_text((PADDING, y + height // 3), name, fill="black", font=large_font)
             # Pixels of a small image are enlarged as squares: smoothing would hide what the model draws.
             is_small = image.shape[2] < side
             resample = Image.NEAREST if is_small else Image.LANCZOS
@@ -118,60 +132,13 @@ def save_png(picture: Image.Image, path: Path) -> None:
     picture.save(path)
 
 
-# ------------------------------------------------------------------------------------------ curves
+def read_png(file: Path) -> Tensor:
+    """A picture as a tensor (3, h, w) in [0, 1]."""
+    pixels = torch.from_numpy(np.array(Image.open(file)))
+    return rearrange(pixels, "h w c -> c h w") / 255
 
 
-def curves(run: Path, path: Path, tasks: Sequence[str] = ()) -> None:
-    """Write the curves of a run: a chart of the trained reward, of each watched one, and of the judge.
-
-    `tasks` names the numbers of eval.jsonl that are the judge's means by task; they share the judge's chart.
-    """
-    # The last line may be half: a killed run has curves, too.
-    updates = read_log(run / "metrics.jsonl")
-    evals = read_log(run / "eval.jsonl")
-    steps = [entry["step"] for entry in evals]  # updates that were done before each evaluation
-
-    def curve(name: str) -> tuple[list[float], list[float]]:
-        return steps, [entry[name] for entry in evals]
-
-    reward_lines = {}
-    if updates:
-        update_steps = [entry["step"] for entry in updates]
-        batch_means = [entry["reward"] for entry in updates]
-        # Every batch has other prompts, so its mean jumps from update to update.
-        reward_lines["batch"] = (update_steps, smooth(batch_means))
-    # Evaluations are always of the same prompts and noise.
-    reward_lines["evaluation"] = curve("reward")
-    charts = [("trained reward", reward_lines)]
-    judge_names = ("judge", *tasks)
-    for name, value in evals[0].items():
-        if not isinstance(value, int | float):
-            continue  # the scores of every prompt
-        if name in ("step", "seconds", *judge_names):
-            continue
-        # "reward" and, of a single trained reward, its own name hold the same numbers: one chart for both.
-        if curve(name) != curve("reward"):
-            charts.append((name, {name: curve(name)}))
-    judge_lines = {name: curve(name) for name in judge_names if name in evals[0]}
-    if judge_lines:
-        charts.append(("judge accuracy, evaluation prompts", judge_lines))
-    save_charts(charts, path)
-
-
-def smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """Exponential moving average, started at the first value."""
-    averages = [values[0]]
-    for value in values[1:]:
-        averages.append(decay * averages[-1] + (1 - decay) * value)
-    return averages
-
-
-def save_charts(charts: Sequence[tuple[str, Lines]], path: Path) -> None:
-    """Write a row of charts over the updates of a run, (title, lines) each."""
-    row = []
-    for title, lines in charts:
-        row.append(partial(line_chart, lines=lines, title=title))
-    save_row(row, path)
+# ------------------------------------------------------------------------------------------ charts
 
 
 def save_row(

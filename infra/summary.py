@@ -1,24 +1,16 @@
-"""What an evaluation comes to: means with 95% intervals, changes from the first model, and contact sheets."""
+"""What an evaluation comes to: means with 95% intervals, and changes from the first model."""
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from einops import rearrange
-from PIL import Image
 from scipy import stats
-from torch import Tensor
-
-from infra.pictures import grid_of, save_png
 
 Scores = dict[str, dict[str, np.ndarray]]  # model -> reward -> (prompts, images of a prompt)
 Numbers = dict[str, Any]  # of a model by a reward: mean, half, ...
 Summary = dict[str, dict[str, Numbers]]  # reward -> model -> numbers
 MAX_TAGS = 12  # a line of a table with more columns would wrap
-SHEET_CELLS = 16  # two rows of eight
 
 
 def confidence_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -115,33 +107,3 @@ def column_means(numbers: Numbers) -> dict[str, float]:
     if len(by_tag) > MAX_TAGS:  # results.json has them all the same
         by_tag = {}
     return by_tag | numbers.get("sizes", {})
-
-
-def write_sheets(scores: Scores, prompts: Sequence[str], out: Path) -> None:
-    """Write best.png, worst.png and, of several models, changed.png, by the first reward.
-
-    A cell is a prompt: its first image by each model, the first model on top, and its scores.
-    """
-    reference, *_ = scores.values()
-    reward, *_ = reference  # the first of --reward, the one that matters most
-    means = [scores[model][reward].mean(1) for model in scores]  # (prompts,), a model each
-    # A stable sort: prompts of equal score, which the judge gives most, stay in the order of their file.
-    worst_first = means[-1].argsort(kind="stable")
-    sheets = {"best": worst_first[::-1], "worst": worst_first}
-    if len(means) > 1:
-        # By the size of the change, so that what became worse is on the sheet, too.
-        distance = np.abs(means[-1] - means[0])
-        sheets["changed"] = (-distance).argsort(kind="stable")
-    for name, order in sheets.items():
-        cells, captions = [], []
-        for i in order[:SHEET_CELLS].tolist():
-            cells.append([read_png(out / model / f"{i:05d}.png") for model in scores])
-            numbers = " to ".join(f"{of_model[i]:.2f}" for of_model in means)
-            captions.append(f"{numbers}: {prompts[i]}")
-        save_png(grid_of(cells, captions, columns=8, side=128), out / f"{name}.png")
-
-
-def read_png(file: Path) -> Tensor:
-    """A picture as a tensor (3, h, w) in [0, 1]."""
-    pixels = torch.from_numpy(np.array(Image.open(file)))
-    return rearrange(pixels, "h w c -> c h w") / 255

@@ -1,6 +1,7 @@
-"""TensorBoard and Weights & Biases, for those who ask for them: their packages are imported only here."""
+"""TensorBoard, Weights & Biases and Trackio, for those who ask for them: their packages are imported only here."""
 
 import importlib.util
+import json
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ def open_trackers(kinds: Sequence[str], out: Path, config: dict, first: int) -> 
     """A function (update, entry, pictures) that logs to all of `kinds`.
 
     A run that goes on from the update `first` goes on in the trackers, too. TensorBoard replaces what was logged from
-    `first` on; W&B shows both.
+    `first` on; W&B and Trackio show both.
     """
-    writer, run = None, None
+    writer, wandb_run, trackio_run = None, None, None
+    options = dict(project="leapalign", name=out.name, config=json.loads(json.dumps(config, default=str)))
     if "tensorboard" in kinds:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -33,11 +35,14 @@ def open_trackers(kinds: Sequence[str], out: Path, config: dict, first: int) -> 
         id_file = out / "wandb-id"
         if first == 0 or not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
-        options = dict(project="leapalign", name=out.name, dir=str(out), config=config)
         # Without a key W&B asks for one, or raises and says what to do: nothing is foreseen here.
-        run = wandb.init(**options, id=id_file.read_text(), resume="allow")
+        wandb_run = wandb.init(**options, dir=str(out), id=id_file.read_text(), resume="allow")
         # W&B's own counter would refuse updates that are made again after --resume.
-        run.define_metric("*", step_metric="step")
+        wandb_run.define_metric("*", step_metric="step")
+    if "trackio" in kinds:
+        import trackio
+
+        trackio_run = trackio.init(**options, resume="allow" if first else "never")
 
     def track(update: int, entry: dict, pictures: list[Path]) -> None:
         # Lists, such as the rewards of each image, stay in eval.jsonl.
@@ -49,8 +54,11 @@ def open_trackers(kinds: Sequence[str], out: Path, config: dict, first: int) -> 
             # A picture is called after its folder, so that viewers show a slider over the updates.
             for path in pictures:
                 writer.add_image(path.parent.name, np.array(Image.open(path)), update, dataformats="HWC")
-        if run:
+        if wandb_run:
             images = {path.parent.name: wandb.Image(str(path)) for path in pictures}
-            run.log({"step": update, **numbers, **images})
+            wandb_run.log({"step": update, **numbers, **images})
+        if trackio_run:
+            images = {path.parent.name: trackio.Image(str(path)) for path in pictures}
+            trackio_run.log({**numbers, **images}, step=update)
 
     return track

@@ -8,6 +8,7 @@ import ast
 import hashlib
 import os
 import random
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -144,3 +145,13 @@ def describe_error(error: BaseException, file: Path | None = None) -> str:
     frames_of_file = [frame for frame in frames if frame.filename == str(file)]
     frame = (frames_of_file or frames)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+
+
+def revision() -> str:
+    """The commit of this repository, with a + if tracked files differ from it; unknown where there is no git."""
+    # --exclude: the hash, not the name of a tag before it.
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is an archive without .git
+        return "unknown"

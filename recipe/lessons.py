@@ -1,4 +1,4 @@
-"""Images that teach the reward what a caption means, and what only looks like it.
+"""What the models learn from: random prompts, prompts with a wrong detail, and scenes with labels for the reward.
 
 A rendered scene has a known layout, so it has a label for every prompt of the world, not only for its own. Besides
 right and wrong scenes there are spoiled ones, which fit no prompt, and fades: a scene that turns into another one by
@@ -7,8 +7,8 @@ one edit. Along a fade the score must change steadily, because that is the way o
 Legend: n scenes, p prompts of the world (236); layouts as in shapes/world.py.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -19,51 +19,93 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 
 from recipe.fit import TensorDict
-from recipe.prompts import distort
-from shapes.judge import Object, fits_prompt, objects_in
+from shapes.judge import fits_prompt, objects_in
 from shapes.world import (
+    BY_CAPTION,
     CELL,
     COLOR_NAMES,
     NUMBER,
+    NUMBERS,
     PROMPTS,
+    RELATIONS,
     SHAPES,
+    SIZE,
+    TASKS,
+    USUAL,
     Prompt,
+    by_task,
     cell_pairs,
     random_layout,
     random_layouts,
     render,
 )
 
+CAPTIONS = list(BY_CAPTION)
+OF_TASK = by_task(PROMPTS)
+# Weights of the tasks. A model that learns what captions mean sees more of what is harder to learn ...
+TEACH = {"single": 0.5, "two": 1, "count": 1, "color": 0.7, "position": 1.5, "attr": 2}
+# ... and otherwise sees all tasks alike, but for `single`: it has the fewest prompts, and must stay clean.
+EVEN = dict.fromkeys(TASKS, 1) | {"single": 1.5}
 EDITS = dict(add=0.3, remove=0.15, repaint=0.2, reshape=0.1, move=0.25)  # and how often a fade makes each
 UNKNOWN = -2  # in the layout of an image that is no rendered scene, or whose object has no one color
+
+# --------------------------------------------------------------------------------------- prompts
+
+
+def random_prompts(n: int, rng: Generator, weights: dict[str, float] = TEACH) -> list[Prompt]:
+    """n prompts: a task by its weight, then any of the task's prompts."""
+    shares = np.array(list(weights.values()))
+    # A task first, or `attr`, which has 144 of the 236 prompts, would crowd out the others.
+    tasks = rng.choice(list(weights), size=n, p=shares / shares.sum())
+    return [choice(OF_TASK[task], rng) for task in tasks]
+
+
+def choice(options: Iterable, rng: Generator, excluded: Iterable = ()) -> object:
+    """Any of the options but the excluded ones."""
+    options = [option for option in options if option not in excluded]
+    return options[rng.integers(len(options))]
+
+
+def numbers_of(prompts: list[Prompt]) -> Tensor:
+    return torch.tensor([NUMBER[prompt] for prompt in prompts])
+
+
+def distort(prompt: Prompt, rng: Generator) -> Prompt:
+    """The prompt with one detail wrong, as a careless captioner would have it.
+
+    count     another number                        position  another relation
+    color     the usual color, or a random one      attr      the two colors swapped, or one of them replaced
+    two       one of the two objects alone          single    unchanged
+    """
+    match prompt.task:
+        case "count":
+            return replace(prompt, count=choice(NUMBERS, rng, [prompt.count]))
+        case "two":  # the task changes, as a scene of one object is no scene of two
+            return Prompt("single", (choice(prompt.shapes, rng),))
+        case "position":
+            return replace(prompt, relation=choice(RELATIONS, rng, [prompt.relation]))
+        case "color" | "attr":
+            i = int(prompt.task == "attr" and rng.random() >= 0.5)
+            color = USUAL[prompt.shapes[i]]
+            if color in prompt.colors:
+                color = choice(COLOR_NAMES, rng, prompt.colors)
+            colors = list(prompt.colors)
+            colors[i] = color
+            if prompt.task == "attr" and rng.random() < 0.5:  # what a base model confuses most
+                colors = prompt.colors[::-1]
+            return replace(prompt, colors=tuple(colors))
+    return prompt  # single: there is no detail to get wrong
+
 
 # ---------------------------------------------------------------------------------------- labels
 
 
-def truth(objects: Sequence[Object]) -> Tensor:
-    """The label of an image for every prompt: whether its objects fit the prompt, by the judge's rules; bool (p,)."""
-    fits = torch.zeros(len(PROMPTS), dtype=torch.bool)
-    shapes = sorted(o.shape for o in objects)
-    for i in _BY_SHAPES.get(tuple(shapes), ()):
-        fits[i] = fits_prompt(PROMPTS[i], objects)
-    return fits
-
-
-def truths(objects: Sequence[Sequence[Object]]) -> Tensor:
-    """The labels of several images, bool (n, p)."""
-    return torch.stack([truth(one_image) for one_image in objects])
-
-
-def objects_of(layout: np.ndarray) -> list[Object]:
-    """The objects of a scene by its layout (2, 4), as the judge would see them if each were centred in its cell."""
-    objects = []
-    for cell, (shape, color) in enumerate(layout.T):
-        if shape >= 0:
-            row, column = divmod(cell, 2)
-            x = CELL * (column + 0.5)
-            y = CELL * (row + 0.5)
-            objects.append(Object(SHAPES[shape], COLOR_NAMES[color], x, y))
-    return objects
+def judge_labels(images: Tensor) -> Tensor:
+    """Whether the judge accepts each image for each prompt: (n, 3, 64, 64) to bool (n, p)."""
+    labels = []
+    for objects in objects_in(images):
+        labels.append([fits_prompt(prompt, objects) for prompt in PROMPTS])
+    return torch.tensor(labels)
 
 
 def edit_distance(layouts: np.ndarray) -> np.ndarray:
@@ -71,62 +113,43 @@ def edit_distance(layouts: np.ndarray) -> np.ndarray:
 
     An edit repaints an object, reshapes it, adds one, removes one, or mends a relation.
     """
-    # Any object may stand for any of the prompt's: of the 24 assignments of the four cells the cheapest counts.
-    distance = np.full((len(layouts), len(PROMPTS)), np.inf)  # (n, p)
-    for order in permutations(range(4)):
-        shape = layouts[:, None, 0, order]  # (n, 1, 4), against (p, 4) of the prompts
-        color = layouts[:, None, 1, order]
-        in_scene = shape >= 0
-        in_prompt = _PROMPT_SHAPE >= 0
-        reshape = shape != _PROMPT_SHAPE
-        repaint = (color != _PROMPT_COLOR) & (_PROMPT_COLOR >= 0)
+    # Any object may stand for any of the prompt's: of the 24 orders of the four cells the cheapest counts.
+    orders = list(permutations(range(4)))
+    scene_shape = layouts[:, 0, orders]  # (n, 24, 4)
+    scene_color = layouts[:, 1, orders]
+    in_scene = scene_shape >= 0
+    distances = []
+    for prompt in PROMPTS:
+        shape, color = np.full((2, 4), -1)  # no object; among colors also any color
+        for i, name in enumerate(prompt.shapes * prompt.count):
+            shape[i] = SHAPES.index(name)
+        for i, name in enumerate(prompt.colors):
+            color[i] = COLOR_NAMES.index(name)
+        reshape = scene_shape != shape
+        repaint = (scene_color != color) & (color >= 0)
         # An object that is wrong in both shape and color is still one wrong object: 1.5 edits, not 2.
         change = np.minimum(1.0 * reshape + repaint, 1.5)
-        add_or_remove = in_scene != in_prompt
-        cost = np.where(in_scene & in_prompt, change, add_or_remove)
-        distance = np.minimum(distance, cost.sum(-1))
-
-    shape = layouts[:, 0]
-    for i, prompt in enumerate(PROMPTS):
-        if not prompt.relation:
-            continue
-        a, b = map(SHAPES.index, prompt.shapes)
-        holds = np.zeros(len(layouts), dtype=bool)
-        for cell_a, cell_b in cell_pairs(prompt.relation):
-            holds |= (shape[:, cell_a] == a) & (shape[:, cell_b] == b)
-        distance[:, i] += ~holds  # a move mends it
-    return distance
-
-
-def prompt_tables() -> tuple[dict[tuple, list[int]], np.ndarray]:
-    """The numbers of the prompts by their sorted shapes, and what they say of each object, (2, p, 4) as layouts.
-
-    -1 stands for no object and, among colors, for any color.
-    """
-    by_shapes = defaultdict(list)
-    table = np.full((2, len(PROMPTS), 4), -1)
-    for i, prompt in enumerate(PROMPTS):
-        shapes = prompt.shapes * prompt.count
-        by_shapes[tuple(sorted(shapes))].append(i)
-        for k, shape in enumerate(shapes):
-            table[0, i, k] = SHAPES.index(shape)
-        for k, color in enumerate(prompt.colors):
-            table[1, i, k] = COLOR_NAMES.index(color)  # colors are named for single objects only, not for counts
-    return by_shapes, table
-
-
-_BY_SHAPES, (_PROMPT_SHAPE, _PROMPT_COLOR) = prompt_tables()  # only prompts with an image's shapes can fit it
+        add_or_remove = in_scene != (shape >= 0)
+        cost = np.where(add_or_remove, 1, in_scene * change)
+        distance = cost.sum(-1).min(1)  # (n,)
+        if prompt.relation:
+            first, second = np.array(cell_pairs(prompt.relation)).T
+            holds = (layouts[:, 0, first] == shape[0]) & (layouts[:, 0, second] == shape[1])
+            distance += ~holds.any(1)  # a move mends it
+        distances.append(distance)
+    return np.stack(distances, axis=1)
 
 
 # ---------------------------------------------------------------------------------------- scenes
 
 
-def training_scenes(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
-    """A scene for each caption, right or wrong, with its labels.
+def training_scenes(n: int, rng: Generator) -> TensorDict:
+    """Scenes for n random captions, right or wrong, with their labels.
 
     images (n, 3, 64, 64); fits, bool (n, p); caption (n,), numbers of prompts; layout (n, 2, 4).
     Of eight scenes one has a half-painted object, one is warped, and two have an object more than the prompt.
     """
+    captions = random_prompts(n, rng)
     prompts = []
     for prompt in captions:
         u = rng.random()
@@ -137,30 +160,24 @@ def training_scenes(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
         prompts.append(prompt)
     layouts = random_layouts(prompts, rng)
 
-    turn = np.arange(len(prompts)) % 8  # fixed places, so that every batch has all kinds
-    half = turn == 0
-    warped = turn == 1
-    crowded = (turn == 2) | (turn == 3)
-    layouts[crowded] = add_objects(layouts[crowded], rng)
+    half, warped = slice(0, None, 8), slice(1, None, 8)  # fixed rows, so that every batch has all kinds
+    for i in range(n):
+        if i % 8 in (2, 3):
+            layouts[i] = add_object(layouts[i], rng)
     images = render(layouts, rng)
     images[half] = paint_halves(layouts[half], rng)
     images[warped] = warp(images[warped], rng)
 
-    fits = truths([objects_of(layout) for layout in layouts])
+    fits = torch.from_numpy(edit_distance(layouts) == 0)
     fits[half] = False  # whatever the layout says
-    fits[warped] = truths(objects_in(images[warped]))  # a slight warp is still right: the judge decides
-    cells = torch.from_numpy(layouts)
-    cells[half] = UNKNOWN  # a half-painted object has no color to read
+    fits[warped] = judge_labels(images[warped])  # a slight warp is still right: the judge decides
+    layouts[half] = UNKNOWN  # a half-painted object has no color to read
     return dict(
         images=images,
         fits=fits,
         caption=numbers_of(captions),
-        layout=cells,
+        layout=torch.from_numpy(layouts),
     )
-
-
-def numbers_of(prompts: Sequence[Prompt]) -> Tensor:
-    return torch.tensor([NUMBER[prompt] for prompt in prompts])
 
 
 def paint_halves(layouts: np.ndarray, rng: Generator) -> Tensor:
@@ -172,7 +189,7 @@ def paint_halves(layouts: np.ndarray, rng: Generator) -> Tensor:
     repainted = layouts.copy()  # the second color of one object
     for shape, color in repainted:
         i = rng.choice(np.flatnonzero(shape >= 0))
-        color[i] = other_index(color[i], len(COLOR_NAMES), rng)
+        color[i] = other_index(color[i], rng)
     # The same seed twice: the two images differ in that color alone.
     one = render(layouts, default_rng(seed))
     two = render(repainted, default_rng(seed))
@@ -191,46 +208,47 @@ def warp(images: Tensor, rng: Generator) -> Tensor:
 
     Long alignment bends outlines (see recipe/README.md), so the reward must have seen bent ones.
     """
-    n, size = len(images), images.shape[-1]
-    shift = rng.normal(0, 1, (n, 2, 7, 7))  # at 7x7 knots, in x and y
+    n = len(images)
+    shift = rng.standard_normal((n, 2, 7, 7))  # at 7x7 knots, in x and y
     strength = rng.uniform(0.5, 3, (n, 1, 1, 1))  # pixels
     shift = torch.from_numpy(shift * strength).float()
-    shift = F.interpolate(shift, size=(size, size), mode="bicubic", align_corners=True)
-    shift = shift * 2 / size  # grid_sample's units: 2 is the width of the image
+    shift = F.interpolate(shift, SIZE, mode="bicubic", align_corners=True)
+    shift = shift * 2 / SIZE  # grid_sample's units: 2 is the width of the image
     identity = torch.eye(2, 3).expand(n, 2, 3)
-    grid = F.affine_grid(identity, list(images.shape), align_corners=False)
+    grid = F.affine_grid(identity, images.shape, align_corners=False)
     grid = grid + rearrange(shift, "n xy h w -> n h w xy")
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def add_objects(layouts: np.ndarray, rng: Generator) -> np.ndarray:
-    """The layouts (n, 2, 4) with an object more in an empty cell, where there is one.
+def add_object(layout: np.ndarray, rng: Generator) -> np.ndarray:
+    """The layout (2, 4) with an object more in an empty cell, if there is one.
 
     Half of the new objects copy one of the scene, a quarter copy the shape only, a quarter are random.
     """
-    layouts = layouts.copy()
-    for shape, color in layouts:
-        empty = np.flatnonzero(shape < 0)
-        full = np.flatnonzero(shape >= 0)
-        if len(empty) == 0:
-            continue
-        cell = rng.choice(empty)
-        model = rng.choice(full)
-        kind = rng.integers(4)
-        shape[cell] = shape[model] if kind < 3 else rng.integers(len(SHAPES))
-        color[cell] = color[model] if kind < 2 else rng.integers(len(COLOR_NAMES))
-    return layouts
+    layout = layout.copy()
+    shape, color = layout  # views
+    empty = np.flatnonzero(shape < 0)
+    if len(empty) == 0:
+        return layout
+    cell = rng.choice(empty)
+    model = rng.choice(np.flatnonzero(shape >= 0))
+    kind = rng.integers(4)
+    shape[cell] = shape[model] if kind < 3 else rng.integers(len(SHAPES))
+    color[cell] = color[model] if kind < 2 else rng.integers(len(COLOR_NAMES))
+    return layout
 
 
 # ----------------------------------------------------------------------------------------- fades
 
 
-def fades(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
-    """Two images on the way between two scenes that are one edit apart. One scene fits the caption or nearly does.
+def fades(n: int, rng: Generator) -> TensorDict:
+    """For n random captions two images each, on the way between two scenes that are one edit apart.
 
-    start, end (n, 3, 64, 64); gain (n, p), the edits by which the end is nearer to a prompt than the start; near
-    (n, p), prompts at most two edits away from one of the scenes; caption (n,).
+    One of the scenes fits the caption or nearly does. images (2 n, 3, 64, 64), the starts and then the ends; gain
+    (n, p), the edits by which the end is nearer to a prompt than the start, 0 for prompts that are more than two edits
+    away from both scenes; caption (n,).
     """
+    captions = random_prompts(n, rng)
     pairs = []
     for prompt in captions:
         scene = random_layout(prompt, rng)
@@ -246,47 +264,40 @@ def fades(captions: Sequence[Prompt], rng: Generator) -> TensorDict:
     second_image = render(second, default_rng(seed))
 
     # Two random points of the way, in order: the score must rise between any two, not only from end to end.
-    points = rng.uniform(0, 1, (2, len(captions)))
-    t = torch.from_numpy(np.sort(points, axis=0)).float()
-    weight = rearrange(t, "two n -> two n 1 1 1")
-    start, end = torch.lerp(first_image, second_image, weight)
+    points = np.sort(rng.random((2, n)), axis=0)
+    t = torch.from_numpy(points).float()
+    images = torch.lerp(first_image, second_image, rearrange(t, "two n -> two n 1 1 1"))  # (2, n, 3, 64, 64)
 
-    first_distance = torch.from_numpy(edit_distance(first)).float()
-    second_distance = torch.from_numpy(edit_distance(second)).float()
+    distances = edit_distance(np.concatenate([first, second]))
+    first_distance, second_distance = torch.from_numpy(distances).float().chunk(2)
     share = t[1] - t[0]  # of the whole way, and so of the edit
     gain = (first_distance - second_distance) * share[:, None]
-    is_near = torch.minimum(first_distance, second_distance) <= 2  # far from a prompt its score may do as it likes
-    return dict(
-        start=start,
-        end=end,
-        gain=gain,
-        near=is_near,
-        caption=numbers_of(captions),
-    )
+    gain[torch.minimum(first_distance, second_distance) > 2] = 0  # far from a prompt its score may do as it likes
+    return dict(images=images.flatten(0, 1), gain=gain, caption=numbers_of(captions))
 
 
 def edit(layout: np.ndarray, rng: Generator) -> np.ndarray:
     """The layout (2, 4) after one random edit: an object added, removed, repainted, reshaped or moved."""
     layout = layout.copy()
-    shape, color = layout  # views
+    shape, color = layout
     empty = np.flatnonzero(shape < 0)
     full = np.flatnonzero(shape >= 0)
     i = rng.choice(full)
     kind = rng.choice(list(EDITS), p=list(EDITS.values()))
     if kind == "repaint":
-        color[i] = other_index(color[i], len(COLOR_NAMES), rng)
+        color[i] = other_index(color[i], rng)
     elif kind == "reshape":
-        shape[i] = other_index(shape[i], len(SHAPES), rng)
+        shape[i] = other_index(shape[i], rng)
     elif len(empty) == 0 or (kind == "remove" and len(full) > 1):  # a full scene has no cell to add or move to
         layout[:, i] = -1
     elif kind == "move":
         layout[:, rng.choice(empty)] = layout[:, i]
         layout[:, i] = -1
     else:  # also where "remove" would leave nothing
-        layout = add_objects(layout[None], rng)[0]
+        return add_object(layout, rng)
     return layout
 
 
-def other_index(index: int, n: int, rng: Generator) -> int:
-    """Any index below n but this one."""
-    return (index + rng.integers(1, n)) % n
+def other_index(index: int, rng: Generator) -> int:
+    """Any other of the four shapes, or of the four colors."""
+    return (index + rng.integers(1, 4)) % 4

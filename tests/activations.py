@@ -6,47 +6,43 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import nn
 
+from experiments.bench import LiveBytes, storages
 from formats.lora import add_lora
 from model import Flux, FluxConfig
 
 
-def kept_bytes(run: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of `run`, without parameters. Shared memory counts once."""
-    storages: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storages[t.untyped_storage()._cdata] = t  # the tensor too, so that its address is not used again
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    for p in parameters:
-        storages.pop(p.untyped_storage()._cdata, None)
-    return sum(t.untyped_storage().nbytes() for t in storages.values())
+def kept_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of tensors that `run` makes and that are alive after it: its result, and what its backward needs."""
+    with LiveBytes() as live:
+        result = run()  # noqa: F841
+    return live.now
 
 
-def backward_bytes(run: Callable[[], Any], network: nn.Module, recomputed: Iterable[nn.Module] = ()) -> int:
-    """As kept_bytes, with the inside of the largest of the blocks that are recomputed one after the other."""
-    calls: list[Callable[[], Any]] = []
+def backward_bytes(run: Callable[[], Any], recomputed: Iterable[nn.Module] = ()) -> int:
+    """As kept_bytes, with the largest of the blocks that are recomputed one after the other, its inputs and result."""
+    calls: list[tuple[nn.Module, Any]] = []
     hooks = []
     for block in recomputed:
-        hook = block.register_forward_pre_hook(lambda block, inputs: calls.append(partial(block, *inputs)))
+        hook = block.register_forward_pre_hook(lambda block, inputs: calls.append((block, inputs)))
         hooks.append(hook)
-    outside = kept_bytes(run, network.parameters())
+    outside = kept_bytes(run)
     for hook in hooks:
         hook.remove()
-    inside = [kept_bytes(call, network.parameters()) for call in calls]
-    return outside + max(inside, default=0)
+    inside = [0]
+    for block, inputs in calls:
+        input_bytes = sum(storage.nbytes() for storage in set(storages(inputs)))
+        inside.append(input_bytes + kept_bytes(partial(block, *inputs)))
+    return outside + max(inside)
 
 
 def leap_bytes(flux: Flux, b: int, image_tokens: int, text_tokens: int) -> int:
     """Bytes that a leap of b samples keeps, as `flux.recompute` says."""
     config, dtype = flux.config, flux.img_in.weight.dtype
     img = torch.zeros(b, image_tokens, config.in_channels, dtype=dtype, requires_grad=True)
-    blocks = [*flux.double_blocks, *flux.single_blocks] if flux.recompute else []
-    return backward_bytes(lambda: flux(img, *conditions(config, b, image_tokens, text_tokens, dtype)), flux, blocks)
+    blocks = [*flux.double_blocks, *flux.single_blocks] if flux.recompute != "none" else []
+    return backward_bytes(lambda: flux(img, *conditions(config, b, image_tokens, text_tokens, dtype)), blocks)
 
 
 def conditions(config: FluxConfig, b: int, image_tokens: int, text_tokens: int, dtype: torch.dtype) -> tuple:
@@ -62,9 +58,9 @@ def decode_bytes(vae: AutoencoderKL, b: int, rows: int, columns: int, recompute:
     """Bytes that decoding b samples of `rows` x `columns` latents keeps."""
     z = torch.zeros(b, vae.config.latent_channels, rows, columns, requires_grad=True)
     if not recompute:
-        return backward_bytes(lambda: vae.decode(z), vae)
+        return backward_bytes(lambda: vae.decode(z))
     vae.enable_gradient_checkpointing()
-    return backward_bytes(lambda: vae.decode(z), vae, [vae.decoder.mid_block, *vae.decoder.up_blocks])
+    return backward_bytes(lambda: vae.decode(z), [vae.decoder.mid_block, *vae.decoder.up_blocks])
 
 
 def built_flux(config: FluxConfig, lora: int | None, dtype: torch.dtype) -> Flux:

@@ -39,10 +39,21 @@ def small_network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-def test_the_gradient_is_the_methods_and_that_of_the_distance_at_a_fixed_state():
+def squared_distance(v: Tensor, near: Tensor) -> Tensor:
+    return (v - near).square().mean((1, 2))
+
+
+def hinge_of_norms(v: Tensor, near: Tensor) -> Tensor:
+    """In root mean squares."""
+    v, near = v.flatten(1), near.flatten(1)
+    return torch.relu(v.norm(dim=1) - near.norm(dim=1)) / v[0].numel() ** 0.5
+
+
+@pytest.mark.parametrize("anchor_on, distance_of", [("velocity", squared_distance), ("norm", hinge_of_norms)])
+def test_the_gradient_is_the_methods_and_that_of_the_distance_at_a_fixed_state(anchor_on, distance_of):
     network, base = small_network(), small_network()
     with torch.no_grad():
-        network[0].weight += 0.1
+        network[0].weight += 0.1  # longer for some samples, shorter for others
     x, u, sigma = torch.randn(5, 4, 3).double(), torch.randn(5, 4, 3).double(), torch.tensor(0.5).double()
 
     def velocity(of: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
@@ -64,7 +75,7 @@ def test_the_gradient_is_the_methods_and_that_of_the_distance_at_a_fixed_state()
     )  # fmt: skip
     logs, ours = [], []
     for case in (method, method_without_x):
-        logs.append(anchored(case, 0.7)(samples))
+        logs.append(anchored(case, 0.7, anchor_on)(samples))
         ours.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
         network.zero_grad()
     into_x, nothing = gradients
@@ -72,13 +83,15 @@ def test_the_gradient_is_the_methods_and_that_of_the_distance_at_a_fixed_state()
 
     leaf = x.clone().requires_grad_()
     v, near = velocity(network, leaf, sigma), velocity(base, x, sigma)
-    distance = (v - near).square().mean((1, 2))
+    distance = distance_of(v, near)
     (expected_x,) = torch.autograd.grad((u * v).sum(), leaf, retain_graph=True)
     expected = torch.autograd.grad((u * v).sum() + 0.7 * distance.mean(), list(network.parameters()))
     torch.testing.assert_close(into_x, expected_x, atol=1e-12, rtol=1e-10)
     for gradient in ours:
         torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in expected]), atol=1e-12, rtol=1e-10)
     assert all(torch.allclose(log["anchor"], distance) for log in logs)
+    if anchor_on == "norm":
+        assert 0 < (distance > 0).sum() < 5
 
 
 # ---------------------------------------------------------------------------------------- in a run
@@ -105,10 +118,10 @@ def gradient_in(setup: Setup) -> Tensor:
     return torch.cat([full_tensor(p.grad).flatten() for p in setup.pipe.flux.parameters() if p.requires_grad])
 
 
-@pytest.mark.parametrize("lora", [None, 4])
-def test_at_the_base_it_changes_nothing(cfg, lora):
+@pytest.mark.parametrize("lora, anchor_on", [(None, "velocity"), (4, "velocity"), (None, "norm")])
+def test_at_the_base_it_changes_nothing(cfg, lora, anchor_on):
     with join("cpu") as process:
-        ours, log, _ = gradient(cfg, process, lora=lora)
+        ours, log, _ = gradient(cfg, process, lora=lora, anchor_on=anchor_on)
         plain, _, _ = gradient(cfg, process, lora=lora, anchor=0.0)
     assert (log["anchor"] == 0).all()
     torch.testing.assert_close(ours, plain, atol=1e-7, rtol=1e-5)
@@ -158,9 +171,8 @@ def moved_gradient(cfg: Config) -> Tensor:
 
 def test_it_is_the_same_on_two_ranks_and_in_parts(cfg):
     one = spread(1, moved_gradient, cfg)[0]
-    for changes in (dict(), dict(micro_batch=1), dict(rollout_batch=2)):
-        for two in spread(2, moved_gradient, replace(cfg, **changes)):
-            assert (two - one).norm() < 5e-5 * one.norm()
+    for two in spread(2, moved_gradient, replace(cfg, rollout_batch=2, micro_batch=1)):
+        assert (two - one).norm() < 5e-5 * one.norm()
 
 
 def test_an_update_costs_what_is_counted(cfg):
@@ -200,6 +212,10 @@ def apart_after(cfg: Config, updates: int = 4) -> float:
     return torch.stack(apart).mean().item()
 
 
-def test_a_negative_one_is_refused(cfg):
-    with pytest.raises(ValueError, match="--anchor must not be negative"), join("cpu") as process:
-        check_flags(replace(cfg, anchor=-1.0), process)
+@pytest.mark.parametrize(
+    "flags, words",
+    [(dict(anchor=-1.0), "--anchor must not be negative"), (dict(anchor=0.0, anchor_on="norm"), "needs --anchor")],
+)
+def test_a_negative_one_and_a_form_without_one_are_refused(cfg, flags, words):
+    with pytest.raises(ValueError, match=words), join("cpu") as process:
+        check_flags(replace(cfg, **flags), process)

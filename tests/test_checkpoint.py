@@ -348,7 +348,7 @@ def without_room(cfg: Config, what: str) -> tuple[str, str]:
         fail() if path.name == what else real(path, entry)
 
     if what == "pictures":
-        logs.contact_sheet = logs.before_after = logs.curves = fail
+        logs.contact_sheet = logs.before_after = logs.runs_page = fail
     logs.append_line = fail_for_log
     with contextlib.redirect_stdout(io.StringIO()) as said:
         return run(cfg), said.getvalue()
@@ -357,7 +357,9 @@ def without_room(cfg: Config, what: str) -> tuple[str, str]:
 def test_a_picture_that_cannot_be_written_does_not_end_a_run(base, tmp_path):
     cfg = replace(base, out=tmp_path / "pictures")
     ((message, said),) = spread(1, without_room, cfg, "pictures")
-    assert message == "" and said.count("warning: a picture is not written") == 4  # of each evaluation, and at the end
+    assert (
+        message == "" and said.count("warning: a picture is not written") == 8
+    )  # and a page, of each evaluation, and at the end
     assert len(read_log(cfg.out / "eval.jsonl")) == 3 and (cfg.out / "final").exists()
 
 
@@ -456,14 +458,23 @@ def test_numbers_and_pictures_go_to_the_trackers_that_were_asked_for(undisturbed
     )
     wandb = SimpleNamespace(init=lambda **options: ids.append(options["id"]) or logged, Image=lambda path: path)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    track = open_trackers(("tensorboard", "wandb"), tmp_path, {"lr": 1}, 0)
+    resumes = []
+    trackio_run = SimpleNamespace(log=lambda entry, step: seen.append((sorted(entry), step)))
+    trackio = SimpleNamespace(init=lambda **options: resumes.append(options["resume"]) or trackio_run, Image=str)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    track = open_trackers(("tensorboard", "wandb", "trackio"), tmp_path, {"lr": 1}, 0)
     track(4, {"step": 4, "reward": 0.5, "by_prompt": {"tiny": [1.0]}}, [undisturbed.out / "samples" / "step_0004.png"])
-    assert seen == [("reward", 0.5, 4), ("samples", 3, 4), (["reward", "samples", "step"], 4)]
+    assert seen == [
+        ("reward", 0.5, 4),
+        ("samples", 3, 4),
+        (["reward", "samples", "step"], 4),
+        (["reward", "samples"], 4),
+    ]
     for first in (2, 0):
-        open_trackers(("wandb",), tmp_path, {"lr": 1}, first)
+        open_trackers(("wandb", "trackio"), tmp_path, {"lr": 1}, first)
     assert ids[0] == ids[1] != ids[2]  # a run that goes on, and one that starts anew in a folder of that name
     open_trackers((), tmp_path, {}, 0)(4, {"reward": 0.5}, [])
-    assert len(seen) == 3
+    assert len(seen) == 4 and resumes == ["never", "allow", "never"]
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_starts(base, tmp_path, monkeypatch):

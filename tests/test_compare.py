@@ -154,6 +154,7 @@ def started(monkeypatch) -> list[dict[str, str]]:
         runs.append(flags)
         out, updates = Path(flags["--out"]), int(flags["--updates"])
         out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dict(updates=updates, prompts_read=[])))
         for i in range(updates):
             append_line(out / "metrics.jsonl", dict(step=i, forwards=20, backwards=5, seconds=0.5, memory=1.0 + i / 10))
         judge = 1 - abs(float(flags["--lr"]) - 1e-4)
@@ -233,14 +234,14 @@ def test_code_is_other_code_only_if_it_computes_something_else(text, same, tmp_p
 def test_a_key_changes_with_each_flag_and_with_what_the_run_reads(tmp_path):
     prompts, method = tmp_path / "p.txt", tmp_path / "m.py"
     prompts.write_text("a photo of a red circle\n")
-    method.write_text("from baselines import full\n")
+    method.write_text("from baselines.direct import full\n")
     runs = [CELL, replace(CELL, seed=1), replace(CELL, lr=2e-4), replace(CELL, updates=5), replace(CELL, spec="full")]
     runs += [replace(CELL, flags=f"{SMALL} --model hub/{name}") for name in "ab"]
     runs += [replace(CELL, flags=f"{SMALL} --prompts {prompts}"), replace(CELL, spec=f"{method}:full")]
     keys = [run.key for run in runs]
     assert len(set(keys)) == len(keys)
     prompts.write_text("a photo of a blue circle\n")
-    method.write_text("from baselines import full  # now better\n")
+    method.write_text("from baselines.direct import full  # now better\n")
     cells.digest.cache_clear()
     new_keys = [run.key for run in runs]
     assert new_keys[:-2] == keys[:-2] and new_keys[-2] != keys[-2] and new_keys[-1] != keys[-1]
@@ -354,6 +355,7 @@ def test_ablations_and_ranges_have_one_low_rate_unless_others_are_given(tmp_path
         result = json.loads(Path(f"runs/{name}.json").read_text())
         assert seeds_and_rates(started) == {(0, 7e-5)} and not any(result["grid"].values())
         assert Path(f"runs/{name}.png").stat().st_size > 1000
+        assert "leapalign" in Path(f"runs/{name}.html").read_text()
     compare.compare_methods(replace(cfg, methods=("leapalign",), grid=(1e-3,), results=tmp_path / "high.json"))
     assert seeds_and_rates(started[-1:]) == {(0, 1e-3)}
 

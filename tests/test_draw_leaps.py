@@ -5,7 +5,7 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from leaps import leap, rollout
+from leaps import leap, prediction, rollout
 from tools.draw_leaps import (
     ALPHA,
     CLOUDS,
@@ -13,8 +13,8 @@ from tools.draw_leaps import (
     PICKS,
     WIDTH,
     WISH,
-    DrawLeapsFlags,
     cloud_velocity,
+    leap_points,
     main,
     velocity_gradients,
 )
@@ -47,12 +47,22 @@ def test_the_arrows_are_what_autograd_through_the_leaps_gives_each_velocity():
     x_0 = leap(changed_velocity, ro, PICKS, ALPHA)
     loss = (x_0 - WISH.double()).norm()
     (gradient,) = torch.autograd.grad(loss, change)
-    assert_close(torch.stack(velocity_gradients(ro)), gradient)
+    assert_close(velocity_gradients(ro), gradient)
 
 
-def test_the_picture_is_three_drawings_in_a_small_file(tmp_path):
+def test_a_connector_goes_from_where_a_leap_lands_to_the_rollout_and_is_long_enough_to_see():
+    ro = rollout(cloud_velocity, NOISE, torch.linspace(1, 0, 13))
+    starts, ends, landings = leap_points(ro)
+    k, j = PICKS
+    assert_close(starts, ro.x[[k, j]].flatten(1))
+    assert_close(ends, ro.x[[j, -1]].flatten(1))
+    assert_close(landings[1], prediction(ro, j).flatten())
+    assert (landings - ends).norm(dim=1).min() > 0.1 * (starts - ends).norm(dim=1).max()
+
+
+def test_the_picture_is_two_drawings_in_a_small_file(tmp_path):
     file = tmp_path / "leaps.png"
-    main(DrawLeapsFlags(out=file))
+    main(file)
     with Image.open(file) as picture:
-        assert picture.width > 3 * picture.height
+        assert picture.width > 1.5 * picture.height
     assert file.stat().st_size < 50_000

@@ -143,10 +143,11 @@ def test_seeds_count_on_over_seeds_prompts_and_images(tmp_path, monkeypatch):
     assert seeds_drawn == list(range(30, 40))  # those of seeds 0, 1 and 2 lie before
 
 
-def test_contact_sheets_are_written(evaluated):
-    out, _ = evaluated
-    for name in ("best", "worst", "changed"):
-        assert Image.open(out / f"{name}.png").width > 500
+def test_a_page_has_the_pictures_and_the_table(evaluated):
+    out, printed = evaluated
+    text = (out / "index.html").read_text()
+    assert text.count("data:image/png") == 2 * 12  # models, prompts
+    assert json.dumps(printed.splitlines()[2]).strip('"') in text
 
 
 def test_two_ranks_find_what_one_finds(evaluated, prompt_file, disturbed, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from baselines import full
+from baselines.direct import full
 from config import Config as TrainConfig
 from config import sides
 from experiments import fidelity

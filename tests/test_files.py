@@ -9,6 +9,7 @@ import pytest
 
 from infra.files import OLD, PART, check_writable, part_of, put_back, put_in_place, recover, replacing
 from infra.jsonl import append_line, read_log, truncate_log
+from tests.tree import sources
 
 ROOT = Path(__file__).parent.parent
 
@@ -197,7 +198,7 @@ def renames(tree: ast.AST) -> list[ast.Call]:
 def test_no_other_module_renames_files():
     lines = []
     for folder in (".", "infra", "formats", "scorers", "shapes", "recipe", "experiments", "tools"):
-        for file in (ROOT / folder).glob("*.py"):
+        for file in sources(f"{folder}/*.py".removeprefix("./")):
             # saving.py renames the files of a model folder that is still a draft.
             if file.name not in ("files.py", "saving.py"):
                 lines += [f"{file}:{node.lineno}" for node in renames(ast.parse(file.read_text()))]

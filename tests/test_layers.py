@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("infra", "formats", "scorers", "shapes", "recipe", "tools", "experiments", "tests")
+from tests.tree import ROOT, sources
+
+PACKAGES = ("baselines", "infra", "formats", "scorers", "shapes", "recipe", "tools", "experiments", "tests")
 HEIGHT = {  # a module may import what is lower, or of its own package
     "infra.flags": -1, "infra.reading": 0,
     "leaps": 0, "model": 0, "config": 0,
@@ -34,7 +35,7 @@ def name_of(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-FILES = {name_of(f): f for folder in (".", *PACKAGES) for f in sorted((ROOT / folder).glob("*.py"))}
+FILES = {name_of(file): file for folder in (".", *PACKAGES) for file in sources(f"{folder}/*.py".removeprefix("./"))}
 
 
 def imports(name: str) -> Iterator[str]:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import baselines
 import leaps
 import train
+from baselines import direct, policy
+from baselines.direct import Log
 from config import PRESETS, Config, Experiment, Machine, Method, Run, parse
 from infra.checks import check_folder, check_log_names, check_prompts, tell_changes
 from infra.distributed import join, stop_signals
@@ -29,7 +30,7 @@ from infra.methods import (
 from infra.prompts import prompts_hash
 from infra.user_code import file_hashes
 from rewards import Reward
-from tests.test_baselines import METHODS
+from tests.test_baselines import FROM_BASE, FROM_SCORES, METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,7 +46,7 @@ def blocks(language: str, word: str) -> str:
 def test_the_methods_are_those_that_the_help_names():
     found = {
         name
-        for m in (leaps, baselines)
+        for m in (leaps, direct, policy)
         for name, f in vars(m).items()
         if inspect.isfunction(f) and is_method(inspect.signature(f))
     }
@@ -53,14 +54,15 @@ def test_the_methods_are_those_that_the_help_names():
     assert all(name in inspect.getsource(Method) for name in METHODS)
 
 
-def test_every_keyword_of_a_method_is_a_flag_whose_help_tells_its_default():
+def test_every_keyword_of_a_method_is_a_flag_or_an_option_whose_help_tells_its_default():
     flags = {f.name for f in fields(Method)}
     text = " ".join(inspect.getsource(Method).split())
     for name in METHODS:
         for keyword, default in method_keywords(find_method(name)).items():
-            assert keyword in flags
-            told = text.split(f" {keyword}: ")[1].split('"""')[1]
+            flag = keyword if keyword in flags else "option"
+            told = text.split(f" {flag}: ")[1].split('"""')[1]
             assert name in told, (name, keyword)
+            assert flag == keyword or keyword in told, (name, keyword)
             if default not in (None, False):
                 assert f"{default:g}" in told if isinstance(default, float | int) else default in told, (name, keyword)
 
@@ -71,7 +73,8 @@ def test_groups_hold_every_flag_once_and_defaults_are_the_methods_own():
     assert recorded_flags(Config())["alpha"] == 0.3 and recorded_flags(Config(method="flowbp_bridge"))["alpha"] == 0.1
     assert recorded_flags(Config(method="flowbp_bridge", alpha=0.7))["alpha"] == 0.7
     assert recorded_flags(parse(["shapes"])[0])["reward_input"] == "xhat_0"
-    assert recorded_flags(parse(["shapes", "--method", "refl"])[0])["reward_input"] is None  # it has no such keyword
+    assert recorded_flags(parse(["shapes", "--method", "full"])[0])["reward_input"] is None  # it has no such keyword
+    assert recorded_flags(parse(["shapes", "--method", "refl"])[0])["reward_input"] == "xhat_0"
 
 
 def test_help_shows_the_groups_as_boxes(capsys):
@@ -92,9 +95,10 @@ def test_a_preset_may_hold_what_another_method_does_not_have():
 
 @pytest.mark.parametrize("name", [*METHODS])
 def test_every_method_is_tried_on_zeros_in_a_moment(name):
-    group = 8 if "grpo" in name else 1
+    group = method_keywords(find_method(name)).get("group", 1)
     trial = try_method(find_method(name), LEVELS, group)
-    assert trial.needs_gradient == ("grpo" not in name) and not trial.needs_base
+    assert trial.needs_gradient == (name not in FROM_SCORES)
+    assert trial.needs_base == (name in FROM_BASE)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,18 @@ def test_options_are_for_keywords_of_ones_own_and_typed_by_their_value(tmp_path)
         method_options(Config(option=("alpha=1",)), Config())
 
 
+def test_keywords_of_our_methods_that_are_no_flags_are_options():
+    cfg, preset = parse(["shapes", "--method", "fdfo", "--option", "dsigma=true", "churn=0.05", "--group", "4"])
+    assert method_options(cfg, preset) == dict(dsigma=True, churn=0.05, group=4)
+
+
+def test_a_number_of_steps_may_be_random():
+    cfg, preset = parse(["shapes", "--method", "full", "--last", "random"])
+    assert method_options(cfg, preset) == dict(last="random")
+    cfg, preset = parse(["shapes", "--method", "mix_grpo", "--shift-every", "random"])
+    assert method_options(cfg, preset) == dict(shift_every="random")
+
+
 def test_a_keyword_of_ones_own_may_be_called_as_a_flag_of_another_kind(tmp_path):
     (tmp_path / "mine.py").write_text("def mine(s, *, weight=0.5): ...\n")
     cfg = Config(method=f"{tmp_path / 'mine.py'}:mine", option=("weight=0.7",))
@@ -174,13 +190,13 @@ def test_a_preset_of_the_paper_leaves_other_methods_their_own_defaults():
 
 
 def test_a_method_may_have_a_noise_level_a_sample_however_the_batch_is_split():
-    def levels(s: leaps.Samples) -> baselines.Log:
+    def levels(s: leaps.Samples) -> Log:
         sigma = torch.linspace(0.3, 0.9, s.total)
         v = s.velocity(s.noise(0), sigma)
         s.vjp(s.noise(0), sigma, v)
         return dict(k=s.reward(v).mean())
 
-    def one_by_one(s: leaps.Samples) -> baselines.Log:
+    def one_by_one(s: leaps.Samples) -> Log:
         sigma = torch.linspace(0.3, 0.9, s.total)
         v = s.velocity(s.noise(0), sigma)
         for level, own in zip(sigma, torch.eye(s.total)):
@@ -220,7 +236,7 @@ def test_a_resumed_run_must_find_its_experiment_and_its_method_unchanged(tmp_pat
         check_prompts(tmp_path, ["a"], ["c"], (cfg.prompts, Path("other.txt")))
 
 
-def logs_step(s: leaps.Samples) -> baselines.Log:
+def logs_step(s: leaps.Samples) -> Log:
     s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))
     return dict(step=s.sigmas[0])
 
@@ -249,3 +265,18 @@ def test_signals_are_noted_within_and_handled_as_before_after():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, outer)
+
+
+@pytest.mark.parametrize(
+    "words, level",
+    [
+        ("", "none"),
+        ("--recompute", "blocks"),
+        ("--recompute True --batch 8", "blocks"),
+        ("--recompute --batch 8", "blocks"),
+        ("--recompute light", "light"),
+    ],
+)
+def test_recompute_without_a_level_means_blocks(words, level):
+    assert parse(["shapes", *words.split()])[0].recompute == level
+    assert parse(["flux-dev-lora", "--no-recompute"])[0].recompute == "none"

@@ -12,6 +12,7 @@ from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 
 import model
+from formats.lora import add_lora
 from formats.names import (
     config_from_diffusers,
     config_to_diffusers,
@@ -384,3 +385,33 @@ def test_rotary_table_is_as_precise_as_the_network():
     }
     for dtype, kind in dtypes.items():
         assert rotary_table(ids, (4, 6, 6), 10_000, dtype).dtype == kind
+
+
+# ------------------------------------------------------------------------------------ recomputation
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_the_backward_computes_again_leaves_all_gradients_as_they_are(dtype, lora):
+    def gradient(recompute: str) -> Tensor:
+        flux, a = random_flux(BASE, dtype), inputs(BASE, 3, 5, 4, dtype)
+        if lora:
+            add_lora(flux, lora, alpha=2 * lora)
+            for name, p in flux.named_parameters():
+                if p.requires_grad:
+                    p.data = uniform(name, p.shape)
+        flux.recompute = recompute
+        a["img"].requires_grad_()
+        v = flux(**a)
+        (v * torch.linspace(-1, 1, v.numel(), dtype=dtype).view_as(v)).sum().backward()
+        trained = [p.grad.flatten() for p in flux.parameters() if p.requires_grad]
+        return torch.cat([*trained, a["img"].grad.flatten()])
+
+    expected = gradient("none")
+    assert expected.any()
+    assert torch.equal(gradient("light"), expected)
+    assert torch.equal(gradient("blocks"), expected)
+
+
+def uniform(name: str, shape: torch.Size) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(len(name))) - 0.5

@@ -82,9 +82,9 @@ SPLITS = {
     "one rank, rollouts of 3, samples of 2": (1, dict(rollout_batch=3, micro_batch=2)),
     "two ranks": (2, {}),
     "two ranks, sample by sample": (2, dict(rollout_batch=2, micro_batch=1)),
-    "two ranks, recomputing": (2, dict(recompute=True)),
+    "two ranks, recomputing": (2, dict(recompute="blocks")),
     "two ranks that are copies": (2, dict(shard=1)),
-    "two ranks, recomputing, in pairs": (2, dict(recompute=True, micro_batch=2)),
+    "two ranks, recomputing, in pairs": (2, dict(recompute="light", micro_batch=2)),
     "two ranks, encoders elsewhere": (2, dict(offload_encoders=True)),
     "four ranks": (4, {}),
     "two copies of two ranks": (4, dict(shard=2, micro_batch=1)),
@@ -113,7 +113,7 @@ def compiled_gradient(cfg: Config) -> tuple[Tensor, int]:
     return gradient_of(replace(cfg, compile=True)), len(graphs)
 
 
-@pytest.mark.parametrize("world, changes", [(1, {}), (2, dict(recompute=True))])
+@pytest.mark.parametrize("world, changes", [(1, {}), (1, dict(recompute="light")), (2, dict(recompute="blocks"))])
 def test_compiled_blocks_have_the_same_gradient(world, changes, base, expected):
     for gradient, graphs in spread(world, compiled_gradient, replace(base, **changes)):
         assert (gradient - expected).norm() < 5e-5 * expected.norm() and graphs >= 2, graphs
@@ -137,7 +137,14 @@ def gradients_in_double(cfg: Config, changes: list[dict]) -> list[Tensor]:
 
 
 def test_in_float64_the_split_leaves_no_trace(base):
-    changes = [dict(), dict(micro_batch=3), dict(micro_batch=1), dict(recompute=True), dict(weight="none")]
+    changes = [
+        dict(),
+        dict(micro_batch=3),
+        dict(micro_batch=1),
+        dict(recompute="light"),
+        dict(recompute="blocks"),
+        dict(weight="none"),
+    ]
     ((whole, *same, other),) = spread(1, gradients_in_double, base, changes)
     for gradient in same:
         assert (gradient - whole).norm() < 1e-12 * whole.norm()

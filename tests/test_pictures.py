@@ -1,48 +1,21 @@
-"""Curves of a run: what they show, and that drawing leaves alone what a notebook draws with."""
+"""Charts: what they show, and that drawing leaves alone what a notebook draws with."""
 
 import itertools
-import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from infra import pictures
-from infra.pictures import INK, PALETTE, curves, line_chart, save_charts, save_row, smooth
+from infra.pictures import INK, NAME_WIDTH, PALETTE, before_after, line_chart, save_row
 
 ROOT = Path(__file__).parent.parent
-TASKS = ("single", "two")
-
-
-@pytest.fixture
-def run(tmp_path) -> Path:
-    """Logs of a run that was killed within a line."""
-    updates = [{"step": i, "reward": 14 + i / 40} for i in range(200)]
-    evals = []
-    for i in range(0, 201, 40):
-        reward = 14 + i / 30
-        evals.append(
-            {"step": i, "seconds": 1.0 * i, "reward": reward, "tiny": reward, "clip": 0.3 - i / 5000}
-            | {"judge": 0.4 + i / 1000, "single": 0.9, "two": 0.1, "by_prompt": {"tiny": [1.0]}}
-        )
-    metrics_lines = [json.dumps(entry) + "\n" for entry in updates]
-    eval_lines = [json.dumps(entry) + "\n" for entry in evals]
-    (tmp_path / "metrics.jsonl").write_text("".join(metrics_lines) + '{"step": 2')
-    (tmp_path / "eval.jsonl").write_text("".join(eval_lines))
-    return tmp_path
-
-
-def charts_of(run: Path, monkeypatch, tasks=TASKS) -> dict[str, dict]:
-    """Title to lines of the charts that `curves` draws."""
-    charts: list = []
-    monkeypatch.setattr(pictures, "save_charts", lambda row, path: charts.extend(row))
-    curves(run, run / "curves.png", tasks)
-    return dict(charts)
 
 
 def axes_of(lines) -> Axes:
@@ -51,23 +24,6 @@ def axes_of(lines) -> Axes:
     line_chart(axes, lines, "title")
     figure.canvas.draw()
     return axes
-
-
-def test_the_trained_reward_each_watched_one_and_the_judge_with_its_tasks_have_a_chart(run, monkeypatch):
-    charts = charts_of(run, monkeypatch)
-    assert {title: list(lines) for title, lines in charts.items()} == {
-        "trained reward": ["batch", "evaluation"],
-        "clip": ["clip"],
-        "judge accuracy, evaluation prompts": ["judge", "single", "two"],
-    }
-    x, y = charts["trained reward"]["evaluation"]
-    assert x == [0, 40, 80, 120, 160, 200]
-    assert y[-1] == pytest.approx(14 + 200 / 30)
-
-
-def test_without_tasks_all_that_was_measured_is_a_watched_reward(run, monkeypatch):
-    titles = list(charts_of(run, monkeypatch, tasks=()))
-    assert titles == ["trained reward", "clip", "single", "two", "judge accuracy, evaluation prompts"]
 
 
 @pytest.mark.parametrize("low, high", [(0.312, 0.3127), (-3, 8), (13.1, 19.7), (0, 123456)])
@@ -110,15 +66,33 @@ def test_a_band_is_as_wide_as_its_half_width_says():
     assert corners == {(0.0, 0.5), (0.0, 1.5), (1.0, 1.75), (1.0, 2.25)}
 
 
-def test_the_file_is_small_and_its_page_white_with_inks_that_are_read_on_it(run):
-    curves(run, run / "curves.png", TASKS)
-    picture = Image.open(run / "curves.png").convert("RGB")
-    assert (run / "curves.png").stat().st_size < 60_000
+def test_the_file_is_small_and_its_page_white_with_inks_that_are_read_on_it(tmp_path):
+    chart = partial(line_chart, lines={"reward": (range(200), np.random.default_rng(0).random(200))}, title="reward")
+    save_row([chart] * 3, tmp_path / "row.png")
+    picture = Image.open(tmp_path / "row.png").convert("RGB")
+    assert (tmp_path / "row.png").stat().st_size < 60_000
     assert picture.getpixel((0, 0)) == (255, 255, 255)
     assert picture.width > 2.5 * picture.height
     for color in (*PALETTE, INK):
         contrast = 1.05 / (luminance(color) + 0.05)
         assert contrast > 4.5  # WCAG's for text
+
+
+def test_before_and_after_have_their_names_at_the_left_and_a_task_above_its_first_pair(tmp_path):
+    green = torch.zeros(3, 8, 8)
+    green[1] = 1
+    tasks = ["single", "single", "two"]
+    pairs, names, correct = [[green, green]] * 3, ("base", "after 8 updates"), [[False, False]] * 3
+    before_after(pairs, [""] * 3, tmp_path / "a.png", names, tasks, correct)
+    pixels = np.array(Image.open(tmp_path / "a.png"))
+    is_ink = pixels.max(2) < 128
+    is_green = (pixels == (0, 255, 0)).all(2)
+    rows, columns = is_green.any(1).nonzero()[0], is_green.any(0).nonzero()[0]
+    assert columns[0] > NAME_WIDTH
+    assert is_ink[rows[0] : rows[-1], : columns[0]].any()
+    above = is_ink[: rows[0], columns[0] :]
+    pairs = np.array_split(above, 3, axis=1)
+    assert [pair.any() for pair in pairs] == [True, False, True]
 
 
 def luminance(color: str) -> float:
@@ -131,25 +105,22 @@ def luminance(color: str) -> float:
     return total
 
 
-def test_smoothing_weighs_older_values_less():
-    assert smooth([1.0, 0.0, 0.0]) == pytest.approx([1.0, 0.9, 0.81])
-    assert smooth([2.0] * 5) == pytest.approx([2.0] * 5)
-
-
 def test_drawing_leaves_pyplot_alone(tmp_path):
     code = """
 import sys
+from functools import partial
 from pathlib import Path
 import matplotlib
-from infra.pictures import save_charts
+from infra.pictures import line_chart, save_row
 
 def settings():
     return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}  # to read that imports pyplot
 
 before = settings()
-save_charts([("a", {"b": ([0, 1], [0, 1])})], Path(sys.argv[1]))
+save_row([partial(line_chart, lines={"b": ([0, 1], [0, 1])}, title="a")], Path(sys.argv[1]))
 assert settings() == before and "matplotlib.pyplot" not in sys.modules
 """
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.png")], cwd=ROOT).returncode == 0
-    save_charts([("a", {"b": ([0, 1], [0, 1])})], tmp_path / "deep" / "c.png")
+    chart = partial(line_chart, lines={"b": ([0, 1], [0, 1])}, title="a")
+    save_row([chart], tmp_path / "deep" / "c.png")
     assert (tmp_path / "deep" / "c.png").read_bytes() == (tmp_path / "c.png").read_bytes()

@@ -242,6 +242,24 @@ def test_the_gradient_of_an_image_reaches_its_latents(dev):
     assert all(p.grad is None and not p.requires_grad for p in pipe.vae.parameters())
 
 
+def test_a_bf16_vae_gives_fp32_images_and_nearly_the_same_gradient(dev):
+    pipe = load_pipeline(dev)
+    latents = draw_noise(pipe, range(4), 3, 5)
+
+    def images_and_gradient() -> tuple[Tensor, Tensor]:
+        x = latents.clone().requires_grad_()
+        images = decode(pipe, x, 3 * CELL, 5 * CELL)
+        images.square().sum().backward()
+        return images.detach(), x.grad.flatten()
+
+    expected, expected_gradient = images_and_gradient()
+    pipe.vae.to(torch.bfloat16)
+    images, gradient = images_and_gradient()
+    assert images.dtype == gradient.dtype == torch.float32
+    torch.testing.assert_close(images, expected, rtol=0, atol=0.02)
+    assert torch.cosine_similarity(gradient, expected_gradient, dim=0) > 0.999
+
+
 def test_images_stay_in_range(pipe):
     images = decode(pipe, 100 * draw_noise(pipe, [0], 2, 2), 16, 16)
     assert images.min() >= 0 and images.max() <= 1

@@ -23,12 +23,12 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from recipe.models import make_tokenizers
 from rewards import Reward, check_rewards, open_reward
 from scorers import common, hpsv3
 from scorers.common import CLIP_MEAN, CLIP_STD
 from scorers.hpsv2 import clean, from_open_clip, hpsv2, letterbox
 from scorers.imagereward import MEAN, STD, imagereward
+from tests.tiny_folders import copy_tokenizers
 from tests.tiny_rewards import HEADS, write_hpsv2, write_hpsv3, write_imagereward
 
 try:  # transformers 5 has PIL under a name of its own, in 4.57 it is the only one that needs no torchvision
@@ -49,7 +49,7 @@ NAMES = ("hpsv2", "hpsv3", "imagereward")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("published")
-    make_tokenizers(root)
+    copy_tokenizers(root)
     write_hpsv2(root / "hpsv2.pt", words=len(AutoTokenizer.from_pretrained(root / "tokenizer")))
     write_hpsv3(root / "hpsv3")
     write_imagereward(root / "imagereward")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.tree import sources
+
 # Names that say nothing of what they hold: participles, pronouns, adverbs.
 VAGUE = set(
     """own found known kept given taken wanted asked before after now other others each every both here there where
@@ -18,9 +19,10 @@ VAGUE = set(
 )
 # Bounds: tokens per line of code, comments per 100 lines (at least), comprehensions per 100 lines.
 BOUNDS = {
-    "model.py": (12.3, 7, 3), "leaps.py": (12.2, 20, 5), "baselines.py": (11, 15, 5),
+    "model.py": (12.3, 7, 3), "leaps.py": (12.2, 20, 5), "baselines/*.py": (11, 15, 5),
     "*.py": (10, 10, 5), "infra/*.py": (10, 10, 5), "formats/*.py": (10, 15, 5), "scorers/*.py": (10, 15, 5),
-    "shapes/*.py": (11, 15, 5), "recipe/*.py": (11, 15, 5), "experiments/*.py": (11, 12, 5), "tools/*.py": (11, 12, 5),
+    "shapes/*.py": (11, 15, 5), "recipe/*.py": (10.8, 20, 2),
+    "experiments/*.py": (11, 12, 5), "tools/*.py": (11, 12, 5),
 }  # fmt: skip
 NO_CODE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -46,7 +48,7 @@ def measure(file: Path) -> tuple[int, int, int, int, int]:
 
 @pytest.mark.parametrize("pattern", BOUNDS)
 def test_lines_breathe_comments_say_why_and_names_say_what_they_hold(pattern):
-    files = [file for file in ROOT.glob(pattern) if file.name == pattern or file.name not in BOUNDS]
+    files = [file for file in sources(pattern) if file.name == pattern or file.name not in BOUNDS]
     lines, tokens, comments, comprehensions, vague = map(sum, zip(*map(measure, files)))
     most_tokens, least_comments, most_comprehensions = BOUNDS[pattern]
     assert tokens / lines <= most_tokens

@@ -17,10 +17,10 @@ from config import parse
 from experiments.compare import CompareFlags
 from experiments.fidelity import FidelityFlags
 from infra.distributed import join
+from tests.tree import ROOT, sources
 from tools.plan import PlanFlags
 from tools.prompts import PromptsFlags
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
 
@@ -144,7 +144,7 @@ def test_every_function_in_the_table_of_symbols_is_where_it_says_and_names_its_e
 
 def test_every_file_of_the_root_is_in_the_list_of_files():
     listed = set(re.findall(r"^ {4}(\w+\.py) ", README.split("## Commands and files")[1], re.MULTILINE))
-    assert {file.name for file in ROOT.glob("*.py")} == listed
+    assert {file.name for file in sources("*.py")} == listed
 
 
 def test_an_update_runs_through_as_many_files_as_the_readme_says(tmp_path):

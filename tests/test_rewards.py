@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from recipe.models import make_tokenizers
 from rewards import Reward, check_rewards, open_reward
 from scorers.clip import clip, load_clip
 from scorers.common import CLIP_MEAN, CLIP_STD, preprocess
 from shapes.world import all_prompts, scenes
 from start import check_gradient
+from tests.tiny_folders import copy_tokenizers
 
 try:  # transformers 5 has PIL under a name of its own, in 4.57 it is the only one that needs no torchvision
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -42,7 +42,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("reward")
-    make_tokenizers(root)
+    copy_tokenizers(root)
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
     ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     narrow = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -236,6 +236,30 @@ def test_a_spec_that_means_nothing_is_an_error_that_says_what_does(spec, words):
 def test_two_rewards_of_one_name_are_an_error_as_they_are_logged_by_it(folder):
     with pytest.raises(ValueError, match="two are named 'clip'"):
         check_rewards([f"clip={folder}", f"clip={folder}:2"])
+
+
+def test_a_relative_reward_is_the_score_with_the_good_word_less_that_with_the_bad_one(folder):
+    plain, relative = open_reward(f"clip={folder}"), open_reward(f"clip={folder}~red~three crosses:0.5")
+    images = torch.rand(2, 3, SIDE, SIDE, requires_grad=True)
+    good = plain.score(images, ["red. a circle", "red. a square"])
+    bad = plain.score(images, ["three crosses. a circle", "three crosses. a square"])
+    score = relative.score(images, ["a circle", "a square"])
+    torch.testing.assert_close(score, good - bad)
+    gradients = [torch.autograd.grad(x.sum(), images, retain_graph=True)[0] for x in (score, good - bad)]
+    torch.testing.assert_close(*gradients)
+    assert (relative.name, relative.weight, relative.lam) == ("clip_relative", 0.5, None)
+    assert open_reward("tiny~red~blue").lam is None  # tiny's lambda is of scores, not of differences
+
+
+def test_a_users_function_may_be_relative_and_a_rule_may_not(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def words(images, prompts): return images.new_tensor([float(len(p.split())) for p in prompts])"
+    )
+    reward = open_reward(f"{tmp_path / 'mine.py'}:words~one two three~one")
+    torch.testing.assert_close(reward.score(torch.ones(1, 3, 8, 8), ["a circle"]), torch.tensor([2.0]))
+    assert reward.name == "words_relative"
+    with pytest.raises(ValueError, match="judge is a rule"):
+        check_rewards(["judge~a~b"])
 
 
 def test_the_judge_is_one_or_zero_an_image():

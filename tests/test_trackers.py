@@ -1,4 +1,4 @@
-"""TensorBoard and W&B: a missing package is an error before anything starts; W&B's own words are W&B's."""
+"""Trackers of other people: a missing package is an error before anything starts; W&B's own words are W&B's."""
 
 import importlib.util
 import sys
@@ -9,11 +9,11 @@ import pytest
 from infra.trackers import check_trackers, open_trackers
 
 
-@pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
+@pytest.mark.parametrize("kind", ["wandb", "tensorboard", "trackio"])
 def test_a_tracker_that_is_not_installed_is_an_error_that_names_its_package(kind, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == kind else object())
     with pytest.raises(ValueError, match=f"--log {kind} needs that package: pip install {kind}"):
-        check_trackers(("tensorboard", "wandb"))
+        check_trackers(("tensorboard", "wandb", "trackio"))
     check_trackers(())
 
 

@@ -23,11 +23,11 @@ from infra.methods import recorded_flags
 from infra.prompts import printable
 from infra.seeds import generator_of
 from infra.watch import change_of, folder_advice, hacking_warnings, preview_indices
-from recipe.models import make_tokenizers
 from rewards import LAMBDA, WEIGHTS
 from shapes.world import TASKS
 from start import Setup
 from tests.processes import script
+from tests.tiny_folders import copy_tokenizers
 from tests.tiny_rewards import write_hpsv2, write_hpsv3
 
 ROOT = Path(train.__file__).parent
@@ -66,7 +66,7 @@ def short_run(tmp_path_factory, few_prompts) -> Path:
 def test_a_short_run_writes_all_its_files(short_run):
     names = {p.name for p in short_run.iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "eval.jsonl", "curves.png", "before_after.png", "samples", "best", "final",
+        "config.json", "metrics.jsonl", "eval.jsonl", "index.html", "before_after.png", "samples", "best", "final",
         "checkpoints", "newest_checkpoint",
     }  # fmt: skip
     assert [f.name for f in (short_run / "checkpoints").iterdir()] == ["step_000008"]  # the last, --save-every or not
@@ -79,7 +79,7 @@ def test_a_short_run_writes_all_its_files(short_run):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (dict(reward=("hpsv2",), watch=()), "no weights of the reward 'hpsv2'"),
+        (dict(reward=("hpsv2",), watch=()), "weights/HPS_v2.1_compressed.pt: the reward hpsv2"),
         (dict(reward=("tiny", "mine.py:f")), "no file 'mine.py'"),
         (dict(watch=("nonsense",)), "no reward 'nonsense'"),
         (dict(watch=("tiny",)), "two are named 'tiny'"),
@@ -283,7 +283,7 @@ def test_one_gradient_differs_by_method_and_by_ablation():
 def weights(tmp_path_factory) -> Path:
     """The rewards of the paper, small and random, under their published names."""
     root = tmp_path_factory.mktemp("weights")
-    make_tokenizers(root)
+    copy_tokenizers(root)
     words = len(load_pipeline(ROOT / "shapes" / "tiny-flux").clip_tokenizer)
     write_hpsv2(root / "HPS_v2.1_compressed.pt", words)
     write_hpsv3(root / "HPSv3")
@@ -476,7 +476,7 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
         (["--method", "flow_grpo", "--noise", "0"], ["--noise", "0.0"]),
         (["--method", "flow_grpo", "--lam", "0.4"], ["--lam", "flow_grpo"]),
         (["--method", "draft_lv", "--copies", "-1"], ["--copies", "-1"]),
-        (["--method", "nope"], ["--method nope", "baselines.py"]),
+        (["--method", "nope"], ["--method nope", "baselines/"]),
         (["--leaps", "13"], ["13 leaps", "12 steps"]),
         (["--low", "0.99"], ["1 steps"]),
     ],

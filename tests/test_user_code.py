@@ -281,5 +281,5 @@ def test_memory_that_is_used_up_within_a_users_function_stays_that_error(tmp_pat
         function(torch.ones(2), [])
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
     error.add_note("leaps")
-    assert explain(error) == "out of memory in the leaps: take a smaller --micro-batch, or --recompute"
+    assert explain(error) == "out of memory in the leaps: take a smaller --micro-batch, or --recompute blocks"
     assert explain(KeyError("x")) is None

@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+import shapes
 from formats.weights import WEIGHTS
-from recipe.models import make_tokenizers
 
 FLUX_DEV_SCHEDULE = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -26,10 +26,16 @@ DEV_LIKE = dict(guidance_embeds=True, schedule=FLUX_DEV_SCHEDULE)
 SCHNELL_LIKE = dict(guidance_embeds=False, schedule=dict(use_dynamic_shifting=False, shift=3.0))
 
 
+def copy_tokenizers(folder: Path) -> None:
+    """CLIP's kind in `tokenizer/`, T5's in `tokenizer_2/`: those of the shapes world, of some hundred tokens."""
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(Path(shapes.__file__).parent / "tiny-flux" / name, folder / name)
+
+
 def write_checkpoint(folder: Path, guidance_embeds: bool, schedule: dict) -> Path:
     """Write such a folder."""
     torch.manual_seed(0)
-    make_tokenizers(folder / "made")
+    copy_tokenizers(folder / "made")
     clip_tokenizer = AutoTokenizer.from_pretrained(folder / "made" / "tokenizer")
     t5_tokenizer = AutoTokenizer.from_pretrained(folder / "made" / "tokenizer_2")
     vae = AutoencoderKL(

@@ -4,53 +4,32 @@ A latent of two numbers, so that a rollout can be drawn.  Its velocity needs no 
 few Gaussian clouds, the velocity has a closed form.  Rollout, leaps and gradient are those of training, from leaps.py.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-import tyro
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from infra.flags import flags
-from infra.pictures import INK, PALETTE, save_row
-from leaps import Rollout, leap_terms, one_step, rollout, similarity_weight, spans, sweep, vjp_of
+from infra.pictures import GRID, INK, PALETTE, save_row
+from leaps import Rollout, leap_terms, one_step, rollout, similarity_weight, spans, sweep
 
-CLOUDS = torch.tensor(  # centres of the clean latents
-    [
-        [0.0, 0.9],
-        [1.6, 0.7],
-        [1.5, -0.7],
-    ]
-)
+PICTURE = Path("assets/leaps.png")
+CLOUDS = torch.tensor([[-0.9, 1.5], [0.4, 0.6], [1.3, -1.5]])  # centres of the clean latents
 WIDTH = 0.12  # a cloud's standard deviation
-NOISE = torch.tensor([[[-1.9, -0.9]]])  # x_1, (b, n, c) = (1, 1, 2)
-WISH = torch.tensor([-0.8, 0.9])  # the reward is higher nearer to it
+NOISE = torch.tensor([[[-1.9, -1.2]]])  # x_1, (b, n, c) = (1, 1, 2)
+WISH = torch.tensor([-1.8, 0.5])  # the reward is higher nearer to it
 STEPS = 12
-PICKS = (1, 7)  # the steps at noise levels k and j: far apart, so that the arrows can be told apart
+PICKS = (1, 8)  # the steps at noise levels k and j: where the path bends, so that the connectors are long
 ALPHA, TAU = 0.3, 0.1  # the paper's
-BLACK, BLUE, ORANGE, GREEN = PALETTE[:4]
-LEAP_COLORS = (BLUE, ORANGE)
-START_NAMES = ("$x_k$", "$x_j$")
+_, *LEAP_COLORS, GREEN, RED = PALETTE[:5]  # blue and orange
 
 
-@flags
-class DrawLeapsFlags:
-    """Draw the rollout, the leaps and the gradient."""
-
-    out: Path = Path("assets/leaps.png")
-    """The picture."""
-
-
-def main(cfg: DrawLeapsFlags) -> None:
-    sigmas = torch.linspace(1, 0, STEPS + 1)
-    ro = rollout(cloud_velocity, NOISE, sigmas)
-    charts = [
-        partial(draw_rollout, ro=ro),
-        partial(draw_leaps, ro=ro),
-        partial(draw_gradient, ro=ro),
-    ]
-    save_row(charts, cfg.out)
+def main(path: Path = PICTURE) -> None:
+    ro = rollout(cloud_velocity, NOISE, torch.linspace(1, 0, STEPS + 1))
+    drawings = [draw_leaps, draw_gradient]
+    save_row([partial(draw, ro=ro) for draw in drawings], path, height=3.8, left_margin=0.1, right_margin=0.2)
 
 
 # -------------------------------------------------------------------------------------- the numbers
@@ -73,127 +52,83 @@ def cloud_velocity(x: Tensor, sigma: Tensor) -> Tensor:
     return velocity.sum(-2)
 
 
-def velocity_gradients(ro: Rollout) -> list[Tensor]:
-    """dL/dv of each leap's velocity, (1, 1, 2), the first leap's first; L is the distance of x_0 from WISH.
+def leap_points(ro: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the leaps start, where the rollout is at their end, and where they land, (leaps, 2) each."""
+    starts, ends = map(list, zip(*spans(ro, PICKS)))
+    levels = ro.sigmas[:, None, None, None]
+    landings = one_step(ro.x[starts], ro.v[starts], levels[starts], levels[ends])
+    return ro.x[starts].flatten(1), ro.x[ends].flatten(1), landings.flatten(1)
+
+
+def velocity_gradients(ro: Rollout) -> Tensor:
+    """dL/dv of each leap's velocity, (leaps, 1, 1, 2); L is the distance of x_0 from WISH.
 
     A step of gradient descent on v moves the leap's end, x - (k - j) v, along dL/dv.
     """
-    # The sweep of training asks for one vector-Jacobian product a leap. This one also notes what it was asked for.
-    vjp_wrt_x = vjp_of(cloud_velocity)
     gradients = []
 
-    def recording_vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
-        # The sweep hands over dL/dv as u; it goes from the last leap to the first.
+    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor:
+        """What the sweep asks of a network. A closed form has no weights; u is dL/dv, the last leap's first."""
         gradients.insert(0, u)
-        if wrt_x:
-            return vjp_wrt_x(x, sigma, u, wrt_x)
-        return None  # a closed form has no weights
+        return torch.func.vjp(partial(cloud_velocity, sigma=sigma), x)[1](u)[0]
 
     distance = ro.x[-1] - WISH.to(ro.x)
-    direction = distance / distance.norm()  # dL/dx_0
-    sweep(recording_vjp, ro, leap_terms(ro, PICKS, ALPHA), direction)
-    return gradients
-
-
-def leap_points(ro: Rollout) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each leap: where it starts, where it lands, and where the rollout is at that level."""
-    points = []
-    for start, end in spans(ro, PICKS):
-        k = ro.sigmas[start]
-        j = ro.sigmas[end]
-        landing = one_step(ro.x[start], ro.v[start], k, j)
-        points.append((ro.x[start], landing, ro.x[end]))
-    return points
+    sweep(vjp, ro, leap_terms(ro, PICKS, ALPHA), distance / distance.norm())
+    return torch.stack(gradients)
 
 
 # ------------------------------------------------------------------------------------ the drawings
 
 
-def draw_rollout(axes: Axes, ro: Rollout) -> None:
-    """The states of the rollout, with x_1, x_k, x_j and x_0."""
-    draw_background(axes, ro, "1. Roll out, without a gradient; pick two steps")
-    noise = ro.x[0]
-    clean = ro.x[-1]
-    draw_text(axes, noise, "$x_1$, noise", 6, -10)
-    draw_text(axes, clean, "$x_0$", 7, -6)
-    for pick, name in zip(PICKS, START_NAMES):
-        state = ro.x[pick]
-        x, y = state.flatten()
-        axes.plot(x, y, "o", color=BLACK, markersize=6)
-        draw_text(axes, state, name, -6, 8, BLACK)
-
-
 def draw_leaps(axes: Axes, ro: Rollout) -> None:
-    """The two leaps, and dotted the connectors from their ends to the rollout, with the distances of Eq. 12."""
-    draw_background(axes, ro, "2. Leap along each one's velocity; connect")
-    landing_names = (r"$\hat{x}_{j|k}$", r"$\hat{x}_{0|j}$")
-    distance_names = ("d_j", "d_0")
-    _, distances = similarity_weight(ro, PICKS, TAU)
-    for i, (start, landing, state) in enumerate(leap_points(ro)):
-        color = LEAP_COLORS[i]
-        draw_arrow(axes, start, landing, color)
-        draw_arrow(axes, landing, state, color, ":", "-")  # the connector
-        distance = f"${distance_names[i]} = {distances[i].item():.2f}$"
-        draw_text(axes, landing, f"{landing_names[i]}   {distance}", 9, -5, color)
-        draw_text(axes, start, START_NAMES[i], -14, 6, BLACK)
+    """The rollout, the two leaps, and in red the connectors, with the distances of Eq. 12."""
+    draw_background(axes, ro, "1. Roll out, leap twice, connect", "grey: rollout; discs: clean latents")
+    starts, ends, landings = leap_points(ro)
+    draw_arrows(axes, starts, landings, LEAP_COLORS)
+    connectors = torch.stack([landings, ends])  # (2, leaps, 2)
+    axes.plot(*connectors.unbind(-1), color=RED, linewidth=4)
+    _, (d_j, d_0) = similarity_weight(ro, PICKS, TAU)
+    draw_text(axes, landings[0], f"connector,\n$d_j = {d_j.item():.2f}$", 12, -16, RED)
+    draw_text(axes, landings[1], f"connector,\n$d_0 = {d_0.item():.2f}$", 12, -16, RED)
+    k, j = PICKS
+    draw_text(axes, ro.x[0], "$x_1$, noise", 12, -14)
+    draw_text(axes, ro.x[k], "$x_k$", -14, 10)
+    draw_text(axes, ro.x[j], "$x_j$", -24, 0)
+    draw_text(axes, ro.x[-1], "$x_0$", -26, -4)
 
 
 def draw_gradient(axes: Axes, ro: Rollout) -> None:
     """Where gradient descent moves the end of each leap."""
-    draw_background(axes, ro, "3. The reward's gradient turns both velocities")
-    axes.plot(*WISH, "*", color=GREEN, markersize=12)
-    draw_text(axes, WISH, "more reward", -24, 10, GREEN)
-    gradients = velocity_gradients(ro)
-    for i, (start, _, state) in enumerate(leap_points(ro)):
-        draw_arrow(axes, start, state, LEAP_COLORS[i], "--", "-")
-        # 0.8 is for the eye: what counts is directions and the ratio of the lengths.
-        draw_arrow(axes, state, state + 0.8 * gradients[i], GREEN)
+    draw_background(axes, ro, "2. The reward pulls both leaps", "green: where each leap should end")
+    starts, ends, _ = leap_points(ro)
+    draw_arrows(axes, starts, ends, LEAP_COLORS)
+    draw_arrows(axes, ends, ends + velocity_gradients(ro).flatten(1), [GREEN])
+    axes.plot(*WISH, "*", color=GREEN, markersize=16)
+    draw_text(axes, WISH, "more\nreward", -12, 12, GREEN)
 
 
-def draw_background(axes: Axes, ro: Rollout, title: str) -> None:
+def draw_background(axes: Axes, ro: Rollout, title: str, legend: str) -> None:
     """The clouds of clean latents and the rollout, without ticks: only where things lie counts."""
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
-    generator = torch.Generator().manual_seed(0)
-    offsets = torch.randn(3, 60, 2, generator=generator)
-    # Wider than the clouds are, so that one sees points and not a blot.
-    spread = 1.5 * WIDTH
-    clean = CLOUDS[:, None] + spread * offsets
-    x, y = clean.flatten(0, 1).T
-    axes.scatter(x, y, s=6, color="#d0d7de", linewidths=0)
-    x, y = ro.x.flatten(1).T
-    axes.plot(x, y, color="#8c959f", linewidth=1, marker="o", markersize=3.5)
+    axes.set_title(title, loc="left", fontsize=14)
+    axes.set_xlabel(legend, loc="left", fontsize=12, color=INK)
+    axes.scatter(*CLOUDS.T, s=1500, color=GRID, linewidths=0)
+    axes.plot(*ro.x.flatten(1).T, "o-", color="#8c959f", markersize=5)
     # Equal scales, or a turn of a velocity would not look like one.
-    axes.set_aspect("equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[], xlim=(-2.1, 1.7), ylim=(-1.9, 1.9), aspect="equal")
     axes.spines[:].set_visible(False)
 
 
-def draw_text(axes: Axes, point: Tensor, text: str, dx: float, dy: float, color: str = INK) -> None:
+def draw_text(axes: Axes, point: Tensor, text: str, dx: float, dy: float, color: str = "black") -> None:
     """Text beside a point; dx and dy in printer's points."""
-    axes.annotate(
-        text,
-        point.flatten().tolist(),
-        xytext=(dx, dy),
-        textcoords="offset points",
-        color=color,
-        fontsize=10,
+    axes.annotate(text, point.flatten().tolist(), (dx, dy), textcoords="offset points", color=color, fontsize=15)
+
+
+def draw_arrows(axes: Axes, starts: Tensor, ends: Tensor, colors: Sequence[str]) -> None:
+    """Arrows between points (n, 2), to the scale of the axes."""
+    axes.quiver(
+        *starts.T, *(ends - starts).T, color=colors, width=0.012, angles="xy", scale_units="xy", scale=1, zorder=3
     )
 
 
-def draw_arrow(axes: Axes, start: Tensor, end: Tensor, color: str, style: str = "-", head: str = "-|>") -> None:
-    """An arrow, or with the head "-" a line."""
-    look = {
-        "arrowstyle": head,
-        "color": color,
-        "linestyle": style,
-        "linewidth": 1.6,
-        # matplotlib would stop short of both points.
-        "shrinkA": 0,
-        "shrinkB": 0,
-    }
-    axes.annotate("", end.flatten().tolist(), start.flatten().tolist(), arrowprops=look)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(DrawLeapsFlags))
+    main()

@@ -2,6 +2,7 @@
 
     python -m tools.plan flux-dev-hpsv2 --gpus 1 8 16 64     # all weights
     python -m tools.plan flux-dev-lora --gpus 1 --size 512   # a LoRA
+    python -m tools.plan flux-dev-lora --check               # which of its files are here, and what gets the others
 
 Flags of train.py; without a preset flux-dev-hpsv2. With train.py's --shard N, memory is that of N GPUs.
 Left out: buffers of the allocator, cuDNN and NCCL, a few GB; what a reward keeps for its backward, 0.6 GB a sample for
@@ -16,11 +17,12 @@ import torch
 import tyro
 
 from config import Config, parse, sides
+from infra.downloads import list_downloads
 from infra.flags import flags
 from infra.meter import network_flops
 from infra.methods import find_method, method_options
 from model import FLUX_DEV, Flux
-from rewards import reward_name
+from rewards import WEIGHTS, reward_name
 from samples import trial_samples
 from start import empty_flux
 
@@ -30,10 +32,11 @@ ENCODERS = 2 * (4_762_310_656 + 123_060_480)
 OFFLOADED = 2 * 23 * 192_946_176
 VAE = 4 * 83_819_683
 REWARDS = {"hpsv2": 4 * 986_109_441, "pickscore": 4 * 985_987_457, "hpsv3": 16.6e9}
-# Bytes kept for a backward, with --recompute and without: through the VAE for a pixel, through FLUX for a token of text
-# or image. tests/test_plan.py counts them in the real modules. Without --recompute a LoRA keeps a quarter less.
-DECODE = {True: 14_017, False: 23_265}
-LEAP = {True: 548_000, False: 9_726_000}
+# Bytes kept for a backward, by --recompute: through the VAE for a pixel, through FLUX for a token of text or image.
+# tests/test_plan.py counts them in the real modules, on a CPU: without recomputation a quarter of them is of rms_norm,
+# which CUDA fuses, and a LoRA keeps a quarter less.
+DECODE = {"none": 23_265, "light": 23_265, "blocks": 14_017}
+LEAP = {"none": 9_726_000, "light": 3_816_000, "blocks": 548_000}
 TEXT_TOKENS = 512
 
 
@@ -45,6 +48,8 @@ class PlanFlags:
     """Numbers of GPUs to count for."""
     tflops: float = 395.6
     """TFLOP/s that a GPU attains, an assumption: 40% of the bf16 peak of an H200 or H100; of a 4090 it is 66."""
+    check: bool = False
+    """List the files that the run needs and the commands that get them, and stop."""
 
 
 def main() -> None:
@@ -53,6 +58,8 @@ def main() -> None:
         words = ["flux-dev-hpsv2", *words]
     try:
         cfg, preset = parse(words)
+        if plan.check:
+            return list_downloads(cfg, WEIGHTS)
         flux = empty_flux(cfg, FLUX_DEV).to(torch.bfloat16)  # in which it computes
         flops = operations(cfg, preset, flux)
         columns = []
@@ -131,7 +138,7 @@ def operations(cfg: Config, preset: Config, flux: Flux) -> float:
         samples, calls = trial_samples(sigmas, cfg.batch, torch.Generator().manual_seed(update), update)
         method(samples)
         total += calls
-    flux.recompute = cfg.recompute  # which costs a forward more in each backward
+    flux.recompute = cfg.recompute  # blocks cost a forward more in each backward
     image_tokens = max(math.prod(sides(size)) for size in cfg.size) // 16**2
     cost = network_flops(flux, image_tokens, TEXT_TOKENS)
     flops = (total["velocity"] + total["base"]) * cost.forward + total["vjp"] * cost.forward_backward

@@ -1,54 +1,56 @@
-"""The gradients that LeapAlign is compared with: one function per method.
+"""Gradients of a reward that is differentiated: one function per method.
 
-    refl  draft_lv  drtune  full                      direct gradients: the baselines of LeapAlign's paper
-    flowbp_sparse  flowbp_bridge  flowbp_lagrange     direct gradients: FlowBP, which builds on LeapAlign
-    flow_grpo  dance_grpo  mix_grpo                   policy gradients: the reward needs no gradient
+    refl  draft_lv  drtune  full                      the baselines of LeapAlign's paper
+    direct_align  vgg_flow                            a step from a noised x_0; a velocity that matches the gradient
+    flowbp_sparse  flowbp_bridge  flowbp_lagrange     FlowBP, which builds on LeapAlign
 
-A method adds its gradient to the weights through `Samples.vjp` and returns what to log, as `leapalign` does.
+A method adds its gradient to the weights through `Samples.vjp` and returns what to log, as `leapalign` does.  Methods
+that take scores as they are, without a gradient, are in policy.py.
 
-A direct gradient (1) rolls out without gradient, (2) selects the velocities that carry gradient and states how
-x_0 depends on each of them, a `Term`, and (3) sweeps back over the terms from dL/dx_0, one network call at a time.
-
-A policy gradient (1) walks from noise to x_0 with some random steps, (2) compares the scores of the samples of
-one prompt, and (3) raises the log-probability of the random steps that led to the better samples.
+Most methods (1) roll out without gradient, (2) select the velocities that carry gradient and state how x_0 depends on
+each of them, a `Term`, and (3) sweep back over the terms from dL/dx_0, one network call at a time.
 
 Legend as in leaps.py: b samples, n tokens, c channels, T steps.  k > j are noise levels, and `first` and `second`
 are the indices of the steps that start at k and j.  sg( ) is stop-gradient.
 """
 
-import itertools
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from leaps import Samples, Term, one_step, pick_leaps, prediction, rollout, sweep
+from leaps import Rollout, Samples, Term, one_step, pick_leaps, prediction, rollout, sweep
 
 Log = dict[str, Tensor]
 
 
-# ------------------------------------------------------- direct gradients: the baselines of LeapAlign's paper
+# ------------------------------------------------------------------------- the baselines of LeapAlign's paper
 
 
-def refl(s: Samples, *, last: int | None = None) -> Log:
+def refl(
+    s: Samples,
+    *,
+    last: int | None = None,
+    reward_input: Literal["x_0", "xhat_0"] | None = None,
+) -> Log:
     """ReFL: the gradient of one late velocity, for the reward of the image that it predicts.
 
     ReFL (arXiv 2304.05977), Algorithm 1.  The step is drawn from the last `last` steps; the default, 11 of 25, is
-    LeapAlign's setting of this baseline.  ReFL's pre-training loss is left out there, and here.
+    LeapAlign's setting of this baseline.  ReFL's pre-training loss is left out there, and here.  `reward_input` x_0
+    rewards the end of the rollout instead of the prediction xhat_0, the default; FlowBP (arXiv 2606.11075) reports that
+    this helps.
     """
-    # 1. Roll out up to the end of a late step.  The steps after it are never computed.
+    # 1. Roll out up to the end of a late step.
     step = late_step(s, last)
-    sigmas = s.sigmas[: step + 2]
-    ro = rollout(s.velocity, s.noise(0), sigmas)
+    ro, rewarded = late_rollout(s, step, reward_input)
 
-    # 2. The reward sees xhat_0 = sg(x) - sigma v.
-    sigma = sigmas[step]
+    # 2. xhat_0 = sg(x) - sigma v.
+    sigma = s.sigmas[step]
     term = Term(step, -sigma)
 
     # 3. Sweep back over this one term.
-    xhat_0 = prediction(ro, step)
-    grad = s.reward(xhat_0)
+    grad = s.reward(rewarded)
     sweep(s.vjp, ro, [term], grad)
     return dict(k=sigma)
 
@@ -79,12 +81,17 @@ def draft_lv(s: Samples, *, copies: int = 2) -> Log:
     return {}
 
 
-def drtune(s: Samples, *, active: int = 2) -> Log:
+def drtune(
+    s: Samples,
+    *,
+    active: int = 2,
+    reward_input: Literal["x_0", "xhat_0"] | None = None,
+) -> Log:
     """DRTune: the gradient of equally spaced velocities with detached inputs, for the reward of a late prediction.
 
     DRTune (arXiv 2405.00760), Algorithm 1.  The default is K = 2 of the paper.  The rollout stops at a late step,
     drawn as ReFL's.  The K steps are spread over all T with a random offset; steps after the stop carry no gradient,
-    and the stop itself does only if it is one of the K.
+    and the stop itself does only if it is one of the K.  `reward_input` as in ReFL.
     """
     # 1. Draw the stop and the offset.  A larger offset would leave no step with gradient.
     steps = len(s.sigmas) - 1
@@ -97,26 +104,27 @@ def drtune(s: Samples, *, active: int = 2) -> Log:
     active_steps = range(offset, stop + 1, spacing)[:active]
 
     # 2. Euler steps up to the stop, then the prediction: xhat_0 = x_1 + sum of dsigma v.
-    sigmas = s.sigmas[: stop + 2]
-    ro = rollout(s.velocity, s.noise(0), sigmas)
-    dsigma = sigmas.diff()
-    dsigma[stop] = -sigmas[stop]  # the prediction goes down to noise level 0
+    ro, rewarded = late_rollout(s, stop, reward_input)
+    dsigma = s.sigmas.diff()
+    dsigma[stop] = -s.sigmas[stop]  # the prediction goes down to noise level 0
     terms = [Term(i, dsigma[i]) for i in active_steps]
 
     # 3. Sweep back; no term passes gradient through its input.
-    xhat_0 = prediction(ro, stop)
-    grad = s.reward(xhat_0)
+    grad = s.reward(rewarded)
     sweep(s.vjp, ro, terms, grad)
     return dict(k=s.sigmas[stop])
 
 
-def full(s: Samples, *, last: int | None = None) -> Log:
+def full(s: Samples, *, last: int | Literal["random"] | None = None) -> Log:
     """Full backpropagation: the true gradient, through all T steps.
 
-    With `last`, through the last K steps only: DRaFT-K (arXiv 2309.17400), Algorithm 1.
+    With `last`, through the last K steps only: DRaFT-K (arXiv 2309.17400), Algorithm 1.  K is uniform on 1 to T, drawn
+    anew at each update, if `last` is random: AlignProp (arXiv 2310.03739), whose code also draws K = 0, no gradient.
     """
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
     steps = len(ro.v)
+    if last == "random":
+        last = 1 + draw_index(steps, s.generator)
     first = 0 if last is None else max(0, steps - last)
 
     # With all of dv/dx kept, the sweep over the Euler steps is backpropagation.
@@ -136,8 +144,25 @@ def late_step(s: Samples, last: int | None = None) -> int:
     steps = len(s.sigmas) - 1
     if last is None:
         last = max(1, round(steps * 11 / 25))
+    if not isinstance(last, int):
+        raise ValueError(
+            f"--last {last} is for full: refl draws its step itself, from the last ones that a number says"
+        )
     window = min(last, steps)
     return steps - 1 - draw_index(window, s.generator)
+
+
+def late_rollout(
+    s: Samples,
+    step: int,
+    reward_input: Literal["x_0", "xhat_0"] | None,
+) -> tuple[Rollout, Tensor]:
+    """The rollout, and the latent that is rewarded: x_0, or the prediction at a step, which needs no later steps."""
+    if reward_input == "x_0":
+        ro = rollout(s.velocity, s.noise(0), s.sigmas)
+        return ro, ro.x[-1]
+    ro = rollout(s.velocity, s.noise(0), s.sigmas[: step + 2])
+    return ro, prediction(ro, step)
 
 
 def draw_index(count: int, generator: torch.Generator) -> int:
@@ -145,7 +170,65 @@ def draw_index(count: int, generator: torch.Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
 
 
-# ------------------------------------------------------------- direct gradients: FlowBP (arXiv 2606.11075)
+# ------------------------------------------------------------------------------------- Direct-Align and VGG-Flow
+
+
+def direct_align(
+    s: Samples,
+    *,
+    low: float = 0.75,
+    high: float = 0.97,
+    ahead: int = 1,
+) -> Log:
+    """Direct-Align: x_0 is noised with known noise, which is taken out again after one step of the network.
+
+    SRPO (arXiv 2509.06942).  The noise is the rollout's own x_1, as in the authors' code.  The step starts at a random
+    noise level in [low, high] and ends `ahead` levels below; on FLUX.1-dev the authors' levels go from 0.96 down to
+    0.75 and their steps are about 0.02 long.  Left out: a factor of the loss that falls with the noise level, and the
+    branch that adds noise.  SRPO's relative reward is a form of any reward, see rewards.py.
+    """
+    # 1. Roll out, draw the step, and put the noise back into x_0.
+    ro = rollout(s.velocity, s.noise(0), s.sigmas)
+    x_1, x_0 = ro.x[0], ro.x[-1]
+    (step,) = pick_leaps(ro.sigmas, s.generator, 1, low, high)
+    end = min(step + ahead, len(ro.v))
+    k, j = ro.sigmas[step], ro.sigmas[end]
+    x_k = (1 - k) * x_0 + k * x_1
+
+    # 2. One step down to j.  There the noise is j x_1 as before: what remains is 1 - j of an image.
+    v = s.velocity(x_k, k)
+    x_j = one_step(x_k, v, k, j)
+    xhat_0 = (x_j - j * x_1) / (1 - j)
+
+    # 3. dxhat_0/dv = (j - k) / (1 - j).
+    grad = s.reward(xhat_0)
+    s.vjp(x_k, k, (j - k) / (1 - j) * grad)
+    return dict(k=k, j=j)
+
+
+def vgg_flow(s: Samples, *, active: int = 3, scale: float = 1000.0) -> Log:
+    """VGG-Flow: the velocity is pulled to the untuned one, moved along the gradient of the reward of its prediction.
+
+    VGG-Flow (arXiv 2512.05116), without the network that learns the rest of the value's gradient.  The target is
+    v_base - scale (1 - sigma)^2 grad r(xhat_0); `scale` is the temperature's inverse, so a low one stays near the
+    base.  From the authors' code: scale 1000, the square, a quarter of the steps, never the first.  Left out: a clip of
+    the largest gradients.
+    """
+    ro = rollout(s.velocity, s.noise(0), s.sigmas)
+    later_steps = range(1, len(ro.v))
+    steps = draw_steps(later_steps, active, 0.0, s.generator)
+    for step in steps:
+        x, v, sigma = ro.x[step], ro.v[step], ro.sigmas[step]
+        xhat_0 = prediction(ro, step)
+        descent = s.total * s.reward(xhat_0)  # of each sample's own loss: `reward` divides by the total
+        target = s.base(x, sigma) + scale * (1 - sigma) ** 2 * descent
+        error = v - target  # (b, n, c)
+        # The loss is a mean of the squared error over entries, steps and samples.
+        s.vjp(x, sigma, 2 * error / error[0].numel() / len(steps) / s.total)
+    return {}
+
+
+# ------------------------------------------------------------------------------- FlowBP (arXiv 2606.11075)
 
 
 def flowbp_sparse(
@@ -354,152 +437,3 @@ def dirichlet_pair(steps: int, generator: torch.Generator) -> tuple[int, int]:
     clean_length = max(1, round(steps * clean_share))
     clean_length = min(clean_length, steps - noisy_length - 1)
     return noisy_length - 1, steps - clean_length - 1
-
-
-# ------------------------------------------------------------------------------------- policy gradients
-
-
-def flow_grpo(s: Samples, *, group: int = 8, noise: float = 0.7) -> Log:
-    """Flow-GRPO: a policy gradient on walks whose noise follows the noise level: eta = a sqrt(sigma / (1 - sigma)).
-
-    Flow-GRPO (arXiv 2505.05470), on policy.  The default a = 0.7 is the paper's; the paper's group is 24 samples of
-    a prompt.  With one update per rollout the ratio of probabilities is 1, so clipping it would do nothing.  There is
-    no KL term.
-    """
-    # At pure noise eta would be infinite: sigma_1 replaces sigma_0 = 1 in the denominator, as in the authors' code.
-    sigmas = s.sigmas
-    below_one = sigmas.where(sigmas < 1, sigmas[1])
-    eta = noise * (sigmas / (1 - below_one)).sqrt()  # (T + 1,)
-
-    # The last step is not random: its noise would stay in the image.
-    random_steps = range(len(sigmas) - 2)
-    x_1 = s.noise(0)
-    x_0, moves = random_walk(s, x_1, eta, random_steps)
-    return policy_gradient(s, x_0, moves, group)
-
-
-def dance_grpo(s: Samples, *, group: int = 8, noise: float = 0.3) -> Log:
-    """DanceGRPO: a policy gradient on walks with constant noise eta, which start from one x_1 per group.
-
-    DanceGRPO (arXiv 2505.07818), on policy.  The default eta = 0.3 is the paper's; the paper's group is 12 samples
-    of a prompt.
-    """
-    eta = torch.full_like(s.sigmas, noise)
-    random_steps = range(len(s.sigmas) - 2)  # the last step is not random
-    x_1 = shared_noise(s, group)
-    x_0, moves = random_walk(s, x_1, eta, random_steps)
-    return policy_gradient(s, x_0, moves, group)
-
-
-def mix_grpo(
-    s: Samples,
-    *,
-    group: int = 8,
-    noise: float = 0.3,
-    window: int = 4,
-    shift_every: int = 25,
-) -> Log:
-    """MixGRPO: as DanceGRPO, but only the steps of a window are random and trained; all others are the ODE's.
-
-    MixGRPO (arXiv 2507.21802), on policy.  The window begins at the noisy end and moves by a step after
-    `shift_every` updates.  The defaults are the paper's 4 of 25 steps, and 25 of 300 updates.
-    """
-    end = len(s.sigmas) - 2  # the last step is not random
-    final_start = max(0, end - window)  # where the window stays
-    start = min(s.update // shift_every, final_start)
-    random_steps = range(start, min(start + window, end))
-
-    eta = torch.full_like(s.sigmas, noise)
-    x_1 = shared_noise(s, group)
-    x_0, moves = random_walk(s, x_1, eta, random_steps)
-    return policy_gradient(s, x_0, moves, group)
-
-
-class Move(NamedTuple):
-    """A random step of a walk."""
-
-    step: int
-    x: Tensor  # (b, n, c), where the step starts
-    dlogp_dv: Tensor  # (b, n, c), d log p / dv of the step; log p is the mean over n and c
-
-
-def random_walk(
-    s: Samples,
-    x_1: Tensor,
-    eta: Tensor,
-    random_steps: range,
-) -> tuple[Tensor, list[Move]]:
-    """Walk from x_1 to x_0 by Euler steps of the ODE, and by random steps of the SDE at `random_steps`.
-
-    eta (T + 1,) is the noise of the SDE at each noise level.  Returns x_0 and the random steps.
-    """
-    x, moves = x_1, []
-    levels = itertools.pairwise(s.sigmas)
-    for i, (sigma, next_sigma) in enumerate(levels):
-        v = s.velocity(x, sigma)
-        if i not in random_steps:
-            x = one_step(x, v, sigma, next_sigma)
-            continue
-        dsigma = next_sigma - sigma
-        mean, std, dmean_dv = transition(x, v, sigma, dsigma, eta[i])
-        noise = s.noise(i + 1)
-        # log p = -(x' - mean)^2 / (2 std^2) + ..., and x' - mean = std noise, so d log p / dmean = noise / std.
-        dlogp_dv = dmean_dv * noise / std / noise[0].numel()
-        moves.append(Move(i, x, dlogp_dv))
-        x = mean + std * noise
-    return x, moves
-
-
-def transition(
-    x: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    dsigma: Tensor,
-    eta: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, standard deviation and dmean/dv of an Euler-Maruyama step dsigma < 0 of the SDE
-
-        dx = (v - eta^2 / 2 score) dsigma + eta dw,    score = -(x + (1 - sigma) v) / sigma
-
-    which has the marginals of the ODE for every eta.  Flow-GRPO and DanceGRPO write their means in other forms; both
-    are this SDE, each with its eta.
-    """
-    score = -(x + (1 - sigma) * v) / sigma
-    mean = x + dsigma * (v - eta**2 / 2 * score)
-    std = eta * (-dsigma).sqrt()
-    dmean_dv = dsigma * (1 + eta**2 / 2 * (1 - sigma) / sigma)
-    return mean, std, dmean_dv
-
-
-def policy_gradient(s: Samples, x_0: Tensor, moves: list[Move], group: int) -> Log:
-    """Add the gradient of -advantage log p, a mean over the batch and over the random steps."""
-    scores = s.score(x_0)
-    advantage = advantages(scores, group)  # (b,)
-    weight = -advantage[:, None, None]  # (b, 1, 1)
-    for step, x, dlogp_dv in moves:
-        # s.total, not b: these samples may be a part of the batch.
-        dloss_dv = weight * dlogp_dv / len(moves) / s.total
-        s.vjp(x, s.sigmas[step], dloss_dv)
-    return dict(advantage=advantage.abs())
-
-
-def advantages(scores: Tensor, group: int, largest: float = 5.0) -> Tensor:
-    """Scores (b,) in units of their group's standard deviation, from the group's mean: (b,), within +-`largest`.
-
-    A group is `group` samples in a row, of one prompt.  The bound of 5 is that of Flow-GRPO's code.  Raises
-    ValueError if the samples do not divide into groups of at least 2.
-    """
-    if group < 2 or len(scores) % group:
-        raise ValueError(f"{len(scores)} samples do not divide into groups of {group}, which must be at least 2")
-    group_scores = scores.view(-1, group)
-    centred = group_scores - group_scores.mean(1, keepdim=True)
-    deviation = group_scores.std(1, keepdim=True)
-    normalised = centred / (deviation + 1e-6)  # 0, not NaN, where all scores are equal
-    return normalised.clamp(-largest, largest).flatten()
-
-
-def shared_noise(s: Samples, group: int) -> Tensor:
-    """The first sample's x_1 for all samples of its group: they differ by the noise of the random steps alone."""
-    x_1 = s.noise(0)
-    first_of_group = x_1[::group]
-    return first_of_group.repeat_interleave(group, 0)
