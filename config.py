@@ -25,7 +25,10 @@ def sides(size: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
     if not match:
         raise ValueError(f"--size {size}: give pixels, one number for a square or HEIGHTxWIDTH, such as 768x1344")
-    return int(match[1]), int(match[2] or match[1])
+    height, width = int(match[1]), int(match[2] or match[1])
+    if not 0 < min(height, width) <= max(height, width) <= 16384:
+        raise ValueError(f"--size {size}: give 1 to 16384 pixels")
+    return height, width
 
 
 @flags
@@ -229,7 +232,7 @@ class Machine:
     offload_encoders: bool = False
     """Keep T5 on the CPU, and move each of its layers to the GPU only while it computes: for a single small GPU."""
     check_every: int = 50
-    """Updates between checks that all ranks have the same flags, prompts and VAE, and replicas the same weights."""
+    """Updates between checks that replicas (--shard) have the same weights."""
 
 
 GROUPS = (Experiment, Method, Run, Machine)

@@ -1,6 +1,7 @@
 """Compare models side by side: the same prompts and noise, any rewards, with error bars.
 
     python evaluate.py --model shapes/tiny-flux runs/leapalign-seed0/final --reward judge tiny
+    python evaluate.py --images my-pictures --prompts my-prompts.txt --num 1 --reward tiny     # drawn elsewhere
     torchrun --nproc-per-node 8 -- evaluate.py --model weights/FLUX.1-dev runs/flux/final --prompts F --reward hpsv2
     # the -- keeps torchrun from reading --num as one of its own flags
 
@@ -19,7 +20,6 @@ many prompts.
 """
 
 import gc
-import hashlib
 import itertools
 import json
 import os
@@ -35,23 +35,26 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from config import sides
 from formats.folders import Description, describe, load_pipeline
-from formats.locations import Location
 from formats.lora_files import read_lora
+from formats.sampling import draw_as_trained
+from formats.weights import weight_files
 from infra.distributed import Process, all_gather_objects, join, on_first_rank
-from infra.files import check_writable, replacing
-from infra.flags import flags
+from infra.files import check_writable, content_hash, replacing
+from infra.flags import check_ranges, flags
 from infra.page import models_page
 from infra.pictures import save_png, to_pil
-from infra.prompts import prompts_hash, read_entries, rows_of_rank
+from infra.prompts import printable, prompts_hash, read_entries, rows_of_rank
+from infra.reading import parse_file, parse_json
 from infra.summary import format_table, summarize
 from infra.user_code import file_hashes
 from rewards import Reward, check_rewards, open_reward, reward_name, score_all
-from sample import DrawFlags, Pipeline, sample, token_grid, truncation_warning
+from sample import DrawFlags, Pipeline, Reader, sample, token_grid, truncation_warning
 
 HERE = Path(__file__).parent
 THUMBNAIL = 256  # pixels, the longest side
@@ -66,13 +69,16 @@ class EvaluateFlags(DrawFlags):
     model: tuple[str, ...] = (str(HERE / "shapes" / "tiny-flux"),)
     """Model folders or hub ids, LoRAs, or files of a transformer as flux1-dev.safetensors; all are compared with the
     first."""
+    images: tuple[Path, ...] = ()
+    """Folders of pictures to score in place of models: --num of each prompt, in the order of their names. All pictures
+    of a folder have one size."""
     prompts: Path = HERE / "shapes" / "eval-prompts.txt"
     """Prompts, one per line; or JSON lines, a JSON array, a .csv or .tsv table with a "prompt" in each."""
     reward: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--rewards",))] = ("judge", "tiny")
     """NAME[=PATH] or my_file.py:function: tiny, clip, pickscore, hpsv2, hpsv3, imagereward, or judge, the rules of the
     shapes world."""
-    rollout_steps: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 50
-    """Euler steps."""
+    rollout_steps: Annotated[int | None, tyro.conf.arg(aliases=("--steps",))] = None
+    """Euler steps. Default: those of the training of the first model that has any, or 50; so of guidance and size."""
     size: tuple[str, ...] = ()
     """Pixels: one number for a square, or HEIGHTxWIDTH; none: the VAE's own. Of several, a prompt's images take turns.
     """
@@ -95,6 +101,7 @@ class Model(NamedTuple):
     description: Description
     sizes: list[tuple[int, int]]  # heights and widths, at which the images of a prompt take turns
     weights_hash: str
+    pictures: Sequence[Path] = ()  # files, of --images
 
 
 def main() -> None:
@@ -104,18 +111,20 @@ def main() -> None:
         # Ranks that are done wait for the slowest one, up to a day.
         with join(cfg.device, timeout=timedelta(days=1)) as process:
             evaluate_models(cfg, process)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         prefix = f"rank {rank}: " if rank else ""
-        print(f"error: {prefix}{error}", file=sys.stderr)
+        print(printable(f"error: {prefix}{error}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:
     """Check everything, draw and score the images of each model, and report. Raises ValueError naming the flag."""
+    # All models are drawn alike, as one of them was while it was trained.
+    cfg = draw_as_trained(cfg, cfg.model, dict(rollout_steps=50, guidance=3.5))
     check_values(cfg)
     entries = read_entries(cfg.prompts)
     prompts = [entry["prompt"] for entry in entries]
-    models = describe_models(cfg, prompts)
+    models = describe_pictures(cfg, prompts) if cfg.images else describe_models(cfg, prompts)
     tags = tags_of(cfg, entries)
     record = config_record(cfg, prompts)
     on_first_rank(partial(check_out, cfg, record, models, len(prompts)))
@@ -130,15 +139,19 @@ def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:
 
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     for model in models:
-        # Every rank holds the whole model and draws its own prompts: nothing is sharded.
-        pipe = load_pipeline(model.source, process.device, dtype, cfg.text_length, base=cfg.base, strength=cfg.strength)
-        warning = truncation_warning(pipe, prompts)
-        if warning and process.rank == 0:
-            print(warning, file=sys.stderr)
+        pipe = None
+        if not model.pictures:
+            # Every rank holds the whole model and draws its own prompts: nothing is sharded.
+            options = dict(base=cfg.base, strength=cfg.strength)
+            pipe = load_pipeline(model.source, process.device, dtype, cfg.text_length, **options)
+            readers = [Reader(reward.name, *reward.reads) for reward in rewards if reward.reads]
+            warning = truncation_warning(pipe, prompts, readers)
+            if warning and process.rank == 0:
+                print(warning, file=sys.stderr)
         # Rank 0 decides for all ranks: on a network disk the others may not see every file yet.
-        unscored = on_first_rank(partial(unscored_prompts, cfg.out / model.label, len(prompts)))
+        unscored = on_first_rank(partial(unscored_prompts, cfg, model.label, len(prompts)))
         indices = rows_of_rank(unscored, process.rank, process.world_size)
-        draw_and_score(cfg, model, pipe, rewards, entries, indices)
+        draw_and_score(cfg, model, pipe, rewards, entries, indices, process.device)
         # The next model needs the memory.
         del pipe
         gc.collect()
@@ -154,8 +167,7 @@ def check_values(cfg: EvaluateFlags) -> None:
     """Raise ValueError for flags that are wrong whatever the files hold."""
     if not cfg.model or not cfg.reward:
         raise ValueError("give at least one --model and one --reward")
-    if min(cfg.num, cfg.rollout_steps, cfg.batch) < 1:
-        raise ValueError(f"--num {cfg.num}, --rollout-steps {cfg.rollout_steps}, --batch {cfg.batch}: give 1 or more")
+    check_ranges(cfg)
     if len(cfg.size) > cfg.num:
         raise ValueError(f"--num {cfg.num}: a prompt's images take turns at {len(cfg.size)} sizes, so give as many")
 
@@ -179,8 +191,32 @@ def describe_models(cfg: EvaluateFlags, prompts: Sequence[str]) -> list[Model]:
         for height, width in sizes:
             token_grid(description, height, width)
             check_rewards(cfg.reward, prompts, (height, width), f"--prompts {cfg.prompts}")
-        models[label] = Model(label, source, description, sizes, hash_of_weights(location))
+        models[label] = Model(label, source, description, sizes, content_hash(weight_files(location)))
     return list(models.values())
+
+
+def describe_pictures(cfg: EvaluateFlags, prompts: Sequence[str]) -> list[Model]:
+    """The folders of --images, as models that have drawn already. Raises ValueError naming one that does not fit."""
+    check_rewards(cfg.reward)
+    description = describe(cfg.model[0], cfg.base)  # of which hpsv2 takes the tokenizer
+    models = []
+    for folder in cfg.images:
+        files = sorted(file for file in folder.glob("*") if file.suffix in (".png", ".jpg", ".jpeg", ".webp"))
+        if len(files) != len(prompts) * cfg.num:
+            count = f"{len(files)} pictures for {len(prompts)} prompts of --prompts"
+            raise ValueError(f"--images {folder} holds {count}, and --num {cfg.num} of each are scored")
+        sizes = {parse_file(file, read_picture).shape[1:] for file in files}
+        if len(sizes) > 1:
+            raise ValueError(f"--images {folder}: its pictures have {len(sizes)} sizes, give a folder for each")
+        check_rewards(cfg.reward, prompts, *sizes, f"--prompts {cfg.prompts}")
+        models.append(Model(model_label(str(folder)), str(folder), description, [*sizes], content_hash(files), files))
+    return models
+
+
+def read_picture(file: Path) -> Tensor:
+    """A picture as a tensor (3, h, w) in [0, 1]."""
+    pixels = np.array(Image.open(file).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
 def model_label(source: str) -> str:
@@ -199,23 +235,8 @@ def image_sizes(cfg: EvaluateFlags, folder: Path) -> list[tuple[int, int]]:
     """Heights and widths of images: those of --size, or the size that the VAE in a model folder was trained at."""
     sizes = cfg.size
     if not sizes:
-        vae_config = json.loads((folder / "vae" / "config.json").read_text())
-        sizes = [str(vae_config["sample_size"])]
+        sizes = [parse_json(folder / "vae" / "config.json", lambda entries: str(entries["sample_size"]))]
     return [sides(size) for size in sizes]
-
-
-def hash_of_weights(location: Location) -> str:
-    """A hash of the end of each file: training changes every tensor, so that is enough to see it."""
-    digest = hashlib.sha256()
-    # Both of a LoRA: its scores depend on the transformer beneath, too.
-    for path in filter(None, (location.transformer, location.lora)):
-        # A folder holds one or more files. A single file has nothing to glob in it.
-        for file in sorted(path.glob("*.safetensors")) or [path]:
-            with file.open("rb") as stream:
-                # 64 kB: FLUX.1-dev has 24 GB, which would take a minute to read.
-                stream.seek(max(0, file.stat().st_size - 2**16))
-                digest.update(stream.read())
-    return digest.hexdigest()
 
 
 def tags_of(cfg: EvaluateFlags, entries: Sequence[Entry]) -> list[str] | None:
@@ -239,7 +260,7 @@ def tags_of(cfg: EvaluateFlags, entries: Sequence[Entry]) -> list[str] | None:
 def config_record(cfg: EvaluateFlags, prompts: Sequence[str]) -> dict[str, Any]:
     """config.json: what the numbers depend on, by the names of the flags."""
     record = asdict(cfg)
-    for name in ("model", "out", "batch", "device"):
+    for name in ("model", "images", "out", "batch", "device"):
         del record[name]  # an evaluation may go on with more models, in a folder that was moved, on another machine
     record["prompts"] = prompts_hash(prompts)
     record["reward_files"] = file_hashes(cfg.reward)
@@ -252,7 +273,7 @@ def check_out(cfg: EvaluateFlags, record: dict[str, Any], models: Sequence[Model
     check_writable(f"--out {cfg.out}", cfg.out)
     file = cfg.out / "config.json"
     if file.exists():
-        recorded = json.loads(file.read_text())
+        recorded = parse_json(file, dict, "it is no evaluation's: choose another --out")
         for name, value in record.items():
             if recorded.get(name) != value:
                 change = f"another {name}, {recorded.get(name)} and not {value}"
@@ -289,18 +310,26 @@ def write_whole(file: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------- draw and score
 
 
-def unscored_prompts(folder: Path, count: int) -> list[int]:
-    """Indices of the prompts that have no scores in a model's folder."""
-    return [i for i in range(count) if not (folder / f"{i:05d}.json").exists()]
+def unscored_prompts(cfg: EvaluateFlags, label: str, count: int) -> list[int]:
+    """Indices of the prompts that have no scores in a model's folder, or have lost a picture."""
+    indices = []
+    for i in range(count):
+        files = [cfg.out / label / f"{i:05d}.json", cfg.out / label / f"{i:05d}.png"]
+        if cfg.geneval:
+            files += [cfg.geneval / label / f"{i:05d}" / "samples" / f"{n:04d}.png" for n in range(cfg.num)]
+        if not all(file.exists() and file.stat().st_size for file in files):
+            indices.append(i)
+    return indices
 
 
 def draw_and_score(
     cfg: EvaluateFlags,
     model: Model,
-    pipe: Pipeline,
+    pipe: Pipeline | None,
     rewards: Sequence[Reward],
     entries: Sequence[Entry],
     indices: Sequence[int],
+    device: torch.device,
 ) -> None:
     """Draw and score the prompts at `indices`, a few at a time; each is written as soon as it has its scores."""
     # Whole prompts, so that all scores of a prompt are known, and written, at the same time.
@@ -317,10 +346,13 @@ def draw_and_score(
             prompts = [entries[i]["prompt"] for i, _ in keys]
             # Seeds count on over images, prompts and --seed, so no two images start from the same noise.
             seeds = [(cfg.seed * len(entries) + i) * cfg.num + n for i, n in keys]
-            batch = sample(pipe, prompts, seeds, cfg.rollout_steps, height, width, cfg.guidance, cfg.batch)
+            if model.pictures:
+                batch = torch.stack([read_picture(model.pictures[i * cfg.num + n]) for i, n in keys])
+            else:
+                batch = sample(pipe, prompts, seeds, cfg.rollout_steps, height, width, cfg.guidance, cfg.batch)
             images.update(zip(keys, batch))
             for reward in rewards:
-                values = score_all(reward, batch, prompts, pipe.device, cfg.batch)
+                values = score_all(reward, batch, prompts, device, cfg.batch)
                 scores[reward.name].update(zip(keys, values.float().tolist()))
         for i in chunk:
             prompt_images = [images[i, n] for n in range(cfg.num)]
@@ -362,7 +394,7 @@ def report_scores(
     """Print the tables, and write results.json and index.html."""
     scores = {}
     for model in models:
-        scores[model.label] = read_scores(cfg, cfg.out / model.label, len(prompts))
+        scores[model.label] = read_scores(cfg, model.label, prompts)
     summary = summarize(scores, tags, cfg.size)
     results = json.dumps({"summary": summary, "scores": scores}, default=np.ndarray.tolist)
     # JSON has no NaN, which is the interval of a single prompt.
@@ -373,20 +405,29 @@ def report_scores(
     print(f"{len(prompts)} prompts, {cfg.num} images each, {cfg.rollout_steps} steps; ± is half of a 95% interval\n")
     print(format_table(summary))
     print(f"wrote {cfg.out}: results.json and index.html")
+    if cfg.geneval:
+        print(f"wrote {cfg.geneval}: {len(prompts) * cfg.num:,} pictures of each model")
 
 
-def read_scores(cfg: EvaluateFlags, folder: Path, count: int) -> dict[str, np.ndarray]:
-    """A model's scores by each reward, (count, --num). Raises ValueError if prompts have none."""
+def read_scores(cfg: EvaluateFlags, label: str, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """A model's scores by each reward, (prompts, --num). Raises ValueError if prompts have none."""
     # Every rank has written its own, but a network disk may show them to rank 0 later.
-    unscored = unscored_prompts(folder, count)
+    unscored = unscored_prompts(cfg, label, len(prompts))
     if unscored:
-        example = f"{folder.name}/{unscored[0]:05d}"
+        example = f"{label}/{unscored[0]:05d}"
         raise ValueError(f"{cfg.out} lacks {len(unscored)} of the prompts, such as {example}: give the command again")
-    lines = [json.loads((folder / f"{i:05d}.json").read_text()) for i in range(count)]
-    scores = {}
-    for name in map(reward_name, cfg.reward):
-        scores[name] = np.array([line[name] for line in lines])  # (count, num)
-    return scores
+    names = list(map(reward_name, cfg.reward))
+    rows = []
+    for i, prompt in enumerate(prompts):
+
+        def parse(entries: dict[str, Any], prompt: str = prompt) -> np.ndarray:
+            if entries["prompt"] != prompt:
+                raise ValueError("its scores are of another prompt")
+            numbers = [float(score) for name in names for score in entries[name]]
+            return np.array(numbers).reshape(len(names), cfg.num)
+
+        rows.append(parse_json(cfg.out / label / f"{i:05d}.json", parse, "remove it, and give the command again"))
+    return dict(zip(names, np.stack(rows, axis=1)))
 
 
 if __name__ == "__main__":

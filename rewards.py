@@ -18,6 +18,7 @@ with the good word in front than with the bad one.  What an image gains whatever
 Legend: b or n images, h and w their height and width.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from infra.user_code import describe_error, is_user_code, load_function
+from infra.prompts import print_on_first_rank
+from infra.user_code import is_user_code, load_function
 from scorers import clip, hpsv2, hpsv3, imagereward, judge, lattice
 from scorers.common import Device, Score, Scorer
 
@@ -38,6 +40,7 @@ WEIGHTS = {  # where a name without a path looks, from the current folder
     "hpsv3": "weights/HPSv3",
     "imagereward": "weights/ImageReward",
 }
+COSINES = ("tiny", "clip", "pickscore", "hpsv2")
 RULES = ("judge", "lattice")  # have no weights
 LAMBDA = {"tiny": 0.4, "hpsv2": 0.55, "pickscore": 0.4, "hpsv3": 13.5}  # the paper's, but for tiny's
 
@@ -50,6 +53,7 @@ class Reward:
     scale: float = 1.0  # people report scale * score
     model: nn.Module | None = None  # the frozen network; rules and a user's function have none
     task_of: Callable[[str], str] | None = None  # a prompt's task, where means are reported for each task
+    reads: tuple[PreTrainedTokenizerBase, int] | None = None  # the tokenizer of prompts, and how many tokens are read
     name: str = "reward"  # in logs
     weight: float = 1.0  # of this reward's loss in the sum of several
     lam: float | None = None  # lambda of Eq. 11, in units of the score; None: no hinge
@@ -95,6 +99,8 @@ def parse_reward(spec: str) -> tuple[str, str, float]:
     Raises ValueError if the name is unknown or a file is missing; no weights are read.
     """
     scorer_spec, weight = split_weight(spec)
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight of the reward {spec!r} must be finite")
     scorer_spec, words = split_words(scorer_spec)
     if is_user_code(scorer_spec):
         file = scorer_spec.rpartition(":")[0]
@@ -180,20 +186,28 @@ def open_scorer(
 
 @torch.no_grad()
 def try_score(score: Score, spec: str, device: Device, size: tuple[int, int], prompts: Sequence[str]) -> None:
-    """Try a user's function (images, prompts) -> (b,) on random images. Raises ValueError saying what is wrong."""
-    for b in (2, 1):  # with one image a squeeze() in the function drops an axis too many
-        generator = torch.Generator().manual_seed(0)
-        images = torch.rand(b, 3, *size, generator=generator).to(device)
+    """Try a user's function (images, prompts) -> (b,) on random images, and warn if scores depend on more than these.
+
+    Raises ValueError saying what is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, *size, generator=generator).to(device)
+    scores = []
+    for b in (2, 2, 1):  # twice; and one image, with which a squeeze() in the function drops an axis too many
         texts = [prompts[i % len(prompts)] for i in range(b)]
-        try:
-            result = score(images, texts)
-        except Exception as error:
-            raise ValueError(f"reward {spec} fails on images {tuple(images.shape)}: {describe_error(error)}") from error
-        if not isinstance(result, Tensor) or result.shape != (b,):
-            raise ValueError(
-                f"reward {spec} must return a Tensor of {b} scores for {b} images, and returned a "
-                f"{type(result).__name__} of shape {getattr(result, 'shape', None)}"
-            )
+        result = score(images[:b], texts)
+        if not isinstance(result, Tensor) or result.shape != (b,) or not result.is_floating_point():
+            kind = f"{result.dtype} of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result)
+            raise ValueError(f"reward {spec} must return {b} scores for {b} images, floats of shape ({b},), not {kind}")
+        scores.append(result[0].item())
+    first, second, single = scores
+    if not math.isclose(first, second, rel_tol=1e-4, abs_tol=1e-6):
+        print_on_first_rank(f"note: reward {spec} draws random numbers: the same image has scored {first} and {second}")
+    elif not math.isclose(first, single, rel_tol=1e-2, abs_tol=1e-4):
+        print_on_first_rank(
+            f"warning: reward {spec} gives an image {first} beside another one and {single} without: its scores will "
+            "depend on --micro-batch. Is a network of it not in eval() mode?"
+        )
 
 
 def check_rewards(

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from config import sides
 from formats.folders import PATCH, Pipeline, load_pipeline
+from formats.sampling import draw_as_trained
 from infra.distributed import device_of
 from infra.files import check_writable
-from infra.flags import flags
+from infra.flags import check_ranges, flags
 from infra.pictures import contact_sheet
-from infra.prompts import read_prompts
+from infra.prompts import printable, read_prompts
 from leaps import Velocity, rollout
 from model import Flux
 
@@ -32,6 +33,14 @@ HERE = Path(__file__).parent
 
 
 # ------------------------------------------------------------------------------------------- encode
+
+
+class Reader(NamedTuple):
+    """Who reads prompts, and how much of them."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    limit: int  # tokens
 
 
 class Text(NamedTuple):
@@ -234,10 +243,12 @@ class DrawFlags:
     """How much of the tuning to apply: 1 is all of it, 0 the base. Of a LoRA, or with --base of tuned weights."""
     num: int = 4
     """Images per prompt."""
-    guidance: float = 3.5
-    """Guidance scale, for models that were distilled with guidance; others ignore it."""
+    guidance: float | None = None
+    """Guidance scale, for models that were distilled with guidance; others ignore it. Default: that of the model's
+    training, or 3.5."""
     text_length: int | None = None
-    """T5 tokens a prompt is padded or truncated to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
+    """T5 tokens a prompt is padded or truncated to. Default: those of the model's training, or the tokenizer's own, 512
+    for FLUX.1-dev."""
     batch: int = 8
     """Images at a time: fewer need less memory, the pictures stay the same."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -256,10 +267,10 @@ class SampleFlags(DrawFlags):
     """A file of prompts, one per line, or JSON, used beside --prompt."""
     picture: Annotated[Path, tyro.conf.arg(aliases=("--out",))] = Path("grid.png")
     """The picture to write."""
-    rollout_steps: Annotated[int, tyro.conf.arg(aliases=("--steps",))] = 25
-    """Euler steps."""
+    rollout_steps: Annotated[int | None, tyro.conf.arg(aliases=("--steps",))] = None
+    """Euler steps. Default: those of the model's training, or 25."""
     size: str | None = None
-    """Pixels: one number for a square, or HEIGHTxWIDTH; the default is the VAE's own."""
+    """Pixels: one number for a square, or HEIGHTxWIDTH. Default: that of the model's training, or the VAE's own."""
     seed: int = 0
     """The n-th image of every prompt starts from the noise of seed + n, so the images of a column can be compared."""
 
@@ -268,9 +279,9 @@ def main() -> None:
     cfg = tyro.cli(SampleFlags)
     try:
         draw_picture(cfg)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         # What a user can mend is one line, without a traceback.
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -281,8 +292,8 @@ def draw_picture(cfg: SampleFlags) -> None:
         prompts += read_prompts(cfg.prompts)
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
-    if min(cfg.num, cfg.rollout_steps, cfg.batch) < 1:
-        raise ValueError(f"--num {cfg.num}, --rollout-steps {cfg.rollout_steps}, --batch {cfg.batch}: give 1 or more")
+    cfg = draw_as_trained(cfg, (cfg.model,), dict(rollout_steps=25, guidance=3.5))
+    check_ranges(cfg)
     if cfg.picture.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--picture {cfg.picture}: give a picture's name, such as {cfg.picture.with_suffix('.png')}")
     check_writable(f"--picture {cfg.picture}", cfg.picture.parent)
@@ -307,23 +318,22 @@ def draw_picture(cfg: SampleFlags) -> None:
     print(f"wrote {cfg.picture}: {len(images)} images of {height}x{width}")
 
 
-def truncation_warning(pipe: Pipeline, prompts: Sequence[str]) -> str | None:
-    """A warning if some prompts are longer than an encoder reads, with the numbers; else None."""
+def truncation_warning(pipe: Pipeline, prompts: Sequence[str], readers: Sequence[Reader] = ()) -> str | None:
+    """A warning if some prompts are longer than an encoder or a reward of `readers` reads, with the numbers; else None.
+
+    Of a list of more than 10,000 prompts some are looked at: to tokenize all takes minutes.
+    """
     encoders = [
-        ("T5 (--text-length)", pipe.t5_tokenizer, pipe.text_length),
-        ("CLIP", pipe.clip_tokenizer, clip_length(pipe)),
+        Reader("T5 (--text-length)", pipe.t5_tokenizer, pipe.text_length),
+        Reader("CLIP", pipe.clip_tokenizer, clip_length(pipe)),
     ]
+    examples = list(prompts[:: math.ceil(len(prompts) / 10_000)])
     notes = []
-    for name, tokenizer, limit in encoders:
-        lengths = []
-        # 4096 at a time: the tokens of a list of millions take gigabytes.
-        for i in range(0, len(prompts), 4096):
-            chunk = list(prompts[i : i + 4096])
-            ids = tokenizer(chunk, verbose=False).input_ids
-            lengths += map(len, ids)
+    for name, tokenizer, limit in (*encoders, *readers):
+        lengths = list(map(len, tokenizer(examples, verbose=False).input_ids))
         too_long = sum(length > limit for length in lengths)
         if too_long:
-            notes.append(f"{name} reads {limit} tokens, {too_long} of {len(prompts)} have more, up to {max(lengths)}")
+            notes.append(f"{name} reads {limit} tokens, {too_long} of {len(examples)} have more, up to {max(lengths)}")
     if not notes:
         return None
     return f"warning: prompts are truncated: {'; '.join(notes)}"

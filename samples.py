@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,7 @@ def build_samples(
         with without_lora(base):
             return network(base, slice(0, b))(x, sigma)
 
+    @torch.enable_grad()  # also in a method of yours that is under no_grad
     def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
         levels = torch.as_tensor(sigma).expand(b)  # a method gives one noise level, or one per sample
         gradients = []
@@ -143,6 +145,7 @@ def reward_functions(
 ) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
     """`Samples.reward` and `Samples.score`: from latents (b, n, c) through the VAE and the rewards."""
 
+    @torch.enable_grad()
     def reward(x_0: Tensor, weight: Tensor | None = None) -> Tensor:
         """dL/dx_0, (b, n, c), of the loss L = mean over the batch of weight x hinge (Eq. 11 to 13)."""
         if weight is None:  # a method that gives no weights counts all samples alike
@@ -180,14 +183,23 @@ def reward_functions(
     return reward, score
 
 
-def zero_samples(sigmas: Tensor, size: int, generator: torch.Generator, update: int = 0) -> tuple[Samples, Counter]:
-    """Samples of zeros without a network, to try a method on, and a counter of which function it calls how often.
+def trial_samples(sigmas: Tensor, size: int, generator: torch.Generator, update: int = 0) -> tuple[Samples, Counter]:
+    """Random samples without a network, to try a method on, and a counter of which function it calls how often.
 
     A method that fails on them fails in milliseconds, before any weights are read. The counts tell what a method needs
     (the reward's gradient, the untuned network) and how many evaluations of the network an update takes.
     """
-    x_1 = torch.zeros(size, 1, 1)
+    # More than one token and channel: a mistake in a shape has a chance to show.
+    draws = torch.Generator().manual_seed(0)
     calls: Counter[str] = Counter()
+
+    def latents(*inputs: Any) -> Tensor:
+        return torch.randn(size, 3, 2, generator=draws)
+
+    def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
+        if u.shape != x.shape:
+            raise ValueError(f"vjp takes a u of the shape of x, {tuple(x.shape)}, not {tuple(u.shape)}")
+        return latents() if wrt_x else None
 
     @contextmanager
     def count(name: str) -> Iterator[None]:
@@ -195,14 +207,14 @@ def zero_samples(sigmas: Tensor, size: int, generator: torch.Generator, update: 
         yield
 
     samples = Samples(
-        noise=lambda i: x_1,
+        noise=latents,
         sigmas=sigmas,
         generator=generator,
-        velocity=lambda x, sigma: torch.zeros_like(x),
-        base=lambda x, sigma: torch.zeros_like(x),
-        vjp=lambda x, sigma, u, wrt_x=False: torch.zeros_like(x) if wrt_x else None,
-        reward=lambda x_0, weight=None: torch.zeros_like(x_0),
-        score=lambda x_0: torch.zeros_like(x_0[:, 0, 0]),
+        velocity=latents,
+        base=latents,
+        vjp=vjp,
+        reward=lambda x_0, weight=None: latents(),
+        score=lambda x_0: latents()[:, 0, 0],
         total=size,
         update=update,
     )

@@ -9,24 +9,26 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import Config, command, sides
+from config import HERE, Config, command, sides
 from formats.folders import Description, Pipeline, describe, load_parts
 from formats.lora import Changes, add_lora, first_values, wrapped_name
 from formats.lora_files import lora_file, merge_lora, read_lora
 from formats.reading import flux_file
+from formats.weights import weight_files
 from infra.anchor import anchored
 from infra.checkpoints import checkpoint_folders, update_of
 from infra.checks import check_flags, check_folder, check_groups, check_log_names, check_prompts, tell_changes
 from infra.distributed import Process
 from infra.downloads import check_downloads
-from infra.files import PART, beside, lock_folder, put_in_place, recover, remove, replacing
+from infra.files import PART, beside, check_room, content_hash, lock_folder, put_in_place, recover, remove, replacing
 from infra.jsonl import Entry, read_log, truncate_log
 from infra.meter import network_flops
 from infra.methods import (
@@ -40,12 +42,12 @@ from infra.methods import (
     user_code_hashes,
 )
 from infra.prompts import print_on_first_rank, prompts_hash, prompts_of_update, read_prompts
-from infra.user_code import describe_error, is_user_code, revision
+from infra.user_code import is_user_code, revision
 from infra.watch import watched_value
 from leaps import Samples
 from model import Flux, FluxConfig
-from rewards import RULES, WEIGHTS, Reward, check_rewards, open_reward, reward_name, try_score
-from sample import sigmas, token_grid, truncation_warning
+from rewards import RULES, WEIGHTS, Reward, check_rewards, open_reward, parse_reward, reward_name, try_score
+from sample import Reader, sigmas, token_grid, truncation_warning
 from samples import Size
 
 
@@ -82,9 +84,33 @@ def prepare(cfg: Config, process: Process, preset: Config | None = None) -> Setu
     check_downloads(cfg, WEIGHTS)
     prompts, eval_prompts = read_run_prompts(cfg, out)
     model = describe_model(cfg)
+    if not cfg.export:
+        check_room(f"--out {out}", out, disk_needs(cfg, model))
     sizes = [size_of(cfg, model, name) for name in cfg.size]
     functions, trial = try_user_code(cfg, process, method, group, sizes, prompts, eval_prompts)
     return Setup(out, method, group, trial.needs_base, prompts, eval_prompts, model, sizes, functions)
+
+
+def shared_inputs(cfg: Config, setup: Setup) -> dict[str, Any]:
+    """What must be alike on all ranks: each flag, and hashes of what the flags name and of this program."""
+    shared = {}
+    for name, value in asdict(cfg).items():
+        shared[f"--{name.replace('_', '-')}"] = value
+    shared["what --prompts says"] = prompts_hash(setup.prompts)
+    shared["what --eval-prompts says"] = prompts_hash(setup.eval_prompts)
+    shared["your code"] = user_code_hashes(cfg)
+    files = weight_files(setup.model.location)
+    for component in ("vae", "text_encoder", "text_encoder_2"):
+        files += sorted((setup.model.location.folder / component).glob("*.safetensors"))
+    shared["the content of --model"] = content_hash(files)
+    for spec in (*cfg.reward, *cfg.watch):
+        name, path, _ = parse_reward(spec)
+        if name not in RULES:
+            files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.pt")] or [Path(path)]
+            shared[f"the content of the reward {spec}"] = content_hash(filter(Path.is_file, sorted(files)))
+    sources = [*HERE.glob("*.py"), *HERE.glob("*/*.py")]
+    shared["this program"] = content_hash(sorted(sources))
+    return shared
 
 
 def run_folder(cfg: Config) -> Path:
@@ -144,19 +170,20 @@ def batch_prompts(cfg: Config, setup: Setup, update: int) -> list[str]:
 
 def describe_model(cfg: Config) -> Description:
     """All of the model but its weights. Raises ValueError if it cannot do what the flags ask of it."""
-    if cfg.base and not lora_file(cfg.model) and not flux_file(cfg.model):
+    if cfg.base is not None and not lora_file(cfg.model) and not flux_file(cfg.model):
         raise ValueError(f"--base {cfg.base} is for a LoRA or a transformer's file, and --model {cfg.model} is neither")
     model = describe(cfg.model, cfg.base)
     if model.weights.config.guidance_embed and cfg.guidance is None:
         raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
+    if cfg.guidance is not None and not model.weights.config.guidance_embed:
+        print_on_first_rank(f"note: --guidance {cfg.guidance} is not used: {cfg.model} takes none")
+    channels = model.weights.config.hidden_size
+    if cfg.lora and cfg.lora > channels:
+        raise ValueError(f"--lora {cfg.lora} is more than the {channels} channels of the layers of {cfg.model}")
     changes = earlier_lora(cfg, model.weights.config)
     if changes:  # --model is a LoRA: does it fit into a LoRA of the rank that --lora names?
-        flux = empty_flux(cfg, model.weights.config)
-        try:
-            for _ in first_values(flux, cfg.seed, changes):
-                pass
-        except ValueError as error:
-            raise ValueError(f"--lora {cfg.lora} on --model {cfg.model}, itself a LoRA: {error}") from None
+        for _ in first_values(empty_flux(cfg, model.weights.config), cfg.seed, changes):
+            pass
     return model
 
 
@@ -170,6 +197,15 @@ def size_of(cfg: Config, model: Description, name: str) -> Size:
     flux.recompute = cfg.recompute
     flops = network_flops(flux, rows * columns, text_length(cfg, model))
     return Size(height, width, rows, columns, levels, flops)
+
+
+def disk_needs(cfg: Config, model: Description) -> dict[str, float]:
+    """Bytes of what a run must be able to write: without a checkpoint and a model all training is lost."""
+    flux = empty_flux(cfg, model.weights.config)
+    count = sum(p.numel() for p in flux.parameters() if p.requires_grad)
+    # fp32 weights, averages and two moments; --lean keeps bf16 weights and a byte a moment.
+    checkpoint = count * (8 if cfg.lean else 16)
+    return {"a checkpoint": checkpoint, "a model": count * (2 if cfg.bf16 and not cfg.lora else 4)}
 
 
 def text_length(cfg: Config, model: Description) -> int:
@@ -231,8 +267,13 @@ def try_user_code(
     eval_prompts: list[str],
 ) -> tuple[dict[str, Reward], Trial]:
     """The rewards that are no network, and what the method asks for. All of it is run once, on small inputs."""
-    for size in sizes:
-        trial = try_method(method, size.sigmas, group)
+    # A size has noise levels of its own: what the method does at any of them counts.
+    trials = [try_method(method, size.sigmas, group) for size in sizes]
+    trial = Trial(
+        needs_gradient=any(trial.needs_gradient for trial in trials),
+        needs_base=any(trial.needs_base for trial in trials),
+        logged_names=set().union(*(trial.logged_names for trial in trials)),
+    )
     check_needs(cfg, trial.needs_gradient)
     # Rewards with weights are this repository's and need no trial. The user's functions are tried before any weights
     # are read.
@@ -261,19 +302,18 @@ def check_needs(cfg: Config, needs_gradient: bool) -> None:
 
 
 def check_gradient(reward: Reward, prompts: list[str], size: tuple[int, int], device: torch.device) -> None:
-    """Raise ValueError if a reward has no gradient in an image."""
-    image = torch.rand(1, 3, *size, device=device).requires_grad_()
-    reason = ""
+    """Raise ValueError if a reward has no gradient in an image, or one that is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, *size, generator=generator).to(device).requires_grad_()
     try:
-        has_gradient = reward.score(image, prompts).requires_grad
-    except Exception as error:  # numpy takes no tensor that has a gradient
-        has_gradient = False
-        reason = f" ({describe_error(error)})"
-    if not has_gradient:
+        (gradient,) = torch.autograd.grad(reward.score(image, prompts).sum(), image)
+    except (RuntimeError, ValueError) as error:  # numpy takes no tensor that has a gradient; a score may have no graph
         raise ValueError(
-            f"--reward {reward.name} has no gradient in the images{reason}: watch it, or take a method that needs "
+            f"--reward {reward.name} has no gradient in the images ({error}): watch it, or take a method that needs "
             "none, such as flow_grpo"
-        )
+        ) from error
+    if not gradient.isfinite().all():
+        raise ValueError(f"--reward {reward.name} has a gradient that is not finite on a random image")
 
 
 # ----------------------------------------------------------------------------------- 5. the networks
@@ -284,20 +324,28 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     length = text_length(cfg, setup.model)
     setup.pipe = load_parts(setup.model, flux, process.device, dtype, length, cfg.offload_encoders)
+    setup.pipe.sampling = {
+        "rollout_steps": cfg.rollout_steps,
+        "size": cfg.size[0],
+        "guidance": cfg.guidance,
+        "text_length": length,
+        "bf16": cfg.bf16,
+    }
     if cfg.vae_bf16:
         setup.pipe.vae.to(torch.bfloat16)
     everything = cfg.recompute == "blocks"  # of VAE and rewards, too
     if everything:
         setup.pipe.vae.enable_gradient_checkpointing()
-    if process.rank == 0:
-        # What is truncated is neither drawn nor learned, and nobody would see it in the pictures.
-        warning = truncation_warning(setup.pipe, [*setup.prompts, *setup.eval_prompts])
-        if warning:
-            print_on_first_rank(warning)
     rewards = []
     for spec in (*cfg.reward, *cfg.watch):
         reward = setup.functions.get(spec)
         rewards.append(reward or open_reward(spec, process.device, setup.pipe.clip_tokenizer, everything))
+    if process.rank == 0:
+        # What is truncated is neither drawn nor learned, and nobody would see it in the pictures.
+        readers = [Reader(reward.name, *reward.reads) for reward in rewards if reward.reads]
+        warning = truncation_warning(setup.pipe, [*setup.prompts, *setup.eval_prompts], readers)
+        if warning:
+            print_on_first_rank(warning)
     setup.rewards = rewards[: len(cfg.reward)]
     setup.watched = rewards[len(cfg.reward) :]
     # Without --lam a reward has its default lambda, or no hinge.
@@ -351,6 +399,10 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
         mark = f".step_{best['step']:06d}"
         put_in_place(out / "best", beside(out / "best", mark))
         print_on_first_rank(f"{out / 'best'} is of step {best['step']}, and is kept as best{mark}")
+    if first and watched and not best and (out / "best").exists():
+        # eval.jsonl was lost: any evaluation would count as better than what is in best/.
+        put_in_place(out / "best", beside(out / "best", ".unknown"))
+        print_on_first_rank(f"no evaluation of {out / 'best'} is in eval.jsonl: it is kept as best.unknown")
     truncate_log(out / "metrics.jsonl", first)
     # The evaluation at `first` is made again if the loop evaluates there. Where it does not, as after the end of a run
     # that is made longer, the old one stays.

@@ -13,7 +13,7 @@ whether a checkpoint is whole, and the tensors of a model that is saved.
 A run writes, to --out:
 
     index.html  config.json  metrics.jsonl  eval.jsonl  before_after.png  samples/step_NNNN.png  samples/step_NNNN/
-    checkpoints/step_NNNNNN/  best/  final/  warnings.txt and nonfinite.jsonl, if there were any
+    checkpoints/step_NNNNNN/  newest_checkpoint  best/  final/  warnings.txt and nonfinite.jsonl, if there were any
 
 The shapes preset differs from the paper in learning rate, decay, T, EMA, lambda and the image that is rewarded, for
 which shapes/README.md has the reasons, and in length.
@@ -32,14 +32,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from config import Config, parse
 from formats.saving import write_model
-from infra import checkpoints, distributed, logs, seeds, watch
+from infra import checkpoints, distributed, failures, logs, seeds, watch
 from infra.distributed import Process, Stop
+from infra.files import lock_text
 from infra.meter import Meter
+from infra.prompts import printable
 from model import Flux
 from rewards import mean_scores, reported_means, score_all
 from sample import sample
@@ -54,6 +57,7 @@ from start import (
     load_networks,
     open_folder,
     prepare,
+    shared_inputs,
 )
 
 REQUEUE = 75  # exit code after SIGTERM or SIGUSR1: a scheduler may start the command again, with --resume
@@ -71,9 +75,10 @@ def main() -> None:
             # timeout is long.
             process = stack.enter_context(distributed.join(cfg.device, cfg.shard, timeout=timedelta(hours=1)))
             setup = set_up(cfg, process, preset)
-        except ValueError as error:  # a flag or a file cannot be used; perhaps only on this rank's node
-            source = f"rank {rank}: " if rank else ""
-            print(f"\nerror: {source}{error}", file=sys.stderr)
+        except (ValueError, OSError) as error:  # a flag or a file cannot be used
+            # Once the ranks are joined all of them have the error, with the rank that it is of.
+            if rank == 0 or not dist.is_initialized():
+                print(printable(f"\nerror: {error}"), file=sys.stderr)
             raise SystemExit(2) from None
         if rank == 0 and not cfg.export:
             print(announce(cfg, setup, process))
@@ -81,7 +86,7 @@ def main() -> None:
             run(cfg, setup, process)
         except Stop as stop:
             if rank == 0:
-                print(f"\n{stop.message}", file=sys.stderr)
+                print(printable(f"\n{stop.message}"), file=sys.stderr)
             raise SystemExit(stop.code) from None
 
 
@@ -91,13 +96,20 @@ def set_up(cfg: Config, process: Process, preset: Config | None = None) -> Setup
     `preset` holds the values that the flags started from.
     Raises ValueError naming the flag or the file, what was found and what to do.
     """
-    setup = prepare(cfg, process, preset)  # flags, prompts, the model's headers, the user's code
-    flux = build_network(cfg, setup, process)
-    load_networks(cfg, setup, flux, process)  # VAE, text encoders, rewards
-    # Before a checkpoint is read: the copy must hold the weights that training starts from.
-    if setup.needs_base and not cfg.export:
-        setup.base = flux if cfg.lora else frozen_copy(flux, setup, process)
-    return setup
+    # Flags, prompts, the model's headers, the user's code. Ranks may be on nodes with other files.
+    setup = distributed.on_every_rank(partial(prepare, cfg, process, preset))
+    # Ranks that differ would train a mixture, and nothing would report it.
+    distributed.check_alike(shared_inputs(cfg, setup))
+
+    def load() -> Setup:
+        flux = build_network(cfg, setup, process)
+        load_networks(cfg, setup, flux, process)  # VAE, text encoders, rewards
+        # Before a checkpoint is read: the copy must hold the weights that training starts from.
+        if setup.needs_base and not cfg.export:
+            setup.base = flux if cfg.lora else frozen_copy(flux, setup, process)
+        return setup
+
+    return distributed.on_every_rank(load)
 
 
 def run(cfg: Config, setup: Setup, process: Process) -> None:
@@ -113,8 +125,9 @@ def run(cfg: Config, setup: Setup, process: Process) -> None:
                 print(f"wrote {cfg.export}, the averaged weights after {first} updates")
             return
         # Rank 0 alone prepares the folder and writes logs, and its History goes to all ranks. All ranks write
-        # checkpoints, so on several nodes the folder must be on a disk that they share.
+        # checkpoints, so on several nodes the folder must be on a disk that they share: all must see its lock.
         history = distributed.on_first_rank(partial(open_folder, cfg, setup, first))
+        distributed.check_alike({f"what lies in --out {setup.out}, which all nodes must share,": lock_text(setup.out)})
     except ValueError as error:  # no checkpoint can be read, or another process trains in the folder
         raise Stop(2, f"error: {error}") from None
 
@@ -125,6 +138,20 @@ def run(cfg: Config, setup: Setup, process: Process) -> None:
         train(cfg, setup, state, process, log, history)
         write_averages(setup.out / "final", setup, state, process)
         log.finish(setup, history)
+    except Exception as error:
+        explanation = failures.explain(error)
+        if not explanation:
+            raise
+        # Updates are lost no more than by a signal. Ranks that have no error are within an update, and cannot save.
+        updates = log.bar.n
+        if process.world_size == 1 and updates > first and failures.stage_of(error) != "update":
+            zero_gradients(state)
+            checkpoints.save_checkpoint(setup.out, state, updates, cfg.keep)
+            state.wait()
+        message = f"error: {explanation}; {checkpoints.what_is_saved(setup.out)}"
+        if process.rank:  # rank 0 prints what stops it, and does not know of this
+            print(printable(f"rank {process.rank}: {message}"), file=sys.stderr)
+        raise Stop(1, message) from error
     finally:
         state.wait()  # for the checkpoint that is being written
         log.close()
@@ -242,8 +269,8 @@ def write_averages(path: Path, setup: Setup, state: checkpoints.State, process: 
         with distributed.swapped(state.params.values(), state.averages.values()):
             write_model(path, setup.pipe, process)
     except OSError as error:
-        remedy = f"the weights are in {setup.out / 'checkpoints'}, --resume --export PATH writes them"
-        raise Stop(1, f"{error}; {remedy}") from error
+        state.wait()
+        raise Stop(1, f"{error}; {checkpoints.what_is_saved(setup.out)}") from error
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -263,12 +290,9 @@ def train(
         for update in range(history.first, cfg.updates + 1):
             is_last = update == cfg.updates
 
-            # Ranks must have the same flags, prompts and VAE, and replicas the same weights. Otherwise the mean
-            # gradient is wrong, and nothing reports it.
+            # Replicas must have the same weights. Otherwise the mean gradient is wrong, and nothing reports it.
             if update == history.first or update % cfg.check_every == 0:
-                shared = dict(step=update, flags=repr(cfg), prompts=batch_prompts(cfg, setup, update))
-                shared["vae"] = distributed.weights_hash(setup.pipe.vae.parameters())
-                distributed.check_agreement(process, shared, state.params.values())
+                distributed.check_replicas(process, state.params.values())
 
             # The averaged weights are evaluated and kept in best/: they vary less from update to update.
             if update % cfg.eval_every == 0 or is_last:
@@ -313,8 +337,8 @@ def train(
                 checkpoints.save_checkpoint(setup.out, state, saved, cfg.keep)
             if received:
                 code = 130 if 2 in received else REQUEUE  # 2 is Ctrl-C
-                newest = state.wait() or "nothing new"
-                raise Stop(code, f"stopped by signal {received[0]}; {newest} is saved, --resume goes on")
+                state.wait()
+                raise Stop(code, f"stopped by signal {received[0]}; {checkpoints.what_is_saved(setup.out)}")
         if update != saved:
             checkpoints.save_checkpoint(setup.out, state, update, cfg.keep)
 

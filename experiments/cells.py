@@ -37,7 +37,7 @@ from infra.jsonl import Entry, append_line, read_log
 from infra.logs import UpdateLog
 from infra.methods import recorded_flags
 from rewards import parse_reward
-from samples import Size, zero_samples
+from samples import Size, trial_samples
 from start import prepare
 
 CELLS = RESULTS / "cells.jsonl"  # the runs that the repository ships
@@ -193,7 +193,7 @@ def cost(forwards: int, backwards: int) -> int:
 
 
 def costs(spec: str, flags: str) -> Iterator[int]:
-    """The evaluations of a run after 1, 2, 3, ... updates, by the calls that its method makes on zeros.
+    """The evaluations of a run after 1, 2, 3, ... updates, by the calls that its method makes on random samples.
 
     They are exact where all updates cost the same. ReFL and DRTune stop at a random step: a run draws other steps, so
     its evaluations agree on average.
@@ -203,7 +203,7 @@ def costs(spec: str, flags: str) -> Iterator[int]:
     total = 0
     for update in itertools.count():
         # Another random step in each update, the same in all calls: budgets are repeatable.
-        samples, calls = zero_samples(size.sigmas, batch, torch.Generator().manual_seed(update), update)
+        samples, calls = trial_samples(size.sigmas, batch, torch.Generator().manual_seed(update), update)
         method(samples)
         total += batch * cost(calls["velocity"] + calls["base"] + calls["vjp"], calls["vjp"])
         yield total

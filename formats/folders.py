@@ -4,7 +4,7 @@
 networks around a transformer that the caller made: train.py shards its own, `load_pipeline` makes one on one device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,9 @@ from transformers.utils import logging
 
 from formats.locations import Location, locate
 from formats.lora_files import read_lora
-from formats.reading import parse_file, parse_json
 from formats.weights import Weights, build_flux, build_with_lora, interpolate, open_flux
 from infra.prompts import print_on_first_rank
+from infra.reading import check_finite, parse_file, parse_json
 from model import Flux
 
 PATCH = 2  # FLUX sees 2x2 patches of latents
@@ -59,6 +59,7 @@ class Pipeline:
     cell: int  # pixels a token spans each way
     text_length: int  # T5 tokens that a prompt is padded or truncated to
     compute: torch.dtype  # of the transformer, whatever its weights are kept in
+    sampling: dict[str, Any] = field(default_factory=dict)  # how it is drawn while it is trained, see sampling.py
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +99,14 @@ def parse_schedule(entries: dict[str, Any]) -> dict[str, Any]:
     """scheduler_config.json with its defaults. Raises ValueError for an entry that `sample.sigmas` would ignore."""
     # An entry that is absent has the default of the installed diffusers, as in FluxPipeline.
     defaults = {"_class_name": "FlowMatchEulerDiscreteScheduler", **FlowMatchEulerDiscreteScheduler().config}
-    schedule = defaults | entries
+    schedule = defaults | {"_class_name": entries["_class_name"]} | entries
+    is_switch = isinstance(schedule["use_dynamic_shifting"], bool)
+    lengths = schedule["max_image_seq_len"] - schedule["base_image_seq_len"]
+    if not is_switch or not lengths > 0 or not schedule["shift"] > 0 or not schedule["max_shift"] > 0:
+        raise ValueError(f"these shifts have no meaning: { {name: schedule[name] for name in sorted(SHIFTS)} }")
+    unknown = entries.keys() - defaults.keys() - {"_diffusers_version"}
+    if unknown:
+        raise ValueError(f"{min(unknown)} is no entry of FLUX's schedule")
     for name in defaults.keys() - SHIFTS:
         if schedule[name] != defaults[name]:
             raise ValueError(f"only FLUX's own schedule is implemented, not {name}={schedule[name]!r}")
@@ -109,7 +117,7 @@ def parse_vae_config(entries: dict[str, Any]) -> tuple[int, int]:
     """Channels of a latent, and pixels that a token spans each way."""
     # Each of the VAE's levels but the first halves height and width: 4 levels make a latent of 8x8 pixels.
     pixels = 2 ** (len(entries["block_out_channels"]) - 1)
-    return entries["latent_channels"], PATCH * pixels
+    return int(entries["latent_channels"]), PATCH * pixels
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -206,6 +214,7 @@ def load_frozen(network: type, folder: Path, **options: Any) -> Any:
             raise ValueError(
                 f"{len(missing_keys)} tensors of {network.__name__} are missing, such as {missing_keys[0]}"
             )
+        check_finite(loaded.named_parameters())
         return loaded
 
     return parse_file(folder, parse).eval().requires_grad_(False)

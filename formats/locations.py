@@ -12,7 +12,6 @@ Or it is one file, with a folder of all else: a LoRA, or the transformer as blac
 
 import re
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +19,10 @@ from huggingface_hub import snapshot_download
 
 from formats.lora import FILE, NOTE
 from formats.lora_files import lora_file
-from formats.reading import flux_file, parse_file, parse_json, tensor_names
+from formats.reading import flux_file, tensor_names
 from infra.downloads import DOWNLOADS, how_to_get
 from infra.files import put_back
+from infra.reading import parse_file, parse_json
 
 # All but the transformer stays as it is in training, and is copied or linked to the folder of a tuned model.
 FROZEN = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -58,6 +58,8 @@ def locate(name: str | Path, base: str | None = None) -> Location:
         remedy = "give a FLUX.1 folder, a LoRA, or a transformer with black-forest-labs' names, all of .safetensors"
         first_names = ", ".join(tensor_names(path, remedy)[:3])
         raise ValueError(f"{name} is no FLUX.1 model, its tensors are {first_names} ...: {remedy}")
+    if base:
+        locate(base)  # which --strength needs; a misspelt one is found also where it is not used
     folder = find_folder(name, COMPONENTS)
     return Location(folder, folder / "transformer")
 
@@ -130,6 +132,6 @@ def download_folder(name: str, components: tuple[str, ...]) -> Path:
 def check_class(folder: Path) -> None:
     """Raise ValueError naming the pipeline that a folder's model_index.json names, if it is not FLUX.1's."""
     remedy = "give a folder of FluxPipeline"
-    pipeline = parse_json(folder / "model_index.json", itemgetter("_class_name"), remedy)
+    pipeline = parse_json(folder / "model_index.json", lambda entries: str(entries["_class_name"]), remedy)
     if not re.match(r"Flux[A-Z]", pipeline):  # FluxPipeline, FluxFillPipeline, but not Flux2Pipeline
         raise ValueError(f"{folder} is no FLUX.1 model, its model_index.json says {pipeline}: {remedy}")

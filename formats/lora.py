@@ -114,7 +114,7 @@ def first_values(flux: Flux, seed: int, changes: Changes | None = None) -> Named
                 columns = up.any(dim=0)
                 rank = int(columns.sum())
                 if rank > len(a):
-                    raise ValueError(f"rank {len(a)} is too low to go on with a LoRA of rank {rank} ({name})")
+                    raise ValueError(f"--lora {len(a)} is too low to go on with a LoRA of rank {rank} ({name})")
                 a[:rank] = change.down[columns]
                 b[:, :rank] = up[:, columns] / layer.scale
             yield f"{name}.a.{i}", a
@@ -122,7 +122,7 @@ def first_values(flux: Flux, seed: int, changes: Changes | None = None) -> Named
             start += len(b)
     if changes:
         raise ValueError(
-            f"it changes {min(changes)} too, which a LoRA here does not: go on with all weights, without --lora"
+            f"--model changes {min(changes)} too, which a LoRA here does not: go on with all weights, without --lora"
         )
 
 

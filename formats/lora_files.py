@@ -26,8 +26,9 @@ from torch import Tensor
 
 from formats.lora import FILE, NOTE, Change, Changes, NamedTensors
 from formats.names import to_diffusers
-from formats.reading import parse_file, tensor_names
+from formats.reading import tensor_names
 from infra.prompts import print_on_first_rank
+from infra.reading import check_finite, parse_file
 from model import Flux, FluxConfig
 
 PEFT = "adapter_model.safetensors"
@@ -87,7 +88,8 @@ def read_lora(file: Path, config: FluxConfig) -> Changes:
             raise ValueError(f"{file}: {down_name} is of no layer of this Flux")
         weight, rows, (height, width) = table[kohya_name(layer)]
         rank = len(down)
-        if up is None or up.shape != (len(rows), rank) or down.shape != (rank, width):
+        has_alpha = alpha is None or alpha.numel() == 1
+        if not rank or not has_alpha or up is None or up.shape != (len(rows), rank) or down.shape != (rank, width):
             raise ValueError(f"{file} is no LoRA of this Flux, whose {layer} is {len(rows)} x {width}")
 
         # The rows of `up` get their places in the weight, with zeros in all other rows.
@@ -122,7 +124,12 @@ def read_lora_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
     config_file = file.with_name("adapter_config.json")
     if file.name == PEFT and config_file.exists():
         settings = json.loads(config_file.read_text())
-    return state, {key.removeprefix("transformer."): value for key, value in settings.items()}
+    check_finite(state.items())
+    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+    float(settings.get("lora_alpha", 1))
+    for pattern, alpha in settings.get("alpha_pattern", {}).items():
+        re.compile(pattern), float(alpha)
+    return state, settings
 
 
 @cache  # once a file: it has many such tensors, and is read twice, to check it and to use it
@@ -131,13 +138,11 @@ def note_text_encoders(file: Path) -> None:
 
 
 def check_lora(state: dict[str, Tensor], file: Path) -> None:
-    """Raise ValueError if a file holds a relative of LoRA, or a tensor that is not finite."""
-    for name, tensor in state.items():
+    """Raise ValueError if a file holds a relative of LoRA."""
+    for name in state:
         for sign, kind in UNREAD.items():
             if sign in name:
                 raise ValueError(f"{file} is {kind}, which is not read: give a plain LoRA")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{file}: tensor {name} is not finite")
 
 
 def scale_of(layer: str, rank: int, alpha: Tensor | None, settings: dict) -> float:

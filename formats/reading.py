@@ -1,31 +1,18 @@
-"""Files of other people: every error names its file, and headers tell what a file is before a weight is read."""
+"""What a file of tensors is, by its header, before a weight is read."""
 
-import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
 
 from safetensors import safe_open
 
-Source = TypeVar("Source")
-Result = TypeVar("Result")
+from infra.reading import AGAIN, parse_file
 
-AGAIN = "copy or download it again"
 FLUX_TENSOR = "vector_in.in_layer.weight"  # which FLUX.2 and Chroma lack, and diffusers names otherwise
-
-
-def parse_file(source: Source, parse: Callable[[Source], Result], remedy: str = AGAIN) -> Result:
-    """parse(source). Raises ValueError that names the source and the remedy, whatever `parse` raises."""
-    try:
-        return parse(source)
-    except Exception as error:  # safetensors, transformers and diffusers each have exceptions of their own
-        reason = str(error).rstrip(".")
-        raise ValueError(f"cannot read {source} ({type(error).__name__}: {reason}): {remedy}") from error
-
-
-def parse_json(file: Path, parse: Callable[[dict[str, Any]], Result], remedy: str = AGAIN) -> Result:
-    """parse(entries) of the object in a JSON file. Raises ValueError as `parse_file`."""
-    return parse_file(file, lambda path: parse(json.loads(path.read_text())), remedy)
+MODELS_FILE = re.compile(
+    r"\w*config\.json|[\w-]+\.safetensors(\.index\.json)?|vocab\.(json|txt)|merges\.txt|tokenizer\.json|spiece\.model"
+    r"|\w*tokens(_map)?\.json"
+)
 
 
 def tensor_names(file: Path, remedy: str = AGAIN) -> list[str]:
@@ -50,3 +37,13 @@ def flux_file(name: str | Path) -> Path | None:
         return None
     prefix = bfl_prefix(tensor_names(path))
     return None if prefix is None else path
+
+
+def is_models_file(file: Path, model: Path) -> bool:
+    """Whether a file of a model folder is one that models have, and lies in it. Saved models are published as they are.
+
+    Code, pickles, notes, devices, and links out of the folder are not; a hub's cache links from snapshots/ to blobs/.
+    """
+    root = model.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    return bool(MODELS_FILE.fullmatch(file.name)) and file.is_file() and file.resolve().is_relative_to(root)

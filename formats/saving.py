@@ -11,10 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from formats import sampling
 from formats.folders import Pipeline
 from formats.locations import FROZEN, Location
 from formats.lora import save_lora
 from formats.names import config_to_diffusers, empty_state, to_diffusers
+from formats.reading import is_models_file
 from formats.weights import INDEX, WEIGHTS, Tensors
 from infra.distributed import Process, gathered_tensors, on_first_rank
 from infra.files import replacing
@@ -35,15 +37,19 @@ def write_model(folder: Path, pipe: Pipeline, process: Process) -> None:
     dtype = torch.float32 if lora else pipe.compute
     tensors = gathered_tensors(pipe.flux, dtype, process.rank)
 
+    text = json.dumps(pipe.sampling)
+
     def write() -> None:
         try:
             with replacing(folder) as path:
                 if lora:
                     save_lora(path, pipe.flux, tensors, base_entries(pipe.location))
                 elif folder.suffix == ".safetensors":
-                    save_single_file(path, pipe.flux.config, dtype, tensors)
+                    save_single_file(path, pipe.flux.config, dtype, tensors, {sampling.FILE: text})
                 else:
                     save_pipeline(path, pipe.location.folder, pipe.flux.config, tensors)
+                if path.is_dir():
+                    (path / sampling.FILE).write_text(text + "\n")
         except (OSError, SafetensorError) as error:
             raise OSError(f"{folder} could not be written: {error}") from error
         finally:
@@ -72,8 +78,13 @@ def base_entries(location: Location) -> dict[str, str]:
 
 def save_pipeline(folder: Path, source: Path, config: FluxConfig, state: Tensors) -> None:
     """Write a model folder: frozen components copied from `source`, a transformer from `state` (our names)."""
+
+    def unknown(component: str, names: list[str]) -> list[str]:
+        return [name for name in names if not is_models_file(Path(component) / name, source)]
+
     for component in FROZEN:
-        shutil.copytree(source / component, folder / component, dirs_exist_ok=True, copy_function=link_or_copy)
+        target = folder / component
+        shutil.copytree(source / component, target, dirs_exist_ok=True, copy_function=link_or_copy, ignore=unknown)
     shutil.copy(source / "model_index.json", folder)
     save_transformer(folder / "transformer", config, state)
 
@@ -132,7 +143,9 @@ def diffusers_shards(config: FluxConfig, state: Tensors) -> Iterator[dict[str, T
 # ----------------------------------------------------------------------------------------- one file
 
 
-def save_single_file(file: Path, config: FluxConfig, dtype: torch.dtype, state: Tensors) -> None:
+def save_single_file(
+    file: Path, config: FluxConfig, dtype: torch.dtype, state: Tensors, metadata: dict[str, str] | None = None
+) -> None:
     """Write a transformer with the names of flux1-dev.safetensors, each tensor as it comes.
 
     safetensors' own function wants all tensors at once, 24 GB of them. The format: 8 bytes, the length of the header;
@@ -146,7 +159,7 @@ def save_single_file(file: Path, config: FluxConfig, dtype: torch.dtype, state: 
         end = start + tensor.numel() * dtype.itemsize
         header[name] = {"dtype": dtype_name, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **header}).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)

@@ -7,7 +7,7 @@ whoever makes the network reads them one at a time, and need never hold a second
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -17,7 +17,8 @@ from formats.locations import Location
 from formats.lora import Changes, add_change
 from formats.lora_files import merge_lora
 from formats.names import check_state, config_from_diffusers, empty_state, from_diffusers
-from formats.reading import bfl_prefix, parse_file, parse_json
+from formats.reading import bfl_prefix
+from infra.reading import check_finite, parse_file, parse_json
 from model import FLUX_DEV, Flux, FluxConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a transformer/
@@ -48,6 +49,15 @@ def open_flux(location: Location) -> Weights:
     return open_subfolder(path)
 
 
+def weight_files(location: Location) -> list[Path]:
+    """The files of a model's transformer, and of the LoRA over it: scores depend on both."""
+    files = []
+    for path in filter(None, (location.transformer, location.lora)):
+        # A folder holds one or more files. A single file has nothing to glob in it.
+        files += sorted(path.glob("*.safetensors")) or [path]
+    return files
+
+
 def open_single_file(path: Path, config_file: Path) -> Weights:
     """A transformer in a file of its own; or in a checkpoint of ComfyUI, whose VAE and text encoders are left unread.
 
@@ -69,7 +79,7 @@ def open_single_file(path: Path, config_file: Path) -> Weights:
     shapes = empty_state(config)
     check_state(state, shapes, str(path))
     tensors = ((name, state[name]) for name in shapes)  # in the network's order, which `interpolate` relies on
-    return Weights(config, upcast(tensors), notes)
+    return Weights(config, upcast(tensors, path), notes)
 
 
 def open_subfolder(path: Path) -> Weights:
@@ -82,26 +92,41 @@ def open_subfolder(path: Path) -> Weights:
     for name in files:
         state |= parse_file(path / name, load_file)  # mapped, too
     tensors = from_diffusers(state, config, str(path))
-    return Weights(config, upcast(tensors), fp8_notes(state, path))
+    return Weights(config, upcast(tensors, path), fp8_notes(state, path))
 
 
 def read_config(file: Path) -> FluxConfig:
-    """The configuration in a diffusers config.json. Raises ValueError naming the file."""
-    return parse_json(file, config_from_diffusers, "copy or download FLUX.1's own file")
+    """The configuration in a diffusers config.json. ValueError names the file if no network can be made of it."""
+
+    def parse(entries: dict[str, Any]) -> FluxConfig:
+        config = config_from_diffusers(entries)
+        empty_state(config)
+        return config
+
+    return parse_json(file, parse, "copy or download FLUX.1's own file")
 
 
 def fp8_notes(state: dict[str, Tensor], path: Path) -> list[str]:
-    """A note if there are fp8 weights, which may be had in bf16, too."""
-    for tensor in state.values():
+    """A note if there are fp8 weights, which may be had in bf16, too. Raises ValueError for whole numbers."""
+    notes = []
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is of {tensor.dtype}, whose scale is unknown: give bf16, fp16 or fp32")
         if tensor.dtype in FP8:
-            return [f"note: {path} holds {tensor.dtype} weights, read up-cast: what fp8 rounded off stays lost"]
-    return []
+            notes = [f"note: {path} holds {tensor.dtype} weights, read up-cast: what fp8 rounded off stays lost"]
+    return notes
 
 
-def upcast(tensors: Tensors) -> Tensors:
-    """fp8 tensors in bf16, which holds all fp8 numbers exactly; torch has few operations on fp8."""
+def upcast(tensors: Tensors, path: Path) -> Tensors:
+    """fp8 tensors in bf16, which holds all fp8 numbers exactly; torch has few operations on fp8.
+
+    Raises ValueError for a tensor that is not finite, when it is read.
+    """
     for name, tensor in tensors:
-        yield name, tensor.bfloat16() if tensor.dtype in FP8 else tensor
+        if tensor.dtype in FP8:
+            tensor = tensor.bfloat16()
+        parse_file(path, lambda _, named=(name, tensor): check_finite([named]))
+        yield name, tensor
 
 
 # ----------------------------------------------------------------------------------------- networks

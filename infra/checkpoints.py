@@ -39,6 +39,7 @@ from infra.files import PART, beside, part_of, put_in_place
 from model import Flux
 
 CHECKSUMS = "sums.json"
+NEWEST = "newest_checkpoint"  # a file in the run's folder, which stays if the checkpoints are removed
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)  # the frozen weights under a LoRA are not saved
 
 
@@ -90,8 +91,16 @@ class State:
 def checkpoint_folders(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     # Unfinished and damaged ones have a suffix, so their names end without a number.
-    folders = [f for f in (out / "checkpoints").glob("step_*") if f.name.removeprefix("step_").isdigit()]
+    folders = [f for f in (out / "checkpoints").glob("step_*") if f.name.removeprefix("step_").isdecimal()]
     return sorted(folders, key=update_of)
+
+
+def what_is_saved(out: Path) -> str:
+    """The end of a message that a run has stopped."""
+    folders = checkpoint_folders(out)
+    if folders:
+        return f"{folders[-1]} is saved, --resume goes on from there"
+    return "no checkpoint is saved, --resume starts again"
 
 
 def checkpoint_name(update: int) -> str:
@@ -145,9 +154,9 @@ def write(folder: Path, tensors: dict[str, Any], keep: int, group: dist.ProcessG
         for folder_to_remove in [draft] if failure else checkpoints[:-keep]:
             shutil.rmtree(folder_to_remove, ignore_errors=True)
         if failure:
-            newest = checkpoints[-1] if checkpoints else "none"
-            free = shutil.disk_usage(folder.parent.parent).free / 1e9
-            text = f"warning: no checkpoint could be written ({failure}; {free:.1f} GB free); the newest is {newest}"
+            out = folder.parent.parent
+            free = shutil.disk_usage(out).free / 1e9
+            text = f"warning: no checkpoint could be written ({failure}; {free:.1f} GB free): {what_is_saved(out)}"
             print(text, file=sys.stderr)
     return None if failure else folder
 
@@ -183,6 +192,7 @@ def publish(draft: Path, folder: Path, checksums_of_ranks: list[dict[str, int]])
     try:
         (draft / CHECKSUMS).write_text(json.dumps(merged))
         put_in_place(draft, folder)  # a resumed run whose first update is not finite saves its checkpoint again
+        (folder.parent.parent / NEWEST).write_text(folder.name)
         return None
     except OSError as error:
         return first_cause(error)
@@ -237,13 +247,12 @@ def damage_of(folder: Path) -> str | None:
     """Why a checkpoint cannot be read, or None. Each rank checks its share of the files."""
     try:
         recorded = json.loads((folder / CHECKSUMS).read_text())
-        rank_files = sorted(recorded)[dist.get_rank() :: dist.get_world_size()]
-        checksums = checksums_of(folder / name for name in rank_files)
+        names = sorted({".metadata", *recorded})[dist.get_rank() :: dist.get_world_size()]
+        for name, checksum in checksums_of(folder / name for name in names).items():
+            if recorded[name] != checksum:
+                return f"{name} is not what was written"
     except Exception as error:
         return first_cause(error)
-    for name, checksum in checksums.items():
-        if recorded[name] != checksum:
-            return f"{name} is not what was written"
     return None
 
 

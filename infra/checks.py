@@ -1,20 +1,21 @@
 """Flags and the run's folder, checked before a model is read. Errors name the flag, what was found and what to do."""
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from config import Config
-from infra.checkpoints import checkpoint_folders, update_of
+from infra.checkpoints import NEWEST, checkpoint_folders, update_of
 from infra.distributed import FSDP_DEVICES, Process
 from infra.files import PART, check_writable
-from infra.jsonl import read_log
+from infra.flags import check_ranges
+from infra.jsonl import Entry, read_log
 from infra.logs import EvaluationLog, UpdateLog
 from infra.prompts import print_on_first_rank, prompts_hash
+from infra.reading import parse_json
 from infra.trackers import check_trackers
-from rewards import Reward, reward_name
+from rewards import COSINES, Reward, reward_name, split_weight
 
 # ------------------------------------------------------------------------------------------- flags
 
@@ -22,16 +23,18 @@ from rewards import Reward, reward_name
 def check_flags(cfg: Config, process: Process) -> None:
     """Raise ValueError naming the flag that cannot be used, and why."""
     # In the order in which a user meets them: a number first, then what the machine can do, then flags together.
+    if cfg.lam and len(cfg.lam) != len(cfg.reward):
+        raise ValueError(f"--lam has {len(cfg.lam)} values for {len(cfg.reward)} rewards: give one each, or none")
     check_numbers(cfg)
     check_machine(cfg, process)
     if not cfg.size:
         raise ValueError("--size: give one or more")
     if not cfg.reward:
         raise ValueError("--reward: give one or more")
-    if cfg.lam and len(cfg.lam) != len(cfg.reward):
-        raise ValueError(f"--lam has {len(cfg.lam)} values for {len(cfg.reward)} rewards: give one each, or none")
-    if cfg.lora_alpha is not None and (not cfg.lora or cfg.lora_alpha <= 0):
-        raise ValueError(f"--lora-alpha {cfg.lora_alpha} must be positive, and is for --lora")
+    if not any(split_weight(spec)[1] for spec in cfg.reward):
+        raise ValueError("--reward: every weight is 0, which trains nothing")
+    if cfg.lora_alpha is not None and not cfg.lora:
+        raise ValueError(f"--lora-alpha {cfg.lora_alpha} is for --lora")
     if cfg.stop_early and not cfg.watch:
         raise ValueError("--stop-early needs a reward to --watch")
     if cfg.export and cfg.export.suffix == ".safetensors" and cfg.lora:
@@ -42,31 +45,19 @@ def check_flags(cfg: Config, process: Process) -> None:
 
 
 def check_numbers(cfg: Config) -> None:
-    """Raise ValueError for a number out of its range."""
-    at_least_1 = (
-        "updates", "batch", "rollout_steps", "eval_every", "text_length", "patience", "save_every", "keep", "lora",
-        "rollout_batch", "micro_batch", "check_every", "active", "nodes", "last", "group", "window", "shift_every",
-    )  # fmt: skip
-    for name in at_least_1:
+    """Raise ValueError for a number out of its range, and tell of one that means nothing here."""
+    check_ranges(cfg)
+    for name in ("active", "last", "window"):
         value = getattr(cfg, name)
-        if isinstance(value, int) and value < 1:  # not None, nor a word such as random
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("lr", "weight_decay", "seed", "anchor", "copies"):
-        value = getattr(cfg, name)
-        if value is not None and value < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
-    if cfg.clip <= 0:
-        raise ValueError(f"--clip must be positive, got {cfg.clip}: inf does not clip")
-    if cfg.noise is not None and cfg.noise <= 0:
-        raise ValueError(f"--noise must be positive, got {cfg.noise}: a random walk without it has no probabilities")
+        if isinstance(value, int) and value > cfg.rollout_steps:  # not None, nor a word such as random
+            raise ValueError(f"--{name} {value}: a rollout has {cfg.rollout_steps} steps (--rollout-steps)")
+    for spec, lam in zip(cfg.reward, cfg.lam):  # --lam may be empty
+        if lam is not None and lam > 1 and reward_name(spec) in COSINES:
+            print_on_first_rank(f"note: --lam {lam}: scores of {spec} are cosines, which never reach more than 1")
     if cfg.cps and (cfg.noise or 0) >= 1:
         raise ValueError(f"--noise must be below 1 with --cps, got {cfg.noise}: 1 is all of the noise")
     if cfg.anchor_on and not cfg.anchor:
         raise ValueError("--anchor-on needs --anchor, its weight in the loss")
-    if cfg.tau is not None and cfg.tau <= 0:
-        raise ValueError(f"--tau must be positive, got {cfg.tau}: the weight of an exact leap is 1 / (2 tau)")
-    if not 0 <= cfg.ema < 1:
-        raise ValueError(f"--ema must be in [0, 1), got {cfg.ema}")
 
 
 def check_machine(cfg: Config, process: Process) -> None:
@@ -94,6 +85,8 @@ def check_machine(cfg: Config, process: Process) -> None:
 
 def check_groups(cfg: Config, process: Process, group: int) -> None:
     """Raise ValueError if a rank's samples, or those of a rollout, do not divide into groups of one prompt."""
+    if not isinstance(group, int) or group < 1:  # of your method
+        raise ValueError(f"--method {cfg.method}: its group is {group!r}, and must be 1 or more samples of a prompt")
     rows_per_rank = cfg.batch // process.world_size
     # A group that is split over two ranks or rollouts could not compare its samples.
     if rows_per_rank % group or (cfg.rollout_batch or rows_per_rank) % group:
@@ -156,21 +149,30 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
             started = recorded.get(name)
             raise ValueError(f"--resume with --{flag} {flags[name]}, but {out} was started with {started}")
     # A damaged line is reported now, not after the weights are loaded.
-    for log in ("metrics.jsonl", "eval.jsonl"):
-        read_log(out / log)
+    read_log(out / "metrics.jsonl", lambda entry: check_numbers_of(entry, ["reward"]))
+    watched = [reward_name(spec) for spec in cfg.watch]
+    read_log(out / "eval.jsonl", lambda entry: check_numbers_of(entry, ["reward", *watched], watched))
     check_checkpoints(cfg, out)
+
+
+def check_numbers_of(entry: Entry, names: Sequence[str], listed: Sequence[str] = ()) -> None:
+    """Raise TypeError or KeyError if an entry of a log lacks its step, these numbers, or lists by prompt."""
+    for name in ("step", *names):
+        entry[name] + 0
+    for name in listed:
+        sum(entry["by_prompt"][name])
 
 
 def read_run_config(out: Path) -> dict[str, Any]:
     """The config.json of a run. Raises ValueError if it is damaged or of something else."""
-    file = out / "config.json"
-    try:
-        recorded = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): write the run's flags into it again") from None
-    if not isinstance(recorded, dict) or "method" not in recorded:
-        raise ValueError(f"--out {out} is occupied by something that is no run: choose another folder")
-    return recorded
+
+    def parse(entries: dict[str, Any]) -> dict[str, Any]:
+        needs = {"method": entries["method"], "code_read": dict(entries.get("code_read", {}))}
+        _, _ = entries["prompts_read"]  # two hashes
+        return entries | needs
+
+    remedy = "it is no run's, or damaged: write the run's flags into it again, or choose another --out"
+    return parse_json(out / "config.json", parse, remedy)
 
 
 def check_prompts(out: Path, prompts: list[str], eval_prompts: list[str], paths: Sequence[Path]) -> None:
@@ -184,7 +186,7 @@ def check_prompts(out: Path, prompts: list[str], eval_prompts: list[str], paths:
 
 def tell_changes(out: Path, hashes: dict[str, str]) -> None:
     """Warn if a file of the user's code is not the one that the run was made with so far."""
-    recorded = read_run_config(out).get("code_read", {})
+    recorded = read_run_config(out)["code_read"]
     # A warning, not an error: the change may be a comment, or a fix that the user wants.
     for file, value in sorted(hashes.items()):
         if file in recorded and recorded[file] != value:
@@ -201,6 +203,12 @@ def check_checkpoints(cfg: Config, out: Path) -> None:
         raise ValueError(f"--at {cfg.at}: {out} has {names}")
     if cfg.export and not folders:
         raise ValueError(f"--export: {out} has {names}")
+    mark = out / NEWEST
+    if mark.exists() and not folders:
+        raise ValueError(
+            f"--resume: {out} was saved at {mark.read_text()}, and has no checkpoint any more: put one back, or choose "
+            f"another --out. To train from the start again in this folder, remove {mark}"
+        )
     # The checkpoint that the run will continue from, unless it turns out to be damaged.
     first = cfg.at if cfg.at is not None else max(updates, default=0)
     if first > cfg.updates and not cfg.export:

@@ -23,7 +23,7 @@ from model import Flux
 
 Item = TypeVar("Item")
 FSDP_DEVICES = ("cpu", "cuda")  # kinds of devices on which FSDP2 shards; Apple's GPUs (mps) are not among them
-STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 
 
 class Process(NamedTuple):
@@ -112,19 +112,35 @@ def all_gather_objects(item: Item, group: dist.ProcessGroup | None = None) -> li
     return items
 
 
+def attempt(run: Callable[[], Item]) -> tuple[Item | None, Exception | None]:
+    """run(), and the exception that it raises: the other ranks wait for an answer, which must come in any case."""
+    try:
+        return run(), None
+    except Exception as error:
+        return None, error
+
+
 def on_first_rank(run: Callable[[], Item], meanwhile: Callable[[], None] = lambda: None) -> Item:
     """run() on rank 0; its result, or the exception that it raises, on all ranks. The other ranks do `meanwhile`."""
-    result = error = None
-    if dist.get_rank() == 0:
-        try:
-            result = run()
-        except Exception as raised:  # the other ranks wait for an answer, which must come in any case
-            error = raised
-    else:
-        meanwhile()
-    result, error = all_gather_objects((result, error))[0]
+    answer = attempt(run if dist.get_rank() == 0 else meanwhile)
+    result, error = all_gather_objects(answer)[0]
     if error is not None:
         raise error
+    return result
+
+
+def on_every_rank(run: Callable[[], Item]) -> Item:
+    """run() on each rank; if it raises on some, so that no rank waits for them, on all.
+
+    The first error that is a ValueError or OSError names its rank; any other is raised as it is where it happened.
+    """
+    result, error = attempt(run)
+    if error is not None and (dist.get_world_size() == 1 or not isinstance(error, ValueError | OSError)):
+        all_gather_objects(f"{type(error).__name__}: {error}")
+        raise error
+    for rank, text in enumerate(all_gather_objects(error and str(error))):
+        if text is not None:
+            raise ValueError(f"rank {rank}: {text}")
     return result
 
 
@@ -139,8 +155,8 @@ def stop_signals() -> Iterator[list[int]]:
 
     old_handlers = {}
     for name in STOP_SIGNALS:
-        if hasattr(signal, name):  # Windows lacks SIGUSR1
-            number = getattr(signal, name)
+        number = getattr(signal, name, None)  # Windows lacks SIGUSR1 and SIGHUP
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             old_handlers[number] = signal.signal(number, note)
     try:
         yield received
@@ -226,15 +242,22 @@ def weights_hash(params: Iterable[Tensor]) -> int:
     return hash(tuple(torch.stack(sums).flatten().tolist())) if sums else 0
 
 
-def check_agreement(process: Process, shared: dict[str, Any], params: Iterable[Tensor]) -> None:
-    """Raise Stop on all ranks if ranks differ in what must be alike: `shared`, or the weights of replicas."""
+def check_alike(shared: dict[str, Any]) -> None:
+    """Raise ValueError on all ranks, naming the first of the values that is not the same on all."""
+    ranks = all_gather_objects(shared)
+    for rank, values in enumerate(ranks):
+        for name, value in values.items():
+            if value != ranks[0][name]:
+                difference = f"{name} is {ranks[0][name]!r} on rank 0, {value!r} on rank {rank}"
+                raise ValueError(f"{difference}: start all with one command, code and files")
+
+
+def check_replicas(process: Process, params: Iterable[Tensor]) -> None:
+    """Raise Stop on all ranks if ranks that hold the same rows of the weights hold different values."""
     shard_index = process.mesh.get_local_rank("shard")
-    ranks = all_gather_objects((shard_index, shared, weights_hash(params)))
-    first_with_shard: dict[int, int] = {}  # replicas hold the same shard, and must hold the same weights
-    for rank, (index, values, weights) in enumerate(ranks):
-        for name in shared:
-            if values[name] != ranks[0][1][name]:
-                raise Stop(1, f"ranks 0 and {rank} have different {name}: start all with one command, code and files")
+    first_with_shard: dict[int, int] = {}
+    hashes = all_gather_objects((shard_index, weights_hash(params)))
+    for rank, (index, weights) in enumerate(hashes):
         replica = first_with_shard.setdefault(index, rank)
-        if weights != ranks[replica][2]:
+        if weights != hashes[replica][1]:
             raise Stop(1, f"ranks {replica} and {rank}, replicas, have different weights: --resume restarts them alike")

@@ -7,12 +7,14 @@ one is removed.  After a kill between these two renames, `put_back` restores the
 Nobody else makes such names, so what has them may be removed.
 """
 
+import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TextIO
 
 try:
@@ -88,12 +90,40 @@ def remove(path: Path) -> None:
 
 def check_writable(flag: str, folder: Path) -> None:
     """Raise ValueError, naming the flag, if a folder cannot be written, or cannot be made."""
-    # A folder that does not exist is made in the first of its parents that does.
+    parent = first_parent(folder)
+    try:
+        beside(folder, LOCK).exists()  # raises OSError for a name that is too long
+        # A file in the way, a link to nothing, a full disk, /proc: to write there tells.
+        with TemporaryFile(dir=parent):
+            pass
+    except OSError:
+        raise ValueError(f"{flag}: nothing can be written in {parent}") from None
+
+
+def check_room(flag: str, folder: Path, needs: dict[str, float]) -> None:
+    """Raise ValueError, naming the flag, if the disk has no room for all of `needs`, bytes by what takes them."""
+    free = shutil.disk_usage(first_parent(folder)).free
+    if sum(needs.values()) > free:
+        sizes = ", ".join(f"{name} of {size / 1e9:.1f} GB" for name, size in needs.items())
+        raise ValueError(f"{flag}: {free / 1e9:.1f} GB are free there, which is too little for {sizes}")
+
+
+def first_parent(folder: Path) -> Path:
+    """A folder, or the first of its parents that exists: what does not is made there."""
     parent = folder.absolute()
-    while not parent.exists():
+    while not os.path.lexists(parent):
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{flag}: nothing can be written in {parent}")
+    return parent
+
+
+def content_hash(files: Iterable[Path]) -> str:
+    """A hash of the last 64 kB of each file: of weights that is enough, because training changes every tensor."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - 2**16))  # FLUX.1-dev has 24 GB, a minute to read
+            digest.update(stream.read())
+    return digest.hexdigest()
 
 
 def lock_folder(folder: Path) -> None:
@@ -101,14 +131,13 @@ def lock_folder(folder: Path) -> None:
 
     The system releases the lock when the process ends, however it ends.
     """
-    if fcntl is None:
-        return
     path = beside(folder, LOCK)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         file.seek(0)
         owner = file.read() or "another process"
         file.close()
@@ -117,6 +146,12 @@ def lock_folder(folder: Path) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     LOCKS[path] = file
+
+
+def lock_text(folder: Path) -> str:
+    """What this machine reads in the lock of a folder: which process trains there; nothing if there is no lock."""
+    path = beside(folder, LOCK)
+    return path.read_text() if path.exists() else ""
 
 
 def unlock_folder(folder: Path) -> None:

@@ -1,10 +1,12 @@
 """JSON lines: one object per line, so that a log survives a kill up to its last whole line."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from infra.files import replacing
+from infra.reading import parse_file
 
 Entry = dict[str, Any]
 
@@ -16,23 +18,24 @@ def append_line(path: Path, entry: Entry) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
-def read_log(path: Path) -> list[Entry]:
+def read_log(path: Path, check: Callable[[Entry], Any] = bool) -> list[Entry]:
     """The objects of a log; none if there is no such file.
 
-    Raises ValueError naming the file and the line that is not JSON.
+    Raises ValueError naming the file and the line that is not JSON, or for which `check` raises whatever it likes.
     """
     if not path.exists():
         return []
+
+    def parse(line: str) -> Entry:
+        entry = json.loads(line)
+        check(entry)
+        return entry
+
+    *lines, _ = parse_file(path, Path.read_text).split("\n")  # after the last line end is what a kill interrupted
     entries = []
-    with path.open() as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                break  # a kill interrupted the last write
-            try:
-                entries.append(json.loads(line))
-            except ValueError as error:
-                # Not by a kill, so the reader must decide what the line was.
-                raise ValueError(f"{path}, line {number}, is damaged ({error}): remove that line") from None
+    for number, line in enumerate(lines, start=1):
+        # Damage is not by a kill, so the reader must decide what the line was.
+        entries.append(parse_file(f"{path}, line {number}", lambda _, line=line: parse(line), "remove that line"))
     return entries
 
 

@@ -1,6 +1,7 @@
 """What a run prints and writes down: lines on the screen, metrics and evaluations, pictures, trackers."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
+from infra.checkpoints import what_is_saved
 from infra.distributed import Stop
 from infra.files import unlock_folder
 from infra.jsonl import Entry, append_line
 from infra.page import SIDE, runs_page
 from infra.pictures import before_after, contact_sheet, read_png, save_png, to_pil
+from infra.prompts import printable
 from infra.trackers import open_trackers
 from infra.watch import folder_advice, preview_indices
 
@@ -69,6 +72,7 @@ class Log:
         """Print a line above the progress bar; a warning is kept in warnings.txt, too, for the run's page."""
         if not self.is_first_rank:
             return
+        text = printable(text)
         self.bar.write(text)
         if text.startswith("warning"):
             with suppress(OSError), (self.out / "warnings.txt").open("a") as file:  # the disk may be full
@@ -125,6 +129,9 @@ class Log:
 
     def finish(self, setup: Any, history: Any) -> None:
         """Draw before_after.png, and say what the run wrote and which of best/ and final/ to use."""
+        last = history.evaluations[-1]
+        if not math.isfinite(last["reward"]):
+            raise Stop(3, f"the reward of final/ is {last['reward']}: take a lower --lr; best/ may be sound")
         if not self.is_first_rank:
             return
         with self.pictures_may_fail():
@@ -133,7 +140,7 @@ class Log:
         names = sorted(path.name for path in self.out.iterdir())
         self.say(f"{self.seconds():.0f} s; wrote {self.out}: {', '.join(names)}")
         if history.watched:
-            self.say(folder_advice(history.best, history.evaluations[-1], history.watched[0]))
+            self.say(folder_advice(history.best, last, history.watched[0]))
 
     def draw(self, setup: Any, first: Entry, last: Entry) -> None:
         """before_after.png, of the images of the first and the last evaluation."""
@@ -160,8 +167,7 @@ class Log:
         try:
             append_line(self.out / name, entry)
         except OSError as error:  # the disk is full, for instance
-            folder = self.out / "checkpoints"
-            raise Stop(1, f"{error}; --resume goes on from the newest checkpoint in {folder}") from error
+            raise Stop(1, f"{error}; {what_is_saved(self.out)}") from error
 
     def close(self) -> None:
         """Close the progress bar, and let other runs use the folder."""

@@ -34,7 +34,11 @@ class Meter:
     def __call__(self, stage: str, forwards: int = 0, backwards: int = 0) -> Iterator[None]:
         """Time a stage with so many evaluations, `forwards` without a gradient and `backwards` with one."""
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except Exception as error:
+            error.add_note(stage)  # which failures.py reads, and a traceback shows
+            raise
         if self.device.type != "cpu":
             # A GPU computes while Python goes on: without this, its time would count for a stage that comes later.
             torch.accelerator.synchronize(self.device)

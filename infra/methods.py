@@ -13,9 +13,10 @@ import leaps
 from baselines import direct, policy
 from baselines.direct import Log
 from config import Config, Experiment, Method
+from infra.reading import check_finite
 from infra.user_code import describe_error, file_hashes, is_user_code, load_function
 from leaps import Samples
-from samples import zero_samples
+from samples import trial_samples
 
 # The flags of the group Method that choose a method. Its other flags are keywords of methods.
 NO_KEYWORDS = ("method", "option")
@@ -99,9 +100,11 @@ def parse_option(text: str, method: str, keywords: dict[str, Any]) -> tuple[str,
     if isinstance(keywords[name], str):
         return name, value
     try:
-        return name, json.loads(value.lower())  # numbers, true, false, null
-    except ValueError:
-        raise ValueError(f"--option {text}: {value!r} is no number, true, false or null") from None
+        number = json.loads(value.lower())  # or true, false, null
+        check_finite([(name, torch.tensor(float(number or 0)))])
+        return name, number
+    except (ValueError, TypeError):
+        raise ValueError(f"--option {text}: {value!r} is no finite number, true, false or null") from None
 
 
 def recorded_flags(cfg: Config) -> dict[str, Any]:
@@ -113,6 +116,10 @@ def recorded_flags(cfg: Config) -> dict[str, Any]:
             flags[name] = unset
         elif flags[name] == unset:
             flags[name] = keywords[name]
+    for text in cfg.option:  # a keyword of your method may be called as a flag is
+        name, value = parse_option(text, cfg.method, keywords)
+        if name in keyword_flags():
+            flags[name] = value
     return json.loads(json.dumps(flags, default=str))  # tuples become lists, as they are read back
 
 
@@ -136,20 +143,20 @@ def user_code_hashes(cfg: Config) -> dict[str, str]:
 
 
 def try_method(method: Callable, sigmas: Tensor, group: int) -> Trial:
-    """Run a method once on samples of zeros, without a network. Raises ValueError if it cannot be used in a run."""
+    """Run a method once on random samples, without a network. Raises ValueError if it cannot be used in a run."""
     b = 2 * group  # two groups, so that a mistake in comparing samples across groups has a chance to show
-    samples, calls = zero_samples(sigmas, b, torch.Generator())
+    samples, calls = trial_samples(sigmas, b, torch.Generator())
     try:
         log = method(samples)
     except ValueError as error:  # a method's own word on its keywords
         raise ValueError(f"--method: {error}") from error
     except Exception as error:
-        raise ValueError(f"--method fails on zeros: {describe_error(error)}") from error
+        raise ValueError(f"--method fails on random samples: {describe_error(error)}") from error
     if not calls["vjp"]:
         raise ValueError(f"--method makes no gradient: it never calls vjp in a rollout of {len(sigmas) - 1} steps")
     if not calls["reward"] and not calls["score"]:
         raise ValueError("--method asks for no reward: it never calls reward or score")
-    values = log.values() if isinstance(log, dict) else [None]
-    if not all(isinstance(value, Tensor) and value.shape in ((), (b,)) for value in values):
-        raise ValueError("--method must return a dict of tensors to log, a value a sample (b,) or one for all ()")
+    is_log = isinstance(log, dict) and all(isinstance(name, str) for name in log)
+    if not is_log or not all(isinstance(value, Tensor) and value.shape in ((), (b,)) for value in log.values()):
+        raise ValueError("--method must return a dict of tensors to log, by name, (b,) or () each")
     return Trial(calls["reward"] > 0, calls["base"] > 0, set(log))

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ COMMENT = re.compile(r"#+(\s|$)")  # "# a note", not "#1 dad mug"
 # Zero-width space, word joiner and byte order mark: they come with text from web pages and would become tokens. The
 # zero-width joiners stay, because emoji and Persian words are made with them.
 INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
+CONTROL = re.compile("[\0-\b\v-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tab and line feed; half of a pair, too
 # The first line that is written for another program: an object of JSON; a prompt with flags such as --w 512;
 # "prompts:", or the first line of a list in which every line has a dash.
 OTHER_FORMAT = re.compile(
@@ -47,7 +49,8 @@ def read_entries(path: Path) -> list[Entry]:
         text = INVISIBLE.sub("", path.read_text(encoding="utf-8"))
         entries = [with_prompt(item, number) for number, item in read_items(text, path.suffix.lower())]
     except (OSError, ValueError) as error:
-        raise ValueError(f"prompt file {path} (UTF-8): {error}") from error
+        remedy = "write one prompt per line there, or make prompts with python -m tools.prompts --file FILE"
+        raise ValueError(f"prompt file {path} (UTF-8): {error}{'' if path.exists() else f': {remedy}'}") from error
     if not entries:
         raise ValueError(f"prompt file {path} holds no prompt: write one per line")
     match = OTHER_FORMAT.search("\n".join(entry["prompt"] for entry in entries))
@@ -104,6 +107,7 @@ def with_prompt(item: Any, number: int) -> Entry:
     for column in COLUMNS:
         prompt = fields.get(column)
         if isinstance(prompt, str) and prompt.strip():
+            prompt.encode()  # raises UnicodeEncodeError for half of a pair, which JSON can write
             return entry | {"prompt": prompt.strip()}
     raise ValueError(f'line {number} has no "prompt": {item!r:.80}')
 
@@ -111,7 +115,12 @@ def with_prompt(item: Any, number: int) -> Entry:
 def print_on_first_rank(text: str) -> None:
     """Print to stderr, on rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """A text with its control characters escaped: those of a stranger's file could rewrite the terminal."""
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 # ---------------------------------------------------------------------------------------------- order
@@ -125,9 +134,14 @@ def prompts_of_update(prompts: Sequence[str], update: int, size: int, seed: int)
     batch = []
     while len(batch) < size:
         epoch, first = divmod(update * size + len(batch), len(prompts))
-        order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
+        order = order_of_epoch(len(prompts), epoch, seed)
         batch += [prompts[i] for i in order[first : first + size - len(batch)]]
     return batch
+
+
+@lru_cache(maxsize=2)  # a permutation of a million prompts takes longer than an update of a small model
+def order_of_epoch(count: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def rows_of_rank(rows: Sequence, rank: int, world_size: int) -> Sequence:

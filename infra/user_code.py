@@ -6,13 +6,23 @@ nothing of the user's replaces a module of ours, whatever its name.
 
 import ast
 import hashlib
+import os
+import random
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import wraps
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leaps import Samples
 
 
 def is_user_code(spec: str) -> bool:
@@ -32,8 +42,12 @@ def file_hashes(specs: Iterable[str]) -> dict[str, str]:
     return hashes
 
 
+class UserCodeError(ValueError):
+    """What a user's code raised, whatever that was, with the file and the line."""
+
+
 def load_function(spec: str, kind: str) -> Callable:
-    """The function that FILE.py:FUNCTION names; `kind`, reward or method, is its name in errors.
+    """The function that FILE.py:FUNCTION names, called as `run_guest` does; `kind`, reward or method, is for errors.
 
     Raises ValueError if there is no such file or function, if the file does not run, or if a module beside it is hidden
     by another of the same name.
@@ -52,15 +66,57 @@ def load_function(spec: str, kind: str) -> Callable:
     module_spec = spec_from_file_location(f"{kind} {path.stem}", path)
     module = module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look up their module
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a script's main() ends with SystemExit
-        raise ValueError(f"{kind} file {file} does not run: {describe_error(error)}") from error
+    run_guest(f"{kind} file {file} does not run", path, module_spec.loader.exec_module, module)
 
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{file} defines no function {name!r}")
-    return function
+
+    @wraps(function)  # with the signature, which names a method's keywords
+    def guest(*inputs: Any, **options: Any) -> Any:
+        shapes = [f" on {tuple(value.shape)}" for value in inputs if isinstance(value, Tensor)]
+        failure = f"{kind} {spec} fails{''.join(shapes)}"
+        return run_guest(failure, path, function, *map(copy_of, inputs), **options)
+
+    return guest
+
+
+def run_guest(failure: str, file: Path, function: Callable, *inputs: Any, **options: Any) -> Any:
+    """function(*inputs, **options), after which torch and the process are as before, whatever the function did to them.
+
+    Random numbers of torch, numpy and Python are a function of torch's state before the call, so that a resumed run
+    draws the same.  Raises UserCodeError that begins with `failure`, for SystemExit and KeyboardInterrupt as well.
+    """
+    seed = int(torch.randint(2**32, ()))  # drawn, so that the next call has other random numbers
+    folder, threads, dtype = os.getcwd(), torch.get_num_threads(), torch.get_default_dtype()
+    device = torch.get_default_device()
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        # On exit this sets back what the function may have set: torch's generators, and whether gradients are made.
+        with torch.random.fork_rng(gpus), torch.set_grad_enabled(torch.is_grad_enabled()):
+            for seed_generator in (torch.manual_seed, np.random.seed, random.seed):
+                seed_generator(seed)
+            return function(*inputs, **options)
+    except (torch.OutOfMemoryError, UserCodeError):  # of the network, or of a reward that a method calls
+        raise
+    except BaseException as error:
+        raise UserCodeError(f"{failure}: {describe_error(error, file)}") from error
+    finally:
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None)
+
+
+def copy_of(value: Any) -> Any:
+    """What a user's function is given in place of a value: it may write into its inputs."""
+    if isinstance(value, Samples):
+        return value._replace(sigmas=value.sigmas.clone(), noise=lambda i: value.noise(i).clone())
+    if isinstance(value, Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, Sequence) else value  # prompts
 
 
 def check_neighbours(path: Path) -> None:
@@ -83,9 +139,11 @@ def check_neighbours(path: Path) -> None:
                     raise ValueError(f"{path} imports {name}: Python finds {origin}, not {neighbour}. Rename yours")
 
 
-def describe_error(error: BaseException) -> str:
-    """An error of a user's code, with the file and the line that raised it."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+def describe_error(error: BaseException, file: Path | None = None) -> str:
+    """An error of a user's code, with the file and the line that raised it; the last line of `file` if it was there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frames_of_file = [frame for frame in frames if frame.filename == str(file)]
+    frame = (frames_of_file or frames)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from infra.reading import parse_file
 from scorers.common import STRICT, Device, Score, Scorer, check_complete, freeze, preprocess, require_file
 
 
@@ -24,7 +25,8 @@ def clip(name: str | Path, device: Device = "cpu", recompute: bool = False) -> S
     model, tokenizer = load_clip(name)
     score = clip_cosine(model, tokenizer, preprocess, device, recompute)
     # CLIP's softmax multiplies cosines by exp(logit_scale), 100 in most trained models.
-    return Scorer(score, scale=model.logit_scale.exp().item(), model=model)
+    reads = tokenizer, model.config.text_config.max_position_embeddings
+    return Scorer(score, scale=model.logit_scale.exp().item(), model=model, reads=reads)
 
 
 def clip_cosine(
@@ -79,18 +81,16 @@ def load_clip(name: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
     """
     check_files(name)
     local = Path(name).is_dir()
-    try:
+
+    def load(name: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
         model, report = CLIPModel.from_pretrained(name, use_safetensors=True, local_files_only=local, **STRICT)
         check_complete(report, name)
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
         tokens, embeddings = len(tokenizer), model.config.text_config.vocab_size
         # Where a hub id has no vocabulary, transformers 5 makes up a tokenizer of special tokens alone.
         if not len(set(tokenizer.all_special_ids)) < tokens <= embeddings:
             raise ValueError(f"the tokenizer has {tokens} tokens where the model knows {embeddings}")
-    except Exception as error:  # OSError, SafetensorError, TypeError: each library raises its own
-        raise ValueError(
-            f"cannot read the CLIP reward {str(name)!r}: {error}\n"
-            "It takes a folder, or else a hub id, of what save_pretrained writes for a CLIPModel (as safetensors) and "
-            "its tokenizer."
-        ) from error
-    return model, tokenizer
+        return model, tokenizer
+
+    remedy = "give a folder or hub id of what save_pretrained writes for a CLIPModel and its tokenizer"
+    return parse_file(name, load, remedy)

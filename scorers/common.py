@@ -7,6 +7,7 @@ Legend: b images, h and w their height and width.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from infra.reading import AGAIN, check_finite, parse_file
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,6 +41,7 @@ class Scorer(NamedTuple):
     scale: float = 1.0  # people report scale * score
     model: nn.Module | None = None  # the frozen network; rules have none
     task_of: Callable[[str], str] | None = None  # a prompt's task, where means are reported for each task
+    reads: tuple[PreTrainedTokenizerBase, int] | None = None  # the tokenizer of prompts, and how many tokens are read
 
 
 # --------------------------------------------------------------------------------------- preprocessing
@@ -100,15 +105,10 @@ def require_file(folder: Path, *names: str) -> None:
 
 def read_tensors(file: Path) -> dict[str, Any]:
     """The content of a published file of tensors, on the CPU. Raises ValueError naming the file if it is damaged."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        # weights_only: a .pt file is a pickle, which could run a stranger's code.
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # SafetensorError, UnpicklingError, RuntimeError, ...: few of them name the file
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        message = f"cannot read {file}: truncated, or no file of tensors ({reason}); download it again"
-        raise ValueError(message) from error
+    # weights_only: a .pt file is a pickle, which could run a stranger's code.
+    load = partial(torch.load, map_location="cpu", weights_only=True)
+    load = load_file if file.suffix == ".safetensors" else load
+    return parse_file(file, lambda path: dict(load(path)), f"truncated, or no file of tensors: {AGAIN}")
 
 
 def count_layers(state: Tensors, prefix: str) -> int:
@@ -145,7 +145,11 @@ def check_complete(report: dict[str, Any], source: str | Path) -> None:
 
 
 def freeze(model: nn.Module, recompute: bool = False) -> nn.Module:
-    """For inference, without gradients of its own. `recompute`: layers keep only their inputs until the backward."""
+    """For inference, without gradients of its own. `recompute`: layers keep only their inputs until the backward.
+
+    Raises ValueError for weights that are not finite.
+    """
+    check_finite(model.named_parameters())
     model.eval().requires_grad_(False)
     if not recompute:
         return model

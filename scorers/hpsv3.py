@@ -54,7 +54,7 @@ def hpsv3(
     Raises ValueError naming the file that is missing, truncated or of another model.
     """
     file = check_files(path)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, local_files_only=True, trust_remote_code=False)
     # Special, so that the tokenizer keeps it whole; it gets the next free id, as it did in training.
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
     model, head = load_hpsv3(file, tokenizer, dtype)

@@ -87,7 +87,7 @@ def imagereward(path: str | Path, device: Device = "cpu", recompute: bool = Fals
         first = hidden[:, 0]  # the token that stands for the whole text, [CLS]
         return (head(first)[:, 0] - MEAN) / STD
 
-    return Scorer(score, model=vision)
+    return Scorer(score, model=vision, reads=(tokenizer, TOKENS))
 
 
 def check_files(path: str | Path) -> Path:

@@ -26,6 +26,7 @@ from infra.files import PART
 from infra.jsonl import append_line, read_log, truncate_log
 from infra.logs import note_nonfinite
 from infra.trackers import open_trackers
+from infra.user_code import UserCodeError
 from start import batch_prompts, evaluation_of_best
 from tests.processes import spread
 from tests.runs import (
@@ -209,6 +210,64 @@ def test_fewer_steps_than_a_run_has_made_are_refused(base, tmp_path):
     assert completed(1, replace(cfg, updates=5)) == "" and len(read_log(cfg.out / "metrics.jsonl")) == 5
 
 
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_loses_nothing(undisturbed, tmp_path):
+    cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True)
+    shutil.rmtree(cfg.out / "checkpoints")
+    message = completed(1, cfg)
+    assert message.startswith(f"2 --resume: {cfg.out} was saved at step_000008, and has no checkpoint any more")
+    assert len(read_log(cfg.out / "metrics.jsonl")) == 8
+    (cfg.out / "newest_checkpoint").unlink()
+    assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
+
+
+def test_a_best_model_whose_evaluation_is_lost_is_kept(undisturbed, tmp_path):
+    cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True, at=6)
+    (cfg.out / "eval.jsonl").unlink()
+    (cfg.out / "best" / "mine.txt").write_text("of an unknown step")
+    assert completed(1, cfg) == ""
+    assert (cfg.out / "best.unknown" / "mine.txt").exists() and not (cfg.out / "best" / "mine.txt").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_weights_are_read(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1e6))
+    monkeypatch.setattr("train.build_network", None)
+    with pytest.raises(ValueError, match="too little for a checkpoint of"), join("cpu") as process:
+        train.set_up(replace(base, out=tmp_path / "run"), process)
+
+
+# ---------------------------------------------------------------------- errors in the middle of a run
+
+
+def failing_at(cfg: Config, at: int, error: Exception) -> str:
+    """The method raises an error in an update, within the leaps."""
+    real = train.accumulate_gradient
+
+    def gradient(c, setup, process, update, rows, x_1, generator, meter):
+        values = real(c, setup, process, update, rows, x_1, generator, meter)
+        if update == at:
+            with meter("leaps"):
+                raise error
+        return values
+
+    train.accumulate_gradient = gradient
+    return run(cfg)
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (torch.OutOfMemoryError("no room"), "out of memory in the leaps: take a smaller --micro-batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), "out of memory in the leaps"),
+        (UserCodeError("reward mine.py:f fails: SystemExit: 0"), "reward mine.py:f fails: SystemExit"),
+    ],
+)
+def test_an_error_of_memory_or_of_the_users_code_saves_and_the_run_goes_on(error, words, base, undisturbed, tmp_path):
+    cfg = replace(base, out=tmp_path / "run", resume=True)
+    (message,) = spread(1, failing_at, cfg, 5, error)
+    assert message.startswith(f"1 error: {words}") and "step_000005 is saved, --resume goes on" in message
+    assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
+
+
 # ------------------------------------------------------------------------------------- damaged, full
 
 
@@ -256,7 +315,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(base, tmp_path):
     cfg = replace(base, out=tmp_path / "run")
     ((message, said),) = spread(1, full_disk, cfg)
     assert message == "" and said.count("warning: no checkpoint could be written (") == 3 and "GB free" in said
-    assert f"the newest is {checkpoint_folders(cfg.out)[0]}" in said
+    assert f"{checkpoint_folders(cfg.out)[0]} is saved" in said
     assert [f.name for f in checkpoint_folders(cfg.out)] == ["step_000002"] and not list(
         cfg.out.glob(f"checkpoints/*{PART}")
     )
@@ -308,7 +367,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_a_run(base, tmp_path):
 def test_a_log_that_cannot_be_written_stops_the_run_without_a_checkpoint_that_has_other_updates(name, base, tmp_path):
     cfg = replace(base, out=tmp_path / "logs", skip_nonfinite=1)
     ((message, said),) = spread(1, without_room, cfg, name)
-    assert message.startswith("1 [Errno 28] No space left") and "--resume goes on" in message
+    assert message.startswith("1 [Errno 28] No space left") and "no checkpoint is saved, --resume starts" in message
     assert "left out" not in said and not checkpoint_folders(cfg.out)
 
 
@@ -372,7 +431,7 @@ def test_a_log_that_a_kill_cut_is_read_up_to_there_and_truncated_by_step(tmp_pat
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 2]
     assert read_log(tmp_path / "none.jsonl") == truncate_log(tmp_path / "none.jsonl", 3) == []
     file.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=f"{file}, line 2, is damaged"):
+    with pytest.raises(ValueError, match=f"cannot read {file}, line 2 .*: remove that line"):
         read_log(file)
 
 

@@ -139,7 +139,7 @@ def test_seeds_count_on_over_seeds_prompts_and_images(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "sample", fake_sample)
     cfg = EvaluateFlags(num=2, seed=3, batch=4, out=tmp_path)
     model = evaluate.Model("model", "", None, [(16, 16)], "")
-    evaluate.draw_and_score(cfg, model, None, [], [{"prompt": "a cat"}] * 5, range(5))
+    evaluate.draw_and_score(cfg, model, None, [], [{"prompt": "a cat"}] * 5, range(5), "cpu")
     assert seeds_drawn == list(range(30, 40))  # those of seeds 0, 1 and 2 lie before
 
 
@@ -323,9 +323,10 @@ def test_a_folder_of_something_else_is_refused(prompt_file, tmp_path, monkeypatc
 def test_scores_that_this_machine_does_not_see_yet_are_named_in_place_of_a_report(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "00000.json").write_text('{"prompt": "a", "lattice": [0.0]}\n')
+    (tmp_path / "m" / "00000.png").write_bytes(b"a picture")
     cfg = EvaluateFlags(out=tmp_path, num=1, reward=("lattice",))
     with pytest.raises(ValueError, match=r"lacks 1 of the prompts, such as m/00001: give the command again"):
-        evaluate.read_scores(cfg, tmp_path / "m", count=2)
+        evaluate.read_scores(cfg, "m", ["a", "b"])
 
 
 # ----------------------------------------------------------------------------------------- numbers
@@ -385,3 +386,27 @@ def test_changes_are_paired_by_prompt_and_images_of_a_prompt_averaged_first():
     assert second["change_half"] < 0.01 < 0.1 < second["half"]
     assert (first["mean"], first["half"]) == confidence_interval(scores["a"]["r"].mean(1))
     assert "change" not in first
+
+
+# ---------------------------------------------------------------------------------------- pictures of others
+
+
+def test_a_folder_of_pictures_scores_as_the_model_that_drew_them(evaluated, prompt_file, tmp_path, monkeypatch, capsys):
+    flags = ["--prompts", prompt_file, "--reward", "tiny", "--steps", "1", "--num", "2"]
+    assert "error" not in output_of(monkeypatch, capsys, *flags, "--keep-images", "--out", tmp_path / "drawn")
+    folder = tmp_path / "drawn" / "shapes_tiny-flux" / "images"
+    assert "error" not in output_of(monkeypatch, capsys, *flags, "--images", folder, "--out", tmp_path / "read")
+    (drawn,), (read,) = scores_in(tmp_path / "drawn").values(), scores_in(tmp_path / "read").values()
+    np.testing.assert_allclose(read["tiny"], drawn["tiny"], atol=0.02)  # pictures have 256 levels
+    next(folder.iterdir()).unlink()
+    refusal = refusal_of(monkeypatch, capsys, *flags, "--images", folder, "--out", tmp_path / "new")
+    assert f"--images {folder} holds" in refusal and "--num 2" in refusal
+
+
+def test_a_picture_that_is_lost_is_drawn_again(prompt_file, tmp_path, monkeypatch, capsys):
+    flags = ["--prompts", prompt_file, "--reward", "tiny", "--out", tmp_path / "out", *ONE_STEP]
+    assert "error" not in output_of(monkeypatch, capsys, *flags)
+    picture = tmp_path / "out" / "shapes_tiny-flux" / "00001.png"
+    content = picture.read_bytes()
+    picture.write_bytes(b"")
+    assert "error" not in output_of(monkeypatch, capsys, *flags) and picture.read_bytes() == content

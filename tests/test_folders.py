@@ -1,5 +1,6 @@
 """A model folder that is incomplete, damaged or of another model: the error names the file, its fault and a remedy."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from config import Config
 from formats import locations
 from formats.folders import load_pipeline
 from formats.locations import COMPONENTS, locate
+from formats.saving import save_pipeline
 from formats.weights import INDEX, WEIGHTS
 from infra.distributed import join
 from tests.tiny_folders import edit_json, shard
@@ -294,3 +296,17 @@ def test_an_entry_of_a_transformer_config_that_flux_lacks_is_named(broken):
     edit_json(broken / "transformer" / "config.json", patch_size=2)
     with pytest.raises(ValueError, match=r"transformer/config\.json.*patch_size=2"):
         load_pipeline(broken)
+
+
+def test_only_known_files_of_a_model_leave_its_folder(tmp_path):
+    source = shutil.copytree(TINY_FLUX, tmp_path / "model")
+    (tmp_path / "secret.json").write_text("{}")
+    (source / "vae" / "notes.txt").write_text("private")
+    (source / "vae" / "code.py").write_text("print()")
+    (source / "vae" / "pytorch_model.bin").write_bytes(b"a pickle")
+    (source / "vae" / "x_config.json").symlink_to(tmp_path / "secret.json")
+    os.mkfifo(source / "tokenizer" / "vocab.json.safetensors")
+    pipe = load_pipeline(source)
+    save_pipeline(tmp_path / "saved", source, pipe.flux.config, pipe.flux.state_dict().items())
+    shipped = {file.relative_to(TINY_FLUX) for file in TINY_FLUX.rglob("*")}
+    assert {file.relative_to(tmp_path / "saved") for file in (tmp_path / "saved").rglob("*")} == shipped

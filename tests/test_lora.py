@@ -228,7 +228,7 @@ def test_a_lora_that_cannot_be_continued_is_refused_before_weights_are_read(fina
     outer = tmp_path / "outer.safetensors"
     save_file({f"{layer}.lora_A.weight": torch.ones(2, 128), f"{layer}.lora_B.weight": torch.ones(384, 2)}, outer)
     with join("cpu") as process:
-        with pytest.raises(ValueError, match=r"--lora 2 .* rank 2 is too low to go on with a LoRA of rank 4"):
+        with pytest.raises(ValueError, match="--lora 2 is too low to go on with a LoRA of rank 4"):
             prepare(Config(out=NO_RUN, model=str(final), lora=2), process)
         with pytest.raises(ValueError, match=r"single_blocks\.1\.modulation\.lin\.weight too, .* without --lora"):
             prepare(Config(out=NO_RUN, model=str(outer), base=str(TINY), lora=2), process)

@@ -105,7 +105,10 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
     "code, words",
     [
         ("    return {}", "makes no gradient"),
-        ("    return dict(k=s.vjp(s.noise(0), s.sigmas[0], s.noise(0)).mean())", "fails on zeros"),  # without wrt_x
+        (
+            "    return dict(k=s.vjp(s.noise(0), s.sigmas[0], s.noise(0)).mean())",
+            "has no attribute 'mean'",
+        ),  # without wrt_x
         ("    s.vjp(s.noise(0), s.sigmas[0], s.noise(0))\n    return {}", "asks for no reward"),
         ("    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return 3", "must return a dict of tensors"),
         (
@@ -113,7 +116,7 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
             "must return a dict of tensors",
         ),
         ("    return s.nothing", "AttributeError.*line 2"),
-        ("    raise ValueError('an odd T')", "--method: an odd T"),
+        ("    raise ValueError('an odd T')", "--method: .*ValueError: an odd T .*line 2"),
     ],
 )
 def test_a_method_that_cannot_be_is_told_before_anything_is_read(code, words, tmp_path):
@@ -171,7 +174,8 @@ def test_keywords_of_ones_own_are_recorded_as_json_reads_them_and_are_no_flags_o
 
 
 def test_a_resumed_run_tells_of_code_that_has_changed(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(dict(method="refl", code_read={"a.py": "1", "b.py": "2"})))
+    recorded = dict(method="refl", prompts_read=["0", "0"], code_read={"a.py": "1", "b.py": "2"})
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
     tell_changes(tmp_path, {"a.py": "1", "b.py": "3", "c.py": "4"})
     assert capsys.readouterr().err.startswith("warning: b.py has changed since")
     (file := tmp_path / "mine.py").write_text("def f(images, prompts): ...")

@@ -1,5 +1,6 @@
 """One, two and four gloo processes: the same gradient, the same training, copies that agree."""
 
+import os
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
@@ -10,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import start
 import train
 from config import Config
 from formats.folders import load_pipeline
 from infra.distributed import (
-    Process,
     Stop,
-    check_agreement,
+    check_alike,
+    check_replicas,
     full_tensor,
     gathered_tensors,
     join,
@@ -26,6 +28,7 @@ from infra.meter import Meter
 from leaps import rollout
 from sample import encode, sample, token_grid, velocity_of
 from tests.processes import spread
+from tests.runs import run
 
 ROOT = Path(train.__file__).parent
 BASE = Config(
@@ -226,37 +229,72 @@ def test_bf16_is_inside_the_network_only(base):
 # ------------------------------------------------------------------------------------------- agreement
 
 
-def disagreement(process: Process, everywhere: dict, params: list[Tensor]) -> str | None:
-    try:
-        return check_agreement(process, everywhere, params)
-    except Stop as stop:
-        assert stop.code == 1
-        return stop.message
-
-
-def disagreements(cfg: Config) -> list[str | None]:
+def disagreements(cfg: Config) -> list[str]:
     with join("cpu", shard=1) as process:
         params = list(train.set_up(cfg, process).pipe.flux.parameters())
-        found = [disagreement(process, {"step": 3}, params), disagreement(process, {"step": 3 + process.rank}, params)]
+        check_alike({"--lr": 1.0})
+        check_replicas(process, params)
+        messages = []
+        try:
+            check_alike({"--lr": 1.0, "--seed": process.rank})
+        except ValueError as error:
+            messages.append(str(error))
         if process.rank == 1:
             with torch.no_grad():
-                params[5].to_local().view(-1)[0] += 1e-4
-        return [*found, disagreement(process, {"step": 3}, params)]
-
-
-def disagreement_within_a_group(cfg: Config) -> str | None:
-    with join("cpu") as process:  # every rank holds pieces of its own
-        return disagreement(
-            process, {"step": 3 + process.rank}, list(train.set_up(cfg, process).pipe.flux.parameters())
-        )
+                params[5].view(-1)[0] += 1e-4
+        try:
+            check_replicas(process, params)
+        except Stop as stop:
+            messages.append(stop.message)
+        return messages
 
 
 def test_ranks_that_differ_are_named(base):
-    (group, _) = spread(2, disagreement_within_a_group, base)
-    for same, steps, weights in spread(2, disagreements, base):
-        assert same is None
-        assert "ranks 0 and 1 have different step" in steps and steps == group
+    for flags, weights in spread(2, disagreements, base):
+        assert flags == "--seed is 0 on rank 0, 1 on rank 1: start all with one command, code and files"
         assert "ranks 0 and 1, replicas, have different weights" in weights
+
+
+def refusal_where_ranks_differ(cfg: Config, changes: list[dict]) -> str:
+    with join("cpu") as process, pytest.raises(ValueError) as refusal:
+        train.set_up(replace(cfg, **changes[process.rank]), process)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(lr=1.0), "--lr is 0.00014 on rank 0, 1.0 on rank 1"),
+        (dict(model="no/such/model"), "rank 1: no model at 'no/such/model'"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_ends_all_before_weights_are_read(change, words, base):
+    for message in spread(2, refusal_where_ranks_differ, base, [{}, change]):
+        assert message.startswith(words)
+
+
+def other_program(cfg: Config) -> str:
+    with join("cpu") as process, pytest.raises(ValueError) as refusal:
+        if process.rank == 1:
+            start.HERE = ROOT / "shapes"
+        train.set_up(cfg, process)
+    return str(refusal.value)
+
+
+def test_a_node_with_another_checkout_is_refused(base):
+    assert all(message.startswith("this program is") for message in spread(2, other_program, base))
+
+
+def unshared_folder(cfg: Config) -> str:
+    """Rank 1 does not see what rank 0 writes, as on a node with a disk of its own."""
+    if os.environ["RANK"] == "1":
+        train.lock_text = lambda folder: ""
+    return run(cfg)
+
+
+def test_nodes_that_do_not_share_the_runs_folder_are_refused(base, tmp_path):
+    for message in spread(2, unshared_folder, replace(base, out=tmp_path / "run")):
+        assert "which all nodes must share, is 'process" in message and "'' on rank 1" in message
 
 
 # --------------------------------------------------------------------------------------- loading, averages

@@ -60,7 +60,7 @@ def square(images, prompts):
 """)
     monkeypatch.setattr("train.build_network", lambda *_: pytest.fail("weights were read"))
     cfg = replace(WIDE, out=tmp_path / "run", size=("64", "32x64"), reward=(f"{tmp_path / 'square.py'}:square",))
-    with pytest.raises(ValueError, match=r"fails on images .*32, 64.*only squares"), join("cpu") as world:
+    with pytest.raises(ValueError, match=r"fails on .*32, 64.*only squares"), join("cpu") as world:
         train.set_up(cfg, world)
 
 

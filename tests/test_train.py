@@ -15,12 +15,14 @@ import sample
 import train
 from config import PRESETS, Config
 from formats.folders import load_pipeline
+from formats.sampling import draw_as_trained
 from infra.distributed import join
 from infra.jsonl import read_log
 from infra.meter import Meter
 from infra.methods import recorded_flags
+from infra.prompts import printable
 from infra.seeds import generator_of
-from infra.watch import folder_advice, is_hacked
+from infra.watch import change_of, folder_advice, hacking_warnings, preview_indices
 from rewards import LAMBDA, WEIGHTS
 from shapes.world import TASKS
 from start import Setup
@@ -65,7 +67,7 @@ def test_a_short_run_writes_all_its_files(short_run):
     names = {p.name for p in short_run.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "eval.jsonl", "index.html", "before_after.png", "samples", "best", "final",
-        "checkpoints",
+        "checkpoints", "newest_checkpoint",
     }  # fmt: skip
     assert [f.name for f in (short_run / "checkpoints").iterdir()] == ["step_000008"]  # the last, --save-every or not
     assert {p.name for p in (short_run / "samples").glob("*.png")} == {f"step_{i:04d}.png" for i in (0, 4, 8)}
@@ -82,8 +84,8 @@ def test_a_short_run_writes_all_its_files(short_run):
         (dict(watch=("nonsense",)), "no reward 'nonsense'"),
         (dict(watch=("tiny",)), "two are named 'tiny'"),
         (dict(reward=("hpsv2=/nope",)), "no reward file at '/nope'"),
-        (dict(lr=-1.0), "--lr must not be negative"),
-        (dict(lora_alpha=2.0), "--lora-alpha 2.0 must be positive, and is for --lora"),
+        (dict(lr=-1.0), "--lr -1.0 is out of range"),
+        (dict(lora_alpha=2.0), "--lora-alpha 2.0 is for --lora"),
         (dict(out=Path(__file__) / "run"), "nothing can be written in"),
         (dict(size=("63",), watch=()), "image size 63x63"),
         (dict(low=0.99), "cannot pick 2 leaps from 1 steps"),
@@ -136,12 +138,13 @@ def test_an_error_of_ones_own_code_in_a_run_shows_where_it_was(few_prompts, tmp_
         "from helper import calls\n"
         "def f(images, prompts):\n"
         "    calls.append(1)\n"
-        "    if len(calls) > 4: raise ValueError('deep inside')\n"
+        "    if len(calls) > 5: raise ValueError('deep inside')\n"
         "    return images.mean((1, 2, 3))\n"
     )
     done = script("train.py", "--reward", f"{tmp_path / 'mine.py'}:f", "--steps", "3", "--batch", "4", "--out",
                   tmp_path / "run", "--eval-prompts", few_prompts)  # fmt: skip
-    assert done.returncode == 1 and 'mine.py", line 4, in f' in done.stderr, done.stderr
+    assert done.returncode == 1 and "ValueError: deep inside" in done.stderr, done.stderr
+    assert f"{tmp_path / 'mine.py'}, line 4)" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_every_update_logs_what_the_method_predicts(short_run):
@@ -372,7 +375,21 @@ def test_hacking_is_a_watched_reward_clearly_below_its_best_while_the_trained_on
     own -= own.mean(1, keepdims=True)
     by_prompt = [{"judge": j + images - images.mean() + row} for j, row in zip(judge, own, strict=True)]
     evals = [{"judge": j, "reward": r, "by_prompt": b} for j, r, b in zip(judge, reward, by_prompt, strict=True)]
-    assert is_hacked(evals, "judge", patience=3) == hacked
+    assert (change_of(evals, "judge", patience=3) == "rose") == hacked
+
+
+def test_training_diverges_where_the_trained_reward_falls_with_the_watched_one():
+    values = [(5, 4), (4, 3), (3, 2), (2, 1)]
+    evals = [{"step": i, "judge": j, "reward": r, "by_prompt": {"judge": [j, j]}} for i, (j, r) in enumerate(values)]
+    assert hacking_warnings(evals[:3], ["judge"], patience=3) == []
+    (warning,) = hacking_warnings(evals, ["judge"], patience=3)
+    assert "while the trained reward fell from 4.000 to 1.000: training diverges" in warning
+    assert hacking_warnings([*evals, evals[-1]], ["judge"], patience=3) == []  # said once
+
+
+def test_pictures_of_fewer_than_24_prompts_are_drawn_once():
+    assert preview_indices(["a"] * 3) == [0, 1, 2] and preview_indices(["a"]) == [0]
+    assert len(set(preview_indices(["a"] * 100))) == 24
 
 
 def test_the_last_lines_name_the_folder_to_use_and_why():
@@ -390,7 +407,7 @@ def test_the_last_lines_name_the_folder_to_use_and_why():
     assert "may be chance" in folder_advice(*noise, "judge")
     assert folder_advice(None, last, "judge") == "use final/: judge is 0.600, and there is no best/"
     risen = folder_advice(entry(0, 0.4), last, "judge")  # where best/ could not be written again
-    assert risen == "use final/: judge is 0.600; judge was 0.400 after 0 updates, in best/"
+    assert risen == "use final/: judge is 0.600; judge was 0.400 before training, in best/"
 
 
 @pytest.mark.parametrize(
@@ -471,6 +488,19 @@ def test_train_names_the_bad_flag_before_weights_are_read(arguments, words, caps
     arguments = [a.format(nograd=nograd) for a in arguments]
     said = told(train, capsys, monkeypatch, *arguments, *([] if arguments == ["flux-de"] else ["--out", str(tmp_path)]))
     assert all(word in said for word in words), said
+
+
+def test_the_final_folder_is_drawn_as_it_was_trained_unless_flags_say_otherwise(short_run, capsys):
+    cfg = sample.SampleFlags(rollout_steps=3)
+    drawn = draw_as_trained(cfg, (str(short_run / "final"),), dict(rollout_steps=25, guidance=3.5))
+    assert (drawn.rollout_steps, drawn.size, drawn.text_length, drawn.guidance) == (3, "64", 12, 3.5)
+    assert "was trained: --size 64 --text-length 12" in capsys.readouterr().err
+    drawn = draw_as_trained(sample.SampleFlags(), (cfg.model,), dict(rollout_steps=25, guidance=3.5))
+    assert (drawn.rollout_steps, drawn.size) == (25, None) and not capsys.readouterr().err
+
+
+def test_control_characters_of_a_strangers_file_do_not_reach_the_terminal():
+    assert printable("a\x1b[2J\tb\nc\ud800") == "a\\x1b[2J\tb\nc\\ud800"
 
 
 def test_an_occupied_run_folder_is_left_alone(capsys, monkeypatch, tmp_path):

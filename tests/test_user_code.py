@@ -1,15 +1,18 @@
 """A user's file imports our modules, installed packages and the files beside it; our own imports stay ours."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from infra.user_code import load_function
+from infra.failures import explain
+from infra.user_code import UserCodeError, load_function
 
 ROOT = Path(__file__).parent.parent
 REWARD = """
@@ -129,7 +132,7 @@ def test_an_import_within_the_function_finds_the_module_beside_the_file(python, 
     (tmp_path / "helper.py").write_text("calls = []\n")
     body = "import helper; helper.calls.append(0)"
     calls = answer(tmp_path / "my_file.py", python, "", "len(helper.calls)", body=body)
-    assert calls == 3  # open_reward tries the function twice
+    assert calls == 4  # open_reward tries the function three times
 
 
 def test_a_module_beside_the_file_may_have_any_name_if_the_file_does_not_import_it(python, tmp_path):
@@ -202,3 +205,81 @@ def test_a_file_that_does_not_run_or_lacks_the_function(code, message, tmp_path,
 def test_a_file_that_does_not_exist():
     with pytest.raises(ValueError, match=r"no file 'none\.py' for the method 'none\.py:f'"):
         load_function("none.py:f", "method")
+
+
+# ---------------------------------------------------------------------------- a guest leaves no trace
+
+
+LOUD = """
+import os, random, sys
+import numpy as np
+import torch
+
+torch.set_grad_enabled(False)
+os.chdir("/")
+
+def loud(images, prompts):
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(7)
+    torch.manual_seed(0)
+    torch.set_default_device("meta")
+    os.chdir("/")
+    images -= 1
+    prompts.clear()
+    return images.mean((1, 2, 3))
+
+def drawn(images, prompts):
+    return torch.rand(2) + random.random() + np.random.random()
+
+def ends(images, prompts):
+    {statement}
+"""
+
+
+def state_of_torch() -> tuple:
+    generator = torch.get_rng_state().tolist()
+    settings = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    return generator, *settings, torch.get_num_threads(), os.getcwd()
+
+
+def loud(folder: Path, name: str, statement: str = "pass") -> Callable:
+    file = folder / "loud.py"
+    file.write_text(LOUD.format(statement=statement))
+    return load_function(f"{file}:{name}", "reward")
+
+
+def test_what_a_function_sets_or_writes_into_is_as_before_after_each_call(tmp_path, sys_path):
+    images, prompts = torch.ones(2, 3, 4, 4), ["a", "b"]
+    function = loud(tmp_path, "loud")
+    first, *settings = state_of_torch()
+    assert function(images, prompts).tolist() == [0, 0]
+    generator, *others = state_of_torch()
+    assert others == settings and generator != first  # a draw a call
+    assert (images == 1).all() and prompts == ["a", "b"]
+
+
+def test_random_numbers_follow_torchs_seed_and_differ_from_call_to_call(tmp_path, sys_path):
+    function = loud(tmp_path, "drawn")
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append([function(torch.ones(2), []).tolist() for _ in range(2)])
+    assert draws[0] == draws[1] != draws[2] and draws[0][0] != draws[0][1]
+
+
+@pytest.mark.parametrize("statement", ["sys.exit(0)", "raise KeyboardInterrupt", "raise OSError", "1 / 0"])
+def test_whatever_a_function_raises_is_an_error_of_its_own_with_its_line(statement, tmp_path, sys_path):
+    function = loud(tmp_path, "ends", statement)
+    with pytest.raises(UserCodeError, match=r"reward .*loud\.py:ends fails on \(2,\): .*loud\.py, line 24\)"):
+        function(torch.ones(2), [])
+
+
+def test_memory_that_is_used_up_within_a_users_function_stays_that_error(tmp_path, sys_path):
+    function = loud(tmp_path, "ends", "raise torch.OutOfMemoryError('no room')")
+    with pytest.raises(torch.OutOfMemoryError):
+        function(torch.ones(2), [])
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    error.add_note("leaps")
+    assert explain(error) == "out of memory in the leaps: take a smaller --micro-batch, or --recompute blocks"
+    assert explain(KeyError("x")) is None

@@ -23,7 +23,7 @@ from infra.meter import network_flops
 from infra.methods import find_method, method_options
 from model import FLUX_DEV, Flux
 from rewards import WEIGHTS, reward_name
-from samples import zero_samples
+from samples import trial_samples
 from start import empty_flux
 
 # Bytes of published networks: T5-XXL's encoder and CLIP-L's text model in bf16, and all of T5's 24 layers but one;
@@ -127,7 +127,7 @@ def memory(cfg: Config, gpus: int, flux: Flux) -> dict[str, float]:
 
 
 def operations(cfg: Config, preset: Config, flux: Flux) -> float:
-    """Floating-point operations of the network in an update, by the calls that the method makes on zeros.
+    """Floating-point operations of the network in an update, by the calls that the method makes on random samples.
 
     A mean over the run, because some methods stop at a random step. Raises ValueError for a method that does not exist.
     """
@@ -135,7 +135,7 @@ def operations(cfg: Config, preset: Config, flux: Flux) -> float:
     sigmas = torch.linspace(1, 0, cfg.rollout_steps + 1)  # no method counts by the values
     total: Counter[str] = Counter()
     for update in range(cfg.updates):
-        samples, calls = zero_samples(sigmas, cfg.batch, torch.Generator().manual_seed(update), update)
+        samples, calls = trial_samples(sigmas, cfg.batch, torch.Generator().manual_seed(update), update)
         method(samples)
         total += calls
     flux.recompute = cfg.recompute  # blocks cost a forward more in each backward

@@ -1,0 +1,57 @@
+"""How a model was drawn while it was trained. It is saved with the weights, and sample.py and evaluate.py draw alike.
+
+Other steps, sizes, guidance or text lengths are other pictures than those that the run has evaluated.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import safe_open
+
+from infra.reading import parse_file
+
+Flags = TypeVar("Flags")
+FILE = "sampling.json"  # in a folder; a .safetensors file has the same text in its metadata
+KINDS = {"rollout_steps": int, "size": str, "guidance": float, "text_length": int, "bf16": bool}
+
+
+def saved_sampling(name: str | Path) -> dict[str, Any]:
+    """The settings that a model, a folder or a file, was saved with; empty for a model of others."""
+    path = Path(name)
+    if path.suffix == ".safetensors" and path.is_file():
+        return parse_file(path, lambda file: parse_sampling((safe_open(file, "pt").metadata() or {}).get(FILE, "{}")))
+    file = path / FILE
+    return parse_file(file, lambda file: parse_sampling(file.read_text())) if file.exists() else {}
+
+
+def parse_sampling(text: str) -> dict[str, Any]:
+    entries = json.loads(text)
+    settings = {}
+    for name, kind in KINDS.items():
+        if entries.get(name) is not None:
+            settings[name] = kind(entries[name])
+    return settings
+
+
+def draw_as_trained(cfg: Flags, names: tuple[str, ...], defaults: dict[str, Any]) -> Flags:
+    """The flags with a value for each that is not given: the first one that a model of `names` was saved with.
+
+    `defaults` are those of models that were saved without. A line on stderr says what was taken.
+    """
+    values = {}
+    for name in names:
+        settings = saved_sampling(name)
+        if settings:
+            values = {flag: value for flag, value in settings.items() if not getattr(cfg, flag)}
+            text = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in values.items())
+            print(f"drawn as {name} was trained: {text}", file=sys.stderr)
+            break
+    if "size" in values and isinstance(cfg.size, tuple):
+        values["size"] = (values["size"],)
+    for flag, value in defaults.items():
+        if getattr(cfg, flag) is None:
+            values.setdefault(flag, value)
+    return replace(cfg, **values)

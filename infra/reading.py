@@ -1,0 +1,36 @@
+"""Files of other people and of killed runs are read here: whatever is wrong with one is one error, which names it."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Source = TypeVar("Source")
+Result = TypeVar("Result")
+
+AGAIN = "copy or download it again"
+
+
+def parse_file(source: Source, parse: Callable[[Source], Result], remedy: str = AGAIN) -> Result:
+    """parse(source). Raises ValueError that names the source and the remedy, whatever `parse` raises."""
+    try:
+        return parse(source)
+    except Exception as error:  # safetensors, transformers and diffusers each have exceptions of their own
+        reason = str(error).rstrip(".")
+        raise ValueError(f"cannot read {source} ({type(error).__name__}: {reason}): {remedy}") from error
+
+
+def parse_json(file: Path, parse: Callable[[dict[str, Any]], Result], remedy: str = AGAIN) -> Result:
+    """parse(entries) of the object in a JSON file. Raises ValueError as `parse_file`."""
+    return parse_file(file, lambda path: parse(json.loads(path.read_text())), remedy)
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError naming a tensor that holds NaN or infinity: of such weights all pictures are black."""
+    for name, tensor in tensors:
+        # A sum has what any of its terms has, and is quicker than to look at each.
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"tensor {name} is not finite")
