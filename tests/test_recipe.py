@@ -1,5 +1,6 @@
 """The recipe of the shapes world: all its stages at a thousandth of their length; its labels, scenes and losses."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,11 +55,19 @@ def layout_of(cells: dict[int, tuple[str, str]]) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the whole recipe
 
 
+def in_eights(draw: Callable) -> Callable:
+    """The same, but eight at a time, whatever number is asked for."""
+    return lambda n, *options: draw(8, *options)
+
+
 @pytest.fixture(scope="module")
 def short_recipe(tmp_path_factory) -> Path:
     """A folder with what the recipe makes."""
     folder = tmp_path_factory.mktemp("recipe")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "random_prompts", in_eights(random_prompts))
+        patch.setattr(reward, "training_scenes", in_eights(training_scenes))
+        patch.setattr(reward, "fades", in_eights(fades))
         patch.setattr(reward, "N_MOVED", 8)
         prepare.main(RecipeFlags(out=folder, scale=0.001))
     return folder

@@ -196,27 +196,23 @@ def test_rendering_depends_on_the_generator_alone_and_stays_in_0_1():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_judge_accepts_99_5_percent_of_rendered_scenes_at_under_10_ms_each(task):
+def test_judge_sees_the_rendered_objects_and_accepts_99_5_percent_of_scenes_at_under_10_ms_each(task):
     prompts = in_turn(task)
-    images, _ = scenes(prompts, default_rng(3))
+    images, layouts = scenes(prompts, default_rng(3))
     start = process_time()
-    assert share(judge_images(images, prompts)) >= 0.995
+    objects_of_images = objects_in(images)
     assert process_time() - start < 0.010 * len(prompts)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_judge_sees_the_rendered_objects_in_99_5_percent_of_scenes(task):
-    images, layouts = scenes(in_turn(task), default_rng(4))
-    n_same = 0
-    for objects, layout in zip(objects_in(images), layouts, strict=True):
+    n_seen, n_accepted = 0, 0
+    for prompt, objects, layout in zip(prompts, objects_of_images, layouts, strict=True):
         expected = []
         for cell, (shape, color) in enumerate(layout.T):
             if shape >= 0:
                 expected.append((cell, SHAPES[shape], COLOR_NAMES[color]))
         seen = sorted((2 * (o.y > 32) + (o.x > 32), o.shape, o.color) for o in objects)
         is_central = all(max(abs(o.x % 32 - 16), abs(o.y % 32 - 16)) < 6 for o in objects)
-        n_same += is_central and seen == expected
-    assert n_same >= 0.995 * len(images)
+        n_seen += is_central and seen == expected
+        n_accepted += fits_prompt(prompt, objects)
+    assert min(n_seen, n_accepted) >= 0.995 * len(prompts)
 
 
 @pytest.mark.parametrize("task", ["two", "count", "color", "attr"])
@@ -228,7 +224,7 @@ def test_judge_rejects_scenes_of_distorted_prompts(task):
 
 def test_judge_rejects_a_redrawn_relation_unless_the_scene_happens_to_have_both():
     """a above b may also be left of it, on a diagonal: 1 in 6 of the distorted scenes."""
-    prompts, rng = in_turn("position", 4 * N_SCENES), default_rng(6)
+    prompts, rng = in_turn("position", 2 * N_SCENES), default_rng(6)
     distorted = [distort(p, rng) for p in prompts]
     images, layouts = scenes(distorted, rng)
     accepted = judge_images(images, prompts)
