@@ -51,7 +51,7 @@ from infra.prompts import prompts_hash, read_entries, rows_of_rank
 from infra.summary import format_table, summarize
 from infra.user_code import file_hashes
 from rewards import Reward, check_rewards, open_reward, reward_name, score_all
-from sample import DrawFlags, Pipeline, sample, token_grid, truncation_warning
+from sample import DrawFlags, Pipeline, choose_guidance, sample, token_grid, truncation_warning
 
 HERE = Path(__file__).parent
 THUMBNAIL = 256  # pixels, the longest side
@@ -121,7 +121,7 @@ def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:
     on_first_rank(partial(check_out, cfg, record, models, len(prompts)))
     # hpsv2 needs FLUX's CLIP tokenizer. A user's function is tried on random images of the first size.
     first = models[0]
-    clip_tokenizer, _ = first.description.tokenizers
+    clip_tokenizer = first.description.clip_tokenizer
     rewards = []
     for spec in cfg.reward:
         rewards.append(open_reward(spec, process.device, clip_tokenizer, False, first.sizes[0], prompts))
@@ -317,7 +317,10 @@ def draw_and_score(
             prompts = [entries[i]["prompt"] for i, _ in keys]
             # Seeds count on over images, prompts and --seed, so no two images start from the same noise.
             seeds = [(cfg.seed * len(entries) + i) * cfg.num + n for i, n in keys]
-            batch = sample(pipe, prompts, seeds, cfg.rollout_steps, height, width, cfg.guidance, cfg.batch)
+            guidance = choose_guidance(cfg.guidance, pipe.flux.config)
+            batch = sample(
+                pipe, prompts, seeds, cfg.rollout_steps, height, width, guidance, cfg.batch, cfg.negative_prompt
+            )
             images.update(zip(keys, batch))
             for reward in rewards:
                 values = score_all(reward, batch, prompts, pipe.device, cfg.batch)

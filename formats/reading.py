@@ -1,7 +1,7 @@
 """Files of other people: every error names its file, and headers tell what a file is before a weight is read."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,6 @@ Source = TypeVar("Source")
 Result = TypeVar("Result")
 
 AGAIN = "copy or download it again"
-FLUX_TENSOR = "vector_in.in_layer.weight"  # which FLUX.2 and Chroma lack, and diffusers names otherwise
 
 
 def parse_file(source: Source, parse: Callable[[Source], Result], remedy: str = AGAIN) -> Result:
@@ -32,21 +31,3 @@ def tensor_names(file: Path, remedy: str = AGAIN) -> list[str]:
     """The names of a safetensors file's tensors, from its header. Raises ValueError if the header cannot be read."""
     # The header is JSON at the start of the file: of 24 GB, 100 kB are read.
     return parse_file(file, lambda path: list(safe_open(path, "pt").keys()), remedy)
-
-
-def bfl_prefix(names: Iterable[str]) -> str | None:
-    """What precedes black-forest-labs' names in a file of FLUX.1's transformer; None for any other file."""
-    # By the end of a name, as the prefix is unknown and other tensors, of a VAE for instance, have other prefixes.
-    for name in names:
-        if name.endswith(FLUX_TENSOR):
-            return name.removesuffix(FLUX_TENSOR)  # empty, or ComfyUI's "model.diffusion_model."
-    return None
-
-
-def flux_file(name: str | Path) -> Path | None:
-    """The path of a file of FLUX.1's transformer under black-forest-labs' names, as its header says; else None."""
-    path = Path(name)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    prefix = bfl_prefix(tensor_names(path))
-    return None if prefix is None else path
