@@ -59,9 +59,14 @@ class Experiment:
     """Pixels: one number for a square, or HEIGHTxWIDTH. Several sizes take turns, one per update; the first size is
     evaluated."""
     guidance: float | None = None
-    """Guidance scale of a guidance-distilled model (FLUX.1-dev: 3.5); None for a model that takes none."""
+    """Guidance scale: 3.5 is usual for FLUX.1-dev, whose network reads it, and 4 for FLUX.2 [klein] base, whose network
+    is evaluated twice for it; None for a model that takes none."""
+    negative_prompt: str = ""
+    """What guidance by a second evaluation leads away from: v = v_negative + guidance (v_prompt - v_negative)."""
+    detach_negative: bool = False
+    """Leave the gradient of v_negative out: half of the time of a backward, and a biased gradient (FlowBP's way)."""
     text_length: int | None = None
-    """T5 tokens that a prompt is padded or truncated to; the default is the tokenizer's own, 512 for FLUX.1-dev."""
+    """Tokens of T5 or Qwen3 that a prompt is padded or truncated to; the default is the tokenizer's, at most 512."""
     seed: int = 0
     """Seed of the order of prompts, the noise, k and j, and a LoRA's first values. The noise of evaluations does not
     depend on it."""
@@ -230,7 +235,7 @@ class Machine:
     shard: int | None = None
     """Ranks that share one copy of the weights, such as the 8 of a node (HSDP); None means all ranks (FSDP)."""
     offload_encoders: bool = False
-    """Keep T5 on the CPU, and move each of its layers to the GPU only while it computes: for a single small GPU."""
+    """Keep T5 or Qwen3 on the CPU, and move each of its layers to the GPU only while it computes: for a small GPU."""
     check_every: int = 50
     """Updates between checks that replicas (--shard) have the same weights."""
 
@@ -341,7 +346,21 @@ PAPER = Config(
     micro_batch=1,
     recompute="blocks",
 )
+# FlowBP (arXiv 2606.11075) trains FLUX.2 [klein] base with LeapAlign so.
+KLEIN = replace(
+    PAPER,
+    model="weights/FLUX.2-klein-base-4B",
+    size=("512",),
+    guidance=4.0,
+    detach_negative=True,
+    reward=("hpsv2",),
+    watch=("pickscore",),
+)
 NEEDS = "Needs weights/FLUX.1-dev, weights/train-prompts.txt"  # the files of the rewards follow
+KLEIN_NEEDS = (
+    "Needs weights/FLUX.2-klein-base-4B, weights/train-prompts.txt, weights/HPS_v2.1_compressed.pt and "
+    "weights/PickScore_v1"
+)
 PRESETS = {
     "shapes": ("The tiny Flux and reward that the repository ships: minutes on two CPU cores.", SHAPES),
     "flux-dev-hpsv2": (
@@ -379,5 +398,13 @@ PRESETS = {
             lr=1e-4,
             batch=16,
         ),
+    ),
+    "flux2-klein-4b": (
+        f"FLUX.2 [klein] base 4B and HPSv2.1, as FlowBP trains the 9B: one GPU of 141 GB, or 8 of 40. {KLEIN_NEEDS}.",
+        replace(KLEIN, out=Path("runs/flux2-klein-4b"), lr=1e-5, batch=32),
+    ),
+    "flux2-klein-4b-lora": (
+        f"A LoRA of FLUX.2 [klein] base 4B on HPSv2.1, for one GPU of 24 GB. {KLEIN_NEEDS}.",
+        replace(KLEIN, out=Path("runs/flux2-klein-4b-lora"), lora=32, lr=1e-4, batch=16, offload_encoders=True),
     ),
 }

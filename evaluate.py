@@ -54,7 +54,7 @@ from infra.reading import parse_file, parse_json
 from infra.summary import format_table, summarize
 from infra.user_code import file_hashes
 from rewards import Reward, check_rewards, open_reward, reward_name, score_all
-from sample import DrawFlags, Pipeline, Reader, sample, token_grid, truncation_warning
+from sample import DrawFlags, Pipeline, Reader, choose_guidance, sample, token_grid, truncation_warning
 
 HERE = Path(__file__).parent
 THUMBNAIL = 256  # pixels, the longest side
@@ -120,7 +120,7 @@ def main() -> None:
 def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:
     """Check everything, draw and score the images of each model, and report. Raises ValueError naming the flag."""
     # All models are drawn alike, as one of them was while it was trained.
-    cfg = draw_as_trained(cfg, cfg.model, dict(rollout_steps=50, guidance=3.5))
+    cfg = draw_as_trained(cfg, cfg.model, dict(rollout_steps=50))
     check_values(cfg)
     entries = read_entries(cfg.prompts)
     prompts = [entry["prompt"] for entry in entries]
@@ -130,7 +130,7 @@ def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:
     on_first_rank(partial(check_out, cfg, record, models, len(prompts)))
     # hpsv2 needs FLUX's CLIP tokenizer. A user's function is tried on random images of the first size.
     first = models[0]
-    clip_tokenizer, _ = first.description.tokenizers
+    clip_tokenizer = first.description.clip_tokenizer
     rewards = []
     for spec in cfg.reward:
         rewards.append(open_reward(spec, process.device, clip_tokenizer, False, first.sizes[0], prompts))
@@ -349,7 +349,10 @@ def draw_and_score(
             if model.pictures:
                 batch = torch.stack([read_picture(model.pictures[i * cfg.num + n]) for i, n in keys])
             else:
-                batch = sample(pipe, prompts, seeds, cfg.rollout_steps, height, width, cfg.guidance, cfg.batch)
+                guidance = choose_guidance(cfg.guidance, pipe.flux.config)
+                batch = sample(
+                    pipe, prompts, seeds, cfg.rollout_steps, height, width, guidance, cfg.batch, cfg.negative_prompt
+                )
             images.update(zip(keys, batch))
             for reward in rewards:
                 values = score_all(reward, batch, prompts, device, cfg.batch)

@@ -1,6 +1,8 @@
-"""From prompts and noise to pictures, as FLUX draws them: encode, schedule, velocity, sample, decode; and the command.
+"""From prompts and noise to pictures: encode, velocity, guidance, sample, decode; and the command.
 
     python sample.py --model runs/leapalign-seed0/final --prompt "a photo of two circles" --picture grid.png
+
+What differs between FLUX.1 and FLUX.2, such as text encoders and noise levels, is in families/.
 
 Legend: b images, h w pixels, n = (h/16)(w/16) image tokens of c channels, m text tokens.
 """
@@ -13,13 +15,14 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from config import sides
-from formats.folders import PATCH, Pipeline, load_pipeline
+from families import Network, NetworkConfig, family_of
+from families.common import Text
+from formats.folders import Pipeline, load_pipeline
 from formats.sampling import draw_as_trained
 from infra.distributed import device_of
 from infra.files import check_writable
@@ -27,7 +30,6 @@ from infra.flags import check_ranges, flags
 from infra.pictures import contact_sheet
 from infra.prompts import printable, read_prompts
 from leaps import Velocity, rollout
-from model import Flux
 
 HERE = Path(__file__).parent
 
@@ -43,38 +45,10 @@ class Reader(NamedTuple):
     limit: int  # tokens
 
 
-class Text(NamedTuple):
-    """A batch of encoded prompts."""
-
-    txt: Tensor  # T5, (b, m, context_in_dim)
-    vec: Tensor  # CLIP, pooled, (b, vec_in_dim)
-
-
 @torch.no_grad()
 def encode(pipe: Pipeline, prompts: Sequence[str]) -> Text:
-    """Prompts to the two things that FLUX reads of them: T5's embedding of every token, CLIP's of the whole prompt."""
-    t5_ids = padded_ids(pipe.t5_tokenizer, prompts, pipe.text_length)
-    clip_ids = padded_ids(pipe.clip_tokenizer, prompts, clip_length(pipe))
-    # Neither T5 nor FLUX gets a mask over the padding: FLUX was trained without one, so its image tokens attend to the
-    # padding, too, and a mask would change every picture. For the same reason --text-length changes pictures.
-    txt = pipe.t5(t5_ids.to(pipe.device))[0]  # (b, m, context_in_dim)
-    vec = pipe.clip(clip_ids.to(pipe.device)).pooler_output  # (b, vec_in_dim)
-    return Text(txt, vec)
-
-
-def padded_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> Tensor:
-    """Token ids of prompts, padded or truncated to (b, length)."""
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return tokens.input_ids
-
-
-def clip_length(pipe: Pipeline) -> int:
-    """Tokens that CLIP reads of a prompt: 77 for FLUX."""
-    # The tokenizer's own limit may be 1e30, which stands for none.
-    return min(pipe.clip_tokenizer.model_max_length, pipe.clip.config.max_position_embeddings)
-
-
-# ----------------------------------------------------------------------------------------- schedule
+    """What the network reads of prompts: tensors with a row per prompt."""
+    return pipe.family.encode(pipe, prompts)
 
 
 def token_grid(pipe: Any, height: int, width: int) -> tuple[int, int]:
@@ -88,35 +62,11 @@ def token_grid(pipe: Any, height: int, width: int) -> tuple[int, int]:
     return height // pipe.cell, width // pipe.cell
 
 
-def sigmas(schedule: dict, steps: int, tokens: int) -> Tensor:
-    """Noise levels of an image of so many tokens, from 1 to 0, (steps + 1,).
-
-    `schedule` is scheduler_config.json: with "use_dynamic_shifting", FLUX.1-dev's, the shift depends on the image's
-    size; without it, FLUX.1-schnell's, the shift is fixed.
-    """
-    sigma = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    # Neighbouring pixels show nearly the same, so at one level of noise a large image is more legible than a small one
-    # (Stable Diffusion 3, section 5.3.2). The shift gives a larger image more of its steps at high levels.
-    if schedule["use_dynamic_shifting"]:
-        # mu is a straight line through (256 tokens, 0.5) and (4096 tokens, 1.15).
-        low = schedule["base_image_seq_len"]
-        high = schedule["max_image_seq_len"]
-        slope = (schedule["max_shift"] - schedule["base_shift"]) / (high - low)
-        mu = schedule["base_shift"] + slope * (tokens - low)
-        shift = math.exp(mu)
-    else:
-        shift = schedule["shift"]
-    # FLUX's e^mu / (e^mu + 1/sigma - 1), with numerator and denominator multiplied by sigma.
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    zero = sigma.new_zeros(1)
-    return torch.cat([sigma, zero]).float()
-
-
 # ----------------------------------------------------------------------------------------- velocity
 
 
 def velocity_of(
-    flux: Flux,
+    flux: Network,
     text: Text,
     rows: int,
     columns: int,
@@ -125,21 +75,15 @@ def velocity_of(
 ) -> Velocity:
     """v_theta(x, sigma) for fixed prompts and image size; x is (b, n, c), sigma () or (b,).
 
-    `dtype` is what the network computes in, by default that of its weights. With FSDP the two differ: a bf16 network
-    has fp32 master weights.
+    `guidance` is for a network that reads it. `dtype` is what the network computes in, by default that of its weights.
+    With FSDP the two differ: a bf16 network has fp32 master weights.
     """
     device = flux.img_in.weight.device
     # What does not depend on x and sigma is made once, not at each of the steps.
     dtype = dtype or flux.img_in.weight.dtype
-    # Rotary positions: (0, row, column) of an image token, (0, 0, 0) of every text token. They are integers because
-    # a cast of all inputs to bf16 would move positions above 256.
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    positions = torch.stack([torch.zeros_like(row), row, column], dim=-1)
-    img_ids = rearrange(positions, "h w three -> (h w) three").to(device)
-    txt_ids = torch.zeros(text.txt.shape[1], 3, dtype=torch.long, device=device)
-    txt = text.txt.to(dtype)
-    vec = text.vec.to(dtype)
-    # FLUX.1-dev was distilled with guidance, a number that it reads. FLUX.1-schnell reads none.
+    txt, *pooled = (tensor.to(dtype) for tensor in text)  # FLUX.1 has a pooled vector, FLUX.2 has not
+    # Rotary positions are integers because a cast of all inputs to bf16 would move positions above 256.
+    img_ids, txt_ids = (ids.to(device) for ids in family_of(flux.config).position_ids(rows, columns, txt.shape[1]))
     if not flux.config.guidance_embed:
         guidance = None
 
@@ -149,28 +93,59 @@ def velocity_of(
         g = None
         if guidance is not None:
             g = torch.full_like(t, guidance)
-        v = flux(x.to(dtype), img_ids, txt, txt_ids, t, vec, g)
+        v = flux(x.to(dtype), img_ids, txt, txt_ids, t, *pooled, g)
         # Latents stay fp32 between calls: an Euler step adds a small change, most of which bf16 would round away.
         return v.to(x.dtype)
 
     return velocity
 
 
+# ----------------------------------------------------------------------------------------- guidance
+
+
+def choose_guidance(guidance: float | None, config: NetworkConfig) -> float | None:
+    """--guidance, or the scale that a network was made for: None if it was made for none."""
+    return family_of(config).GUIDANCE[config.guidance_embed] if guidance is None else guidance
+
+
+def is_guided(config: NetworkConfig, guidance: float | None) -> bool:
+    """Whether guidance takes a second evaluation. FLUX.1-dev's network reads it; a scale of 1 is none."""
+    return not config.guidance_embed and guidance not in (None, 1)
+
+
+def weighted_texts(
+    pipe: Pipeline, text: Text, guidance: float | None, negative_prompt: str
+) -> list[tuple[float, Text]]:
+    """The branches that a velocity is a sum of: each one's weight, and the text that the network reads there.
+
+    Classifier-free guidance (arXiv 2207.12598) with scale g is v_neg + g (v_pos - v_neg) = g v_pos + (1 - g) v_neg.
+    """
+    if not is_guided(pipe.flux.config, guidance):
+        return [(1.0, text)]
+    b = len(text[0])
+    negative = tuple(tensor.expand(b, *tensor.shape[1:]) for tensor in encode(pipe, [negative_prompt]))
+    return [(guidance, text), (1 - guidance, negative)]
+
+
+def weighted_sum(velocities: Sequence[tuple[float, Velocity]]) -> Velocity:
+    """The velocity of all branches."""
+    if len(velocities) == 1:
+        return velocities[0][1]
+    return lambda x, sigma: sum(weight * velocity(x, sigma) for weight, velocity in velocities)
+
+
 # ------------------------------------------------------------------------------------------- sample
 
 
 def draw_noise(pipe: Pipeline, seeds: Sequence[int], rows: int, columns: int) -> Tensor:
-    """x_1 of images, (b, n, c), one per seed: the noise that FluxPipeline draws from a CPU generator with that seed."""
-    channels = pipe.flux.config.in_channels // PATCH**2
-    shape = (channels, rows * PATCH, columns * PATCH)
+    """x_1 of images, (b, n, c), one per seed: the noise that diffusers draws from a CPU generator with that seed."""
     noise = []
     for seed in seeds:
         # One generator per image, so that a seed gives the same picture in a batch of any size, on any number of ranks.
         # On the CPU, because a GPU's generator draws other numbers.
         generator = torch.Generator().manual_seed(seed)
-        noise.append(torch.randn(shape, generator=generator))
-    # Packed after it was drawn, as in FluxPipeline: noise drawn as tokens would be in another order.
-    return pack(torch.stack(noise)).to(pipe.device)
+        noise.append(pipe.family.draw_noise(generator, pipe.flux.config.in_channels, rows, columns))
+    return torch.stack(noise).to(pipe.device)
 
 
 @torch.no_grad()
@@ -183,19 +158,22 @@ def sample(
     width: int,
     guidance: float | None = None,
     batch: int = 64,
+    negative_prompt: str = "",
 ) -> Tensor:
     """Images in [0, 1] on the CPU, (len(prompts), 3, height, width), one per prompt and seed."""
     rows, columns = token_grid(pipe, height, width)
-    levels = sigmas(pipe.schedule, steps, rows * columns).to(pipe.device)
+    levels = pipe.family.sigmas(pipe.schedule, steps, rows * columns).to(pipe.device)
     # The VAE takes 3 kB of memory a pixel, so it decodes a million pixels at a time.
     decode_batch = max(1, 2**20 // (height * width))
     images = []
     for i in range(0, len(prompts), batch):
         text = encode(pipe, prompts[i : i + batch])
-        velocity = velocity_of(pipe.flux, text, rows, columns, guidance, pipe.compute)
+        velocities = []
+        for weight, branch in weighted_texts(pipe, text, guidance, negative_prompt):
+            velocities.append((weight, velocity_of(pipe.flux, branch, rows, columns, guidance, pipe.compute)))
         noise = draw_noise(pipe, seeds[i : i + batch], rows, columns)
         # The same Euler steps as in training. The last state is the clean latent.
-        x_0 = rollout(velocity, noise, levels).x[-1]
+        x_0 = rollout(weighted_sum(velocities), noise, levels).x[-1]
         for latents in x_0.split(decode_batch):
             images.append(decode(pipe, latents, height, width).cpu())
     return torch.cat(images)
@@ -206,24 +184,11 @@ def sample(
 
 def decode(pipe: Pipeline, x: Tensor, height: int, width: int) -> Tensor:
     """Packed latents (b, n, c) to images in [0, 1], (b, 3, height, width); differentiable, in fp32."""
-    z = unpack(x, height // pipe.cell, width // pipe.cell)
-    z = z.to(pipe.vae.dtype)
-    # FLUX's latents are the VAE's, shifted and scaled to about mean 0 and variance 1.
-    z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    z = pipe.family.vae_latents(pipe.vae, x.to(pipe.vae.dtype), height // pipe.cell, width // pipe.cell)
     images = pipe.vae.decode(z).sample.to(x.dtype)  # the VAE may be bf16; rewards see fp32
     # The VAE's range is [-1, 1], and it overshoots. The clamp stops the gradient of a reward there: no picture can be
     # whiter than white.
     return (images / 2 + 0.5).clamp(0, 1)
-
-
-def pack(z: Tensor) -> Tensor:
-    """Latents to tokens: one token a 2x2 patch, channel-major within it."""
-    return rearrange(z, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
-
-
-def unpack(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Tokens to latents: the inverse of `pack`."""
-    return rearrange(x, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH)
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -244,11 +209,13 @@ class DrawFlags:
     num: int = 4
     """Images per prompt."""
     guidance: float | None = None
-    """Guidance scale, for models that were distilled with guidance; others ignore it. Default: that of the model's
-    training, or 3.5."""
+    """Guidance scale. Default: that of the model's training, or the model's own: 3.5 for FLUX.1-dev, 4 for FLUX.2
+    [klein] base, else none."""
+    negative_prompt: str = ""
+    """What guidance leads away from, in models whose network reads no guidance scale; others ignore it."""
     text_length: int | None = None
-    """T5 tokens a prompt is padded or truncated to. Default: those of the model's training, or the tokenizer's own, 512
-    for FLUX.1-dev."""
+    """Tokens of T5 or Qwen3 that a prompt is padded or truncated to. Default: those of the model's training, or the
+    tokenizer's own, at most 512."""
     batch: int = 8
     """Images at a time: fewer need less memory, the pictures stay the same."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,7 +259,7 @@ def draw_picture(cfg: SampleFlags) -> None:
         prompts += read_prompts(cfg.prompts)
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
-    cfg = draw_as_trained(cfg, (cfg.model,), dict(rollout_steps=25, guidance=3.5))
+    cfg = draw_as_trained(cfg, (cfg.model,), dict(rollout_steps=25))
     check_ranges(cfg)
     if cfg.picture.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--picture {cfg.picture}: give a picture's name, such as {cfg.picture.with_suffix('.png')}")
@@ -312,7 +279,8 @@ def draw_picture(cfg: SampleFlags) -> None:
         captions += [prompt] * cfg.num
         # Seeds begin anew at each prompt.
         seeds += range(cfg.seed, cfg.seed + cfg.num)
-    images = sample(pipe, captions, seeds, cfg.rollout_steps, height, width, cfg.guidance, cfg.batch)
+    guidance = choose_guidance(cfg.guidance, pipe.flux.config)
+    images = sample(pipe, captions, seeds, cfg.rollout_steps, height, width, guidance, cfg.batch, cfg.negative_prompt)
     side = max(128, min(width, 512))  # at least the room for a caption
     contact_sheet(images, captions, cfg.picture, columns=cfg.num, side=side)
     print(f"wrote {cfg.picture}: {len(images)} images of {height}x{width}")
@@ -323,14 +291,16 @@ def truncation_warning(pipe: Pipeline, prompts: Sequence[str], readers: Sequence
 
     Of a list of more than 10,000 prompts some are looked at: to tokenize all takes minutes.
     """
-    encoders = [
-        Reader("T5 (--text-length)", pipe.t5_tokenizer, pipe.text_length),
-        Reader("CLIP", pipe.clip_tokenizer, clip_length(pipe)),
-    ]
     examples = list(prompts[:: math.ceil(len(prompts) / 10_000)])
+    encoders = []
+    for tokenizer, (name, limit) in zip(pipe.tokenizers, pipe.family.token_limits(pipe).items(), strict=True):
+        encoders.append(Reader(name, tokenizer, limit))
     notes = []
-    for name, tokenizer, limit in (*encoders, *readers):
-        lengths = list(map(len, tokenizer(examples, verbose=False).input_ids))
+    for reader in (*encoders, *readers):
+        name, tokenizer, limit = reader
+        # A language model reads more than the prompt: its chat template.
+        texts = [pipe.family.prompt_text(tokenizer, prompt) for prompt in examples] if reader in encoders else examples
+        lengths = list(map(len, tokenizer(texts, verbose=False).input_ids))
         too_long = sum(length > limit for length in lengths)
         if too_long:
             notes.append(f"{name} reads {limit} tokens, {too_long} of {len(examples)} have more, up to {max(lengths)}")

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from families import Network, NetworkConfig
+from families.common import Text
 from formats.folders import Pipeline
 from formats.lora import without_lora
 from infra.meter import Flops, Meter
 from infra.seeds import generator_of
 from leaps import Samples, Velocity, hinge, vjp_of
-from model import Flux
 from rewards import Reward
-from sample import Text, decode, encode, velocity_of
+from sample import decode, encode, is_guided, velocity_of, weighted_sum, weighted_texts
 
 
 @dataclass
@@ -76,7 +77,9 @@ def build_samples(
     noise: Callable[[int], Tensor],
     generator: torch.Generator,
     guidance: float | None = None,
-    base: Flux | None = None,
+    negative_prompt: str = "",
+    detach_negative: bool = False,
+    base: Network | None = None,
     total: int | None = None,
     update: int = 0,
     micro_batch: int | None = None,
@@ -91,31 +94,41 @@ def build_samples(
     total = total or b
     micro_batch = micro_batch or b
     micro_batches = [slice(i, i + micro_batch) for i in range(0, b, micro_batch)]
-    text = encode(pipe, prompts)  # once: every call of the network reads the same text
+    # Encoded once: every call of the network reads the same texts.
+    branches = weighted_texts(pipe, encode(pipe, prompts), guidance, negative_prompt)
+    # Without its gradient the negative branch is a constant of the leap, and the positive one keeps its weight.
+    differentiated = branches[:1] if detach_negative else branches
     log = RewardLog(rewards)
 
-    def network(flux: Flux, rows: slice) -> Velocity:
-        """The velocity of some of the samples, differentiable in the weights and in x."""
-        text_of_rows = Text(text.txt[rows], text.vec[rows])
+    def network(flux: Network, text: Text, rows: slice) -> Velocity:
+        """The velocity of some of the samples in one branch, differentiable in the weights and in x."""
+        text_of_rows = tuple(tensor[rows] for tensor in text)
         return velocity_of(flux, text_of_rows, size.rows, size.columns, guidance, pipe.compute)
+
+    def guided(flux: Network) -> Velocity:
+        return weighted_sum([(weight, network(flux, text, slice(0, b))) for weight, text in branches])
 
     @torch.no_grad()
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        return network(pipe.flux, slice(0, b))(x, sigma)
+        return guided(pipe.flux)(x, sigma)
 
     @torch.no_grad()
     def base_velocity(x: Tensor, sigma: Tensor) -> Tensor:
         with without_lora(base):
-            return network(base, slice(0, b))(x, sigma)
+            return guided(base)(x, sigma)
 
     @torch.enable_grad()  # also in a method of yours that is under no_grad
     def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
         levels = torch.as_tensor(sigma).expand(b)  # a method gives one noise level, or one per sample
         gradients = []
-        # The activations of one micro-batch at a time. Their gradients in the weights add up.
+        # The activations of one micro-batch and one branch at a time. Their gradients in the weights add up.
         for rows in micro_batches:
-            vjp_of_rows = vjp_of(network(pipe.flux, rows))
-            gradients.append(vjp_of_rows(x[rows], levels[rows], u[rows], wrt_x))
+            wrt_rows = []
+            for weight, text in differentiated:
+                vjp_of_rows = vjp_of(network(pipe.flux, text, rows))
+                wrt_rows.append(vjp_of_rows(x[rows], levels[rows], weight * u[rows], wrt_x))
+            if wrt_x:
+                gradients.append(sum(wrt_rows[1:], wrt_rows[0]))
         return torch.cat(gradients) if wrt_x else None
 
     reward, score = reward_functions(pipe, prompts, size, rewards, total, micro_batches, log)
@@ -242,14 +255,24 @@ def observed(samples: Samples, around: Callable[[str], AbstractContextManager]) 
     return samples._replace(**{name: wrap(name) for name in names})
 
 
-def metered(samples: Samples, meter: Meter, b: int) -> Samples:
-    """The same b samples; the meter counts seconds and evaluations of the network in each part of an update."""
+def branch_counts(config: NetworkConfig, guidance: float | None, detach_negative: bool) -> tuple[int, int]:
+    """Evaluations of the network in a velocity, and evaluations with a gradient in a vjp."""
+    if not is_guided(config, guidance):
+        return 1, 1
+    return 2, 1 if detach_negative else 2
+
+
+def metered(samples: Samples, meter: Meter, b: int, forwards: int = 1, backwards: int = 1) -> Samples:
+    """The same b samples; the meter counts seconds and evaluations of the network in each part of an update.
+
+    `forwards` and `backwards` are those of `branch_counts`.
+    """
 
     def around(name: str) -> AbstractContextManager:
         if name in ("velocity", "base"):
-            return meter("rollout", forwards=b)
+            return meter("rollout", forwards=b * forwards)
         if name == "vjp":
-            return meter("leaps", backwards=b)
+            return meter("leaps", backwards=b * backwards)
         return meter("reward")  # the VAE and the rewards are not counted as evaluations of the network
 
     return observed(samples, around)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from config import HERE, Config, command, sides
+from families import Network, NetworkConfig, empty_network
 from formats.folders import Description, Pipeline, describe, load_parts
 from formats.lora import Changes, add_lora, first_values, wrapped_name
 from formats.lora_files import lora_file, merge_lora, read_lora
-from formats.reading import flux_file
+from formats.names import flux_file
 from formats.weights import weight_files
 from infra.anchor import anchored
 from infra.checkpoints import checkpoint_folders, update_of
@@ -45,9 +46,8 @@ from infra.prompts import print_on_first_rank, prompts_hash, prompts_of_update, 
 from infra.user_code import is_user_code, revision
 from infra.watch import watched_value
 from leaps import Samples
-from model import Flux, FluxConfig
 from rewards import RULES, WEIGHTS, Reward, check_rewards, open_reward, parse_reward, reward_name, try_score
-from sample import Reader, sigmas, token_grid, truncation_warning
+from sample import Reader, choose_guidance, is_guided, token_grid, truncation_warning
 from samples import Size
 
 
@@ -67,7 +67,7 @@ class Setup:
     pipe: Pipeline | None = None
     rewards: list[Reward] | None = None
     watched: list[Reward] | None = None
-    base: Flux | None = None  # the untuned network: a copy, or the network itself with a LoRA that is switched off
+    base: Network | None = None  # the untuned network: a copy, or the network itself with a LoRA that is switched off
 
     def size(self, update: int) -> Size:
         return self.sizes[update % len(self.sizes)]
@@ -173,13 +173,21 @@ def describe_model(cfg: Config) -> Description:
     if cfg.base is not None and not lora_file(cfg.model) and not flux_file(cfg.model):
         raise ValueError(f"--base {cfg.base} is for a LoRA or a transformer's file, and --model {cfg.model} is neither")
     model = describe(cfg.model, cfg.base)
-    if model.weights.config.guidance_embed and cfg.guidance is None:
-        raise ValueError(f"--guidance is needed: {cfg.model} is distilled with guidance (3.5 for FLUX.1-dev)")
-    if cfg.guidance is not None and not model.weights.config.guidance_embed:
+    config = model.weights.config
+    default = choose_guidance(None, config)
+    if default and cfg.guidance is None:
+        raise ValueError(f"--guidance is needed, {default} is usual for {model.family.NAME} as {cfg.model}")
+    if cfg.guidance is not None and not default and not is_guided(config, cfg.guidance):
         print_on_first_rank(f"note: --guidance {cfg.guidance} is not used: {cfg.model} takes none")
-    channels = model.weights.config.hidden_size
-    if cfg.lora and cfg.lora > channels:
-        raise ValueError(f"--lora {cfg.lora} is more than the {channels} channels of the layers of {cfg.model}")
+    if (cfg.negative_prompt or cfg.detach_negative) and not is_guided(config, cfg.guidance):
+        raise ValueError(
+            f"--negative-prompt and --detach-negative are for --guidance by a second evaluation, and --guidance "
+            f"{cfg.guidance} of {cfg.model} is none"
+        )
+    if cfg.lora and cfg.lora > config.hidden_size:
+        raise ValueError(
+            f"--lora {cfg.lora} is more than the {config.hidden_size} channels of the layers of {cfg.model}"
+        )
     changes = earlier_lora(cfg, model.weights.config)
     if changes:  # --model is a LoRA: does it fit into a LoRA of the rank that --lora names?
         for _ in first_values(empty_flux(cfg, model.weights.config), cfg.seed, changes):
@@ -191,7 +199,7 @@ def size_of(cfg: Config, model: Description, name: str) -> Size:
     """The size that one value of --size names, the noise levels of its rollouts, and what the network costs there."""
     height, width = sides(name)
     rows, columns = token_grid(model, height, width)
-    levels = sigmas(model.schedule, cfg.rollout_steps, rows * columns)
+    levels = model.family.sigmas(model.schedule, cfg.rollout_steps, rows * columns)
     # FLOPs of the network that is trained: a LoRA adds products, and its frozen weights have no gradient.
     flux = empty_flux(cfg, model.weights.config)
     flux.recompute = cfg.recompute
@@ -209,29 +217,27 @@ def disk_needs(cfg: Config, model: Description) -> dict[str, float]:
 
 
 def text_length(cfg: Config, model: Description) -> int:
-    """T5 tokens of a prompt: --text-length, or the tokenizer's own, at most 512 (some T5 have no limit: 1e30)."""
-    t5_tokenizer = model.tokenizers[1]
-    return cfg.text_length or min(t5_tokenizer.model_max_length, 512)
+    """Tokens of a prompt: --text-length, or the tokenizer's own, at most 512 (some T5 have no limit: 1e30)."""
+    return cfg.text_length or min(model.tokenizers[-1].model_max_length, 512)
 
 
-def empty_flux(cfg: Config, config: FluxConfig) -> Flux:
+def empty_flux(cfg: Config, config: NetworkConfig) -> Network:
     """The network that the flags ask for on the meta device: names, shapes and dtypes without memory."""
-    with torch.device("meta"):
-        flux = Flux(config)
-        if cfg.bf16 and (cfg.lora or cfg.lean):
-            flux.to(torch.bfloat16)  # the frozen weights under a LoRA; with --lean the trained ones
-        if cfg.lora:
-            add_lora(flux, cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
+    flux = empty_network(config)
+    if cfg.bf16 and (cfg.lora or cfg.lean):
+        flux.to(torch.bfloat16)  # the frozen weights under a LoRA; with --lean the trained ones
+    if cfg.lora:
+        add_lora(flux, cfg.lora, cfg.lora_alpha or 2 * cfg.lora)
     return flux
 
 
-def earlier_lora(cfg: Config, config: FluxConfig) -> Changes | None:
+def earlier_lora(cfg: Config, config: NetworkConfig) -> Changes | None:
     """The changes of the LoRA that --lora continues: --model is that LoRA. None without one."""
     file = lora_file(cfg.model) if cfg.lora else None
     return read_lora(file, config) if file else None
 
 
-def initial_tensors(cfg: Config, flux: Flux, model: Description) -> Iterator[tuple[str, Tensor]]:
+def initial_tensors(cfg: Config, flux: Network, model: Description) -> Iterator[tuple[str, Tensor]]:
     """Names and values of all parameters of `flux`, read from disk as they are asked for.
 
     With --fp8 the frozen linear layers of `flux` become Fp8Linear first, in place.
@@ -319,7 +325,7 @@ def check_gradient(reward: Reward, prompts: list[str], size: tuple[int, int], de
 # ----------------------------------------------------------------------------------- 5. the networks
 
 
-def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> None:
+def load_networks(cfg: Config, setup: Setup, flux: Network, process: Process) -> None:
     """Read VAE, text encoders and rewards around the network that is trained."""
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     length = text_length(cfg, setup.model)
@@ -328,6 +334,7 @@ def load_networks(cfg: Config, setup: Setup, flux: Flux, process: Process) -> No
         "rollout_steps": cfg.rollout_steps,
         "size": cfg.size[0],
         "guidance": cfg.guidance,
+        "negative_prompt": cfg.negative_prompt,
         "text_length": length,
         "bf16": cfg.bf16,
     }

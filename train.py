@@ -37,16 +37,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from config import Config, parse
+from families import Network, empty_network
 from formats.saving import write_model
 from infra import checkpoints, distributed, failures, logs, seeds, watch
 from infra.distributed import Process, Stop
 from infra.files import lock_text
 from infra.meter import Meter
 from infra.prompts import printable
-from model import Flux
 from rewards import mean_scores, reported_means, score_all
 from sample import sample
-from samples import build_samples, draw_x_1, metered, noise_of
+from samples import branch_counts, build_samples, draw_x_1, metered, noise_of
 from start import (
     History,
     Setup,
@@ -160,7 +160,7 @@ def run(cfg: Config, setup: Setup, process: Process) -> None:
 # ------------------------------------------------------------------------- the network, and FSDP2
 
 
-def build_network(cfg: Config, setup: Setup, process: Process) -> Flux:
+def build_network(cfg: Config, setup: Setup, process: Process) -> Network:
     """The network that is trained: shapes first, then sharded, then filled, so that no rank need hold all of it."""
     dtype = compute_dtype(cfg)
     flux = empty_flux(cfg, setup.model.weights.config)  # on the meta device: shapes without memory
@@ -178,7 +178,7 @@ def build_network(cfg: Config, setup: Setup, process: Process) -> Flux:
     return flux
 
 
-def shard(flux: Flux, process: Process, dtype: torch.dtype) -> None:
+def shard(flux: Network, process: Process, dtype: torch.dtype) -> None:
     """Make the network distributed: FSDP2 splits every parameter by rows over all ranks, or over groups of --shard N.
 
     A block's parameters are all-gathered just before it runs and freed after it, in the forward and again in the
@@ -203,10 +203,9 @@ def shard(flux: Flux, process: Process, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def frozen_copy(flux: Flux, setup: Setup, process: Process) -> Flux:
+def frozen_copy(flux: Network, setup: Setup, process: Process) -> Network:
     """A frozen copy of the network as it is, for a method that compares the trained network with the untuned one."""
-    with torch.device("meta"):
-        copy = Flux(flux.config).to(setup.pipe.compute).requires_grad_(False)
+    copy = empty_network(flux.config).to(setup.pipe.compute).requires_grad_(False)
     shard(copy, process, setup.pipe.compute)
     copy.to_empty(device=process.device)
     for target, source in zip(copy.parameters(), flux.parameters(), strict=True):
@@ -223,7 +222,7 @@ def compute_dtype(cfg: Config) -> torch.dtype:
 # ------------------------------------------------------------------------ optimizers and averages
 
 
-def make_state(cfg: Config, flux: Flux) -> checkpoints.State:
+def make_state(cfg: Config, flux: Network) -> checkpoints.State:
     """What training changes: the trained parameters, the optimizers, and the averaged parameters."""
     params = {name: p for name, p in flux.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(cfg, params)
@@ -436,6 +435,8 @@ def accumulate_gradient(
             noise=noise_of(x_1, rows, cfg.seed, update, like=size.sigmas),
             generator=generator.clone_state(),  # all rows and ranks draw alike what samples share: the steps k and j
             guidance=cfg.guidance,
+            negative_prompt=cfg.negative_prompt,
+            detach_negative=cfg.detach_negative,
             base=setup.base,
             total=cfg.batch // process.world_size,
             update=update,
@@ -443,7 +444,8 @@ def accumulate_gradient(
         )
     # The method runs here: rollout, reward, backward. Its `vjp` calls .backward(), so FSDP2 gathers weights and reduces
     # gradients inside of this call (vjp_of in leaps.py).
-    method_log = setup.method(metered(samples, meter, len(prompts)))
+    branches = branch_counts(setup.pipe.flux.config, cfg.guidance, cfg.detach_negative)
+    method_log = setup.method(metered(samples, meter, len(prompts), *branches))
     values = method_log | reward_log.means(len(prompts))
     return {name: value.detach().float().cpu().expand(len(prompts)) for name, value in values.items()}
 
@@ -473,9 +475,8 @@ def evaluate(cfg: Config, setup: Setup, process: Process) -> tuple[dict[str, Any
     size = setup.sizes[0]
     # A user's reward may draw random numbers: the same ones at every evaluation.
     torch.manual_seed(seeds.generator_of(cfg.seed, 10**6, process.rank).initial_seed())
-    images = sample(
-        setup.pipe, rank_prompts, noise_seeds, cfg.rollout_steps, size.height, size.width, cfg.guidance, batch
-    )
+    draw = partial(sample, guidance=cfg.guidance, negative_prompt=cfg.negative_prompt, batch=batch)
+    images = draw(setup.pipe, rank_prompts, noise_seeds, cfg.rollout_steps, size.height, size.width)
     rewards = [*setup.rewards, *setup.watched]
     rank_scores = {r.name: score_all(r, images, rank_prompts, process.device, batch) for r in rewards}
 

@@ -44,7 +44,7 @@ from infra.prompts import read_prompts
 from leaps import Velocity, connect, discount, hinge, leapalign, one_step, pick_leaps
 from model import Flux
 from rewards import open_reward
-from sample import HERE, decode, encode, sample, sigmas, token_grid, velocity_of
+from sample import HERE, decode, encode, sample, token_grid, velocity_of
 from samples import Size, build_samples
 
 NETWORKS = {
@@ -208,7 +208,7 @@ def inputs(cfg: BenchFlags) -> tuple[Pipeline, Size, list[str]]:
             torch.set_default_dtype(torch.float32)
     height, width = sides(cfg.size)
     rows, columns = token_grid(pipe, height, width)
-    levels = sigmas(pipe.schedule, cfg.rollout_steps, rows * columns).to(cfg.device)
+    levels = pipe.family.sigmas(pipe.schedule, cfg.rollout_steps, rows * columns).to(cfg.device)
     flops = network_flops(pipe.flux, rows * columns, cfg.text_length)
     lines = read_prompts(HERE / "shapes" / "train-prompts.txt")
     return pipe, Size(height, width, rows, columns, levels, flops), lines[: cfg.batch]
@@ -272,7 +272,7 @@ def sampling_rows(
     """`sample` and FluxPipeline, whose images are the same."""
     shifts = {name: pipe.schedule[name] for name in SHIFTS}
     scheduler = FlowMatchEulerDiscreteScheduler(**shifts)
-    encoders = pipe.clip, pipe.clip_tokenizer, pipe.t5, pipe.t5_tokenizer
+    encoders = itertools.chain(*zip(pipe.encoders, pipe.tokenizers, strict=True))
     pipeline = FluxPipeline(scheduler, pipe.vae, *encoders, reference)
     pipeline.set_progress_bar_config(disable=True)
     seeds = range(cfg.batch)

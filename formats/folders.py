@@ -1,36 +1,30 @@
-"""Model folders in the layout of FLUX.1-dev, which the tiny model's is too: described, checked and loaded.
+"""Model folders in the layout of their family's pipeline in diffusers: described, checked and loaded.
 
 `describe` reads small files and headers, in a second, and finds whatever does not fit. `load_parts` reads the frozen
 networks around a transformer that the caller made: train.py shards its own, `load_pipeline` makes one on one device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    CLIPTextConfig,
-    CLIPTextModel,
-    PreTrainedTokenizerBase,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from formats.locations import Location, locate
+from families import Network, family_of
+from families.common import PATCH, load_frozen
+from formats.locations import Location, folder_family, locate
 from formats.lora_files import read_lora
 from formats.weights import Weights, build_flux, build_with_lora, interpolate, open_flux
 from infra.prompts import print_on_first_rank
-from infra.reading import check_finite, parse_file, parse_json
-from model import Flux
+from infra.reading import parse_json
 
-PATCH = 2  # FLUX sees 2x2 patches of latents
-# What `sample.sigmas` reads of scheduler_config.json. All other entries must have their defaults.
+# What `sigmas` of a family reads of scheduler_config.json. All other entries must have their defaults.
 SHIFTS = {"use_dynamic_shifting", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
 
 
@@ -40,8 +34,16 @@ class Description(NamedTuple):
     location: Location
     weights: Weights  # the transformer's, not read yet
     schedule: dict[str, Any]  # scheduler_config.json
-    tokenizers: list[PreTrainedTokenizerBase]  # CLIP's and T5's
+    tokenizers: list[PreTrainedTokenizerBase]  # CLIP's and T5's, or Qwen3's
     cell: int  # pixels a token spans each way, 16 for FLUX
+
+    @property
+    def family(self) -> ModuleType:
+        return family_of(self.weights.config)
+
+    @property
+    def clip_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return self.tokenizers[0] if self.family.HAS_CLIP else None
 
 
 @dataclass
@@ -49,21 +51,27 @@ class Pipeline:
     """A loaded model. All but `flux` is frozen."""
 
     location: Location
-    flux: Flux
-    vae: AutoencoderKL
-    clip: CLIPTextModel
-    t5: T5EncoderModel
-    clip_tokenizer: PreTrainedTokenizerBase
-    t5_tokenizer: PreTrainedTokenizerBase
+    flux: Network
+    vae: nn.Module
+    encoders: Sequence[nn.Module]  # CLIP and T5, or Qwen3
+    tokenizers: Sequence[PreTrainedTokenizerBase]  # theirs
     schedule: dict[str, Any]  # scheduler_config.json
     cell: int  # pixels a token spans each way
-    text_length: int  # T5 tokens that a prompt is padded or truncated to
+    text_length: int  # tokens of T5 or Qwen3 that a prompt is padded or truncated to
     compute: torch.dtype  # of the transformer, whatever its weights are kept in
     sampling: dict[str, Any] = field(default_factory=dict)  # how it is drawn while it is trained, see sampling.py
 
     @property
+    def family(self) -> ModuleType:
+        return family_of(self.flux.config)
+
+    @property
+    def clip_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return self.tokenizers[0] if self.family.HAS_CLIP else None
+
+    @property
     def device(self) -> torch.device:
-        # The transformer's: with --offload-encoders T5's layers are on the CPU.
+        # The transformer's: with --offload-encoders an encoder's layers are on the CPU.
         return self.flux.img_in.weight.device
 
 
@@ -80,18 +88,17 @@ def describe(name: str | Path, base: str | None = None) -> Description:
     weights = open_flux(location)
     schedule = parse_json(folder / "scheduler" / "scheduler_config.json", parse_schedule)
     latent_channels, cell = parse_json(folder / "vae" / "config.json", parse_vae_config)
-    clip = parse_json(folder / "text_encoder" / "config.json", CLIPTextConfig.from_dict)
-    t5 = parse_json(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
+    family = folder_family(folder)
+    if family_of(weights.config) is not family:
+        raise ValueError(f"{folder} is of {family.NAME}, and {location.transformer} is not: take a folder of its own")
+    tokenizers, widths = family.describe_encoders(folder)
 
     # Folders may be put together by hand, with another VAE for instance. A misfit would fail in the first forward.
-    outputs = latent_channels * PATCH**2, clip.hidden_size, t5.d_model
-    inputs = weights.config.in_channels, weights.config.vec_in_dim, weights.config.context_in_dim
-    if outputs != inputs:
-        raise ValueError(f"{folder} mixes models: vae, CLIP and T5 give {outputs} channels, Flux takes {inputs}")
-    tokenizers = [
-        load_tokenizer(folder / "tokenizer", clip.vocab_size),
-        load_tokenizer(folder / "tokenizer_2", t5.vocab_size),
-    ]
+    widths["in_channels"] = latent_channels * PATCH**2
+    for name, width in widths.items():
+        expected = getattr(weights.config, name)
+        if width != expected:
+            raise ValueError(f"{folder} mixes models: {width} channels for the transformer's {name} of {expected}")
     return Description(location, weights, schedule, tokenizers, cell)
 
 
@@ -118,20 +125,6 @@ def parse_vae_config(entries: dict[str, Any]) -> tuple[int, int]:
     # Each of the VAE's levels but the first halves height and width: 4 levels make a latent of 8x8 pixels.
     pixels = 2 ** (len(entries["block_out_channels"]) - 1)
     return int(entries["latent_channels"]), PATCH * pixels
-
-
-def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """A tokenizer for a text encoder of `vocab_size` embeddings. Raises ValueError naming the folder of any other."""
-    remedy = f"copy or download FLUX.1's own {folder.name}/"
-    load = partial(AutoTokenizer.from_pretrained, trust_remote_code=False, local_files_only=True)
-    tokenizer = parse_file(folder, load, remedy)
-    # FLUX.1's CLIP has 49408 tokens for as many embeddings, its T5 32100 for 32128. Ids beyond the embeddings would
-    # fail in the first forward; a tokenizer of few tokens is the other encoder's. Where files are missing, transformers
-    # invents a tokenizer of few tokens, or one that cannot pad.
-    size, padding = len(tokenizer), tokenizer.pad_token
-    if not 0.9 * vocab_size <= size <= vocab_size or padding is None:
-        raise ValueError(f"{folder} holds {size} tokens, padding {padding}, for an encoder of {vocab_size}: {remedy}")
-    return tokenizer
 
 
 # ------------------------------------------------------------------------------------------- loading
@@ -169,13 +162,13 @@ def load_pipeline(
     for note in weights.notes:
         print_on_first_rank(note)
     # A tokenizer without a limit has a model_max_length of 1e30.
-    text_length = text_length or min(description.tokenizers[1].model_max_length, 512)
+    text_length = text_length or min(description.tokenizers[-1].model_max_length, 512)
     return load_parts(description, flux.to(device), device, dtype, text_length, offload)
 
 
 def load_parts(
     description: Description,
-    flux: Flux,
+    flux: Network,
     device: str | torch.device,
     dtype: torch.dtype,
     text_length: int,
@@ -184,55 +177,15 @@ def load_parts(
     """Load the VAE and the text encoders around a network that the caller made, which stays as it is.
 
     `dtype` is that of the text encoders, and what the network computes in; the VAE stays fp32.
-    `text_length` is the T5 tokens of a prompt. `offload` keeps T5's layers on the CPU except while they compute.
+    `text_length` is the T5 or Qwen3 tokens of a prompt. `offload` keeps that encoder's layers on the CPU except while
+    they compute.
     Raises ValueError naming the folder of weights that are damaged or incomplete.
     """
     logging.disable_progress_bar()  # transformers shows one for each tiny network
     location, _, schedule, tokenizers, cell = description
     folder = location.folder
     # Images and rewards are fp32, and rewards send gradients through the VAE.
-    vae = load_frozen(AutoencoderKL, folder / "vae").float().to(device)
-    clip = load_frozen(CLIPTextModel, folder / "text_encoder", dtype=dtype).to(device)
-    t5 = load_frozen(T5EncoderModel, folder / "text_encoder_2", dtype=dtype)
-    if offload:
-        lend_layers(t5, device)
-    else:
-        t5.to(device)
-    return Pipeline(location, flux, vae, clip, t5, *tokenizers, schedule, cell, text_length, dtype)
-
-
-def load_frozen(network: type, folder: Path, **options: Any) -> Any:
-    """A network of diffusers or transformers, frozen. Raises ValueError naming the folder."""
-    # Folders come from strangers: no code in them is run, and no pickle, which may hold code, is read.
-    options |= dict(use_safetensors=True, local_files_only=True, output_loading_info=True)
-
-    def parse(folder: Path) -> nn.Module:
-        loaded, info = network.from_pretrained(folder, trust_remote_code=False, **options)
-        # Both libraries invent tensors that are missing, with a warning at most.
-        missing_keys = sorted(info["missing_keys"])
-        if missing_keys:
-            raise ValueError(
-                f"{len(missing_keys)} tensors of {network.__name__} are missing, such as {missing_keys[0]}"
-            )
-        check_finite(loaded.named_parameters())
-        return loaded
-
-    return parse_file(folder, parse).eval().requires_grad_(False)
-
-
-def lend_layers(t5: T5EncoderModel, device: str | torch.device) -> None:
-    """Have each layer of T5 on the device while it computes only: together they are 9.3 GB, which may not fit."""
-
-    # Hooks of torch: these run before and after the forward of a layer.
-    def to_device(layer: nn.Module, inputs: Any) -> None:
-        layer.to(device)
-
-    def to_host(layer: nn.Module, inputs: Any, output: Any) -> None:
-        layer.to("cpu")
-
-    # The embedding and the last norm are outside of the layers.
-    t5.encoder.embed_tokens.to(device)
-    t5.encoder.final_layer_norm.to(device)
-    for layer in t5.encoder.block:
-        layer.register_forward_pre_hook(to_device)
-        layer.register_forward_hook(to_host)
+    family = description.family
+    vae = load_frozen(family.VAE, folder / "vae").float().to(device)
+    encoders = family.load_encoders(folder, dtype, device, offload)
+    return Pipeline(location, flux, vae, encoders, tokenizers, schedule, cell, text_length, dtype)

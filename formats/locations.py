@@ -3,8 +3,8 @@
 A model is a folder, or a hub id that is downloaded to one, in the layout of diffusers:
 
     model_index.json  scheduler/  transformer/  vae/
-    text_encoder/  tokenizer/        CLIP
-    text_encoder_2/  tokenizer_2/    T5
+    text_encoder/  tokenizer/        CLIP; Qwen3 of FLUX.2
+    text_encoder_2/  tokenizer_2/    T5; FLUX.2 has none
 
 Or it is one file, with a folder of all else: a LoRA, or the transformer as black-forest-labs publish it
 (flux1-dev.safetensors).
@@ -13,20 +13,27 @@ Or it is one file, with a folder of all else: a LoRA, or the transformer as blac
 import re
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 
+from families import FAMILIES
 from formats.lora import FILE, NOTE
 from formats.lora_files import lora_file
-from formats.reading import flux_file, tensor_names
+from formats.names import flux_file
+from formats.reading import tensor_names
 from infra.downloads import DOWNLOADS, how_to_get
 from infra.files import put_back
 from infra.reading import parse_file, parse_json
 
-# All but the transformer stays as it is in training, and is copied or linked to the folder of a tuned model.
-FROZEN = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-COMPONENTS = (*FROZEN, "transformer")
+# Models that cannot be trained here, by their pipeline or by how the name of their published file starts.
+REFUSED = {
+    "Flux2Pipeline|flux2-dev": "FLUX.2 [dev] needs a text encoder of 24 B parameters: take FLUX.2 [klein] base",
+    "FluxKontextPipeline|flux1-kontext": "Kontext edits pictures, which no reward here judges: take FLUX.1-dev",
+    "Flux3": "FLUX.3 has another transformer and text encoder: take FLUX.2 [klein] base",
+    "distilled|flux-2-klein-[49]b": "it draws in a few steps, which rewards soon blur: take FLUX.2 [klein] base",
+}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 
 
@@ -51,16 +58,17 @@ def locate(name: str | Path, base: str | None = None) -> Location:
     if lora := lora_file(name):
         return locate_base(lora, base)._replace(lora=lora)
     if flux_file(name):
+        check_name(path, path.name)
         if not base or Path(base).is_file():
             raise ValueError(f"{name} is a transformer alone: give --base FOLDER, which has a VAE and text encoders")
-        return Location(find_folder(base, FROZEN), path)
+        return Location(find_folder(base), path)
     if path.is_file():
-        remedy = "give a FLUX.1 folder, a LoRA, or a transformer with black-forest-labs' names, all of .safetensors"
+        remedy = "give a FLUX folder, a LoRA, or a transformer with black-forest-labs' names, all of .safetensors"
         first_names = ", ".join(tensor_names(path, remedy)[:3])
-        raise ValueError(f"{name} is no FLUX.1 model, its tensors are {first_names} ...: {remedy}")
+        raise ValueError(f"{name} is no FLUX model, its tensors are {first_names} ...: {remedy}")
     if base:
         locate(base)  # which --strength needs; a misspelt one is found also where it is not used
-    folder = find_folder(name, COMPONENTS)
+    folder = find_folder(name, "transformer")
     return Location(folder, folder / "transformer")
 
 
@@ -92,13 +100,16 @@ def locate_base(lora: Path, base: str | None) -> Location:
 # ------------------------------------------------------------------------------------------ folders
 
 
-def find_folder(name: str | Path, components: tuple[str, ...]) -> Path:
-    """The model folder at path `name` or of that hub id. Raises ValueError if it lacks some of `components`."""
+def find_folder(name: str | Path, *components: str) -> Path:
+    """The model folder at path `name` or of that hub id.
+
+    Raises ValueError if it lacks a component that its family has, or one of `components`.
+    """
     folder = Path(name)
     if not folder.exists():
         folder = download_folder(str(name), components)
     # The class comes first: of another family's model it is no help to list the components that it lacks.
-    check_class(folder)
+    components = *folder_family(folder).FROZEN, *components
     contents = sorted(path.name for path in folder.iterdir())
     lacks = [component for component in components if component not in contents]
     if lacks:
@@ -119,19 +130,32 @@ def download_folder(name: str, components: tuple[str, ...]) -> Path:
     remedy = (
         f"no folder {name} is here: check name and network; for a gated model, accept its licence and `hf auth login`"
     )
-    # The transformer's config.json describes the file that takes the place of its weights.
-    patterns = [*(f"{component}/*" for component in components), "transformer/config.json"]
     # The index is fetched and checked alone: nobody should wait for the weights of a model that cannot be used.
-    for allow_patterns in (["model_index.json"], patterns):
-        download = partial(snapshot_download, allow_patterns=allow_patterns)
-        folder = Path(parse_file(name, download, remedy))
-        check_class(folder)
-    return folder
+    download = partial(snapshot_download, allow_patterns=["model_index.json"])
+    family = folder_family(Path(parse_file(name, download, remedy)))
+    # The transformer's config.json describes the file that takes the place of its weights.
+    patterns = [*(f"{component}/*" for component in (*family.FROZEN, *components)), "transformer/config.json"]
+    download = partial(snapshot_download, allow_patterns=patterns)
+    return Path(parse_file(name, download, remedy))
 
 
-def check_class(folder: Path) -> None:
-    """Raise ValueError naming the pipeline that a folder's model_index.json names, if it is not FLUX.1's."""
-    remedy = "give a folder of FluxPipeline"
-    pipeline = parse_json(folder / "model_index.json", lambda entries: str(entries["_class_name"]), remedy)
-    if not re.match(r"Flux[A-Z]", pipeline):  # FluxPipeline, FluxFillPipeline, but not Flux2Pipeline
-        raise ValueError(f"{folder} is no FLUX.1 model, its model_index.json says {pipeline}: {remedy}")
+def folder_family(folder: Path) -> ModuleType:
+    """The family of a folder, by its model_index.json. Raises ValueError naming the pipeline of any other model."""
+    remedy = "give a folder of FluxPipeline or Flux2KleinPipeline"
+
+    def pipeline_of(entries: dict[str, Any]) -> str:
+        return "distilled" if entries.get("is_distilled") else entries["_class_name"]
+
+    pipeline = parse_json(folder / "model_index.json", pipeline_of, remedy)
+    check_name(folder, pipeline)
+    for family in FAMILIES:
+        if pipeline == family.PIPELINE:
+            return family
+    raise ValueError(f"{folder} is no FLUX model, its model_index.json says {pipeline}: {remedy}")
+
+
+def check_name(source: Path, name: str) -> None:
+    """Raise ValueError if a pipeline or a file is called as a model that cannot be trained here."""
+    for pattern, reason in REFUSED.items():
+        if re.match(pattern, name):
+            raise ValueError(f"{source} cannot be used ({name}): {reason}")

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from families import Network, NetworkConfig
 from formats.names import module_names
-from model import Flux, FluxConfig
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 NOTE = "lora.json"  # names the model that the LoRA lies over
@@ -69,14 +69,14 @@ class LoRA(nn.Module):
         return self.linear(x) + self.scale * torch.cat(blocks, dim=-1)
 
 
-def lora_layers(config: FluxConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+def lora_layers(config: NetworkConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The layers that a LoRA changes: our name, and diffusers' names for its blocks of rows."""
     for name, diffusers_names in module_names(config):
         if "blocks" in name and name.endswith(TARGETS):
             yield name, diffusers_names
 
 
-def add_lora(flux: Flux, rank: int, alpha: float) -> None:
+def add_lora(flux: Network, rank: int, alpha: float) -> None:
     """Freeze a Flux and put a LoRA around its layers, in place. Parameters `X.weight` become `X.linear.weight`."""
     flux.requires_grad_(False)
     for name, diffusers_names in lora_layers(flux.config):
@@ -90,7 +90,7 @@ def wrapped_name(name: str, parameter_names: set[str]) -> str:
     return name if name in parameter_names else f"{layer}.linear.{leaf}"
 
 
-def first_values(flux: Flux, seed: int, changes: Changes | None = None) -> NamedTensors:
+def first_values(flux: Network, seed: int, changes: Changes | None = None) -> NamedTensors:
     """Names and values that a LoRA starts from: A as torch draws linear layers, B zero. The same on every rank.
 
     With the `changes` of an earlier LoRA, training goes on from there: they fill the first rows of A and columns of B.
@@ -157,7 +157,7 @@ def add_change(linear: nn.Linear, change: Change, strength: float) -> None:
     linear.register_forward_hook(lambda layer, args, y: y + F.linear(F.linear(args[0], layer.down), layer.up))
 
 
-def save_lora(folder: Path, flux: Flux, tensors: NamedTensors, base: dict[str, str]) -> None:
+def save_lora(folder: Path, flux: Network, tensors: NamedTensors, base: dict[str, str]) -> None:
     """Write FILE, with the scale in B, and NOTE, which is `base`: where `locations.locate` finds the base.
 
     `tensors` are all trained parameters of `flux`, whole; `flux` itself may be sharded. `base` holds the model folder

@@ -24,12 +24,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from families import NetworkConfig, empty_network
 from formats.lora import FILE, NOTE, Change, Changes, NamedTensors
 from formats.names import to_diffusers
 from formats.reading import tensor_names
 from infra.prompts import print_on_first_rank
 from infra.reading import check_finite, parse_file
-from model import Flux, FluxConfig
 
 PEFT = "adapter_model.safetensors"
 SIGN = re.compile(r"lora_A|lora[_.]down|\.processor\..*\.down\.weight|lokr_|hada_")  # only LoRAs have such names
@@ -68,7 +68,7 @@ def lora_file(name: str | Path) -> Path | None:
     return files[0]
 
 
-def read_lora(file: Path, config: FluxConfig) -> Changes:
+def read_lora(file: Path, config: NetworkConfig) -> Changes:
     """What a LoRA file adds to each weight of a Flux, by our names of the weights.
 
     Changes of text encoders are left out, which a line on stderr reports.
@@ -163,10 +163,9 @@ def kohya_name(layer: str) -> str:
     return layer.replace(".", "_")  # which no two layers share
 
 
-def layer_rows(config: FluxConfig) -> dict[str, tuple[str, Tensor, torch.Size]]:
+def layer_rows(config: NetworkConfig) -> dict[str, tuple[str, Tensor, torch.Size]]:
     """By each published name of a layer, as kohya writes it: our weight, the layer's rows in it, the weight's shape."""
-    with torch.device("meta"):
-        parameters = dict(Flux(config).named_parameters())
+    parameters = dict(empty_network(config).named_parameters())
     table = {}
     for weight, parameter in parameters.items():
         if parameter.ndim == 2:

@@ -1,83 +1,34 @@
-"""The two published forms of a Flux's weights: black-forest-labs' names, which are ours, and diffusers'.
+"""The two published forms of a transformer's weights: black-forest-labs' names, which are ours, and diffusers'.
 
 A diffusers `transformer/` folder holds the tensors of `flux1-dev.safetensors` under other names. Fused layers are
-split by rows: one qkv there is to_q, to_k and to_v here. Both directions read one table, `module_names`; so does
-lora.py, for the rows of a fused layer.
+split by rows: one qkv there is to_q, to_k and to_v here. Both directions read one table, `module_names`, which a
+family makes; so does lora.py, for the rows of a fused layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model import FLUX_DEV, Flux, FluxConfig
+from families import FAMILIES, NetworkConfig, empty_network, family_of
+from formats.reading import tensor_names
 
-# Modules by black-forest-labs' name and by diffusers'. Several names share the rows of one tensor, in that
-# order: hidden_size rows each, and the last has the remaining rows.
-OUTER = {
-    "img_in": ("x_embedder",),  # x is the noisy image
-    "txt_in": ("context_embedder",),
-    # Time, guidance and the pooled prompt are summed into one vector, `vec`, by one module of diffusers.
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    # FLUX.1-schnell has no guidance.
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    "final_layer.linear": ("proj_out",),
-}
-DOUBLE = {
-    "img_mod.lin": ("norm1.linear",),  # shift, scale and gate, of attention and of the MLP
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "img_attn.norm.query_norm": ("attn.norm_q",),
-    "img_attn.norm.key_norm": ("attn.norm_k",),
-    "img_attn.proj": ("attn.to_out.0",),  # to_out.1 is a dropout
-    "img_mlp.0": ("ff.net.0.proj",),  # net.0 is linear and GELU in one
-    "img_mlp.2": ("ff.net.2",),  # net.1 is a dropout
-    # The text's weights have the names of attention to a context that is added to the image's.
-    "txt_mod.lin": ("norm1_context.linear",),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-}
-SINGLE = {
-    # Attention and MLP run side by side: one product makes the inputs of both, and one joins their outputs.
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "norm.query_norm": ("attn.norm_q",),
-    "norm.key_norm": ("attn.norm_k",),
-    "modulation.lin": ("norm.linear",),
-}
 SWAPPED = "final_layer.adaLN_modulation.1"  # rows (shift, scale); (scale, shift) in diffusers
-# Config entries by both names. Fields that are not here have one value in diffusers, which is FLUX_DEV's.
-CONFIG_NAMES = {
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "vec_in_dim": "pooled_projection_dim",
-    "context_in_dim": "joint_attention_dim",
-    "num_heads": "num_attention_heads",
-    "depth": "num_layers",
-    "depth_single_blocks": "num_single_layers",
-    "axes_dim": "axes_dims_rope",
-    "guidance_embed": "guidance_embeds",
-}
 
 
-def module_names(config: FluxConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+def module_names(config: NetworkConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every module that holds parameters: our name, and diffusers' name or names for its rows."""
-    for module, names in OUTER.items():
+    family = family_of(config)
+    for module, names in family.OUTER.items():
         # Only these modules depend on the configuration.
         if config.guidance_embed or not module.startswith("guidance_in."):
             yield module, names
     stacks = [
-        ("double_blocks", "transformer_blocks", DOUBLE, config.depth),
-        ("single_blocks", "single_transformer_blocks", SINGLE, config.depth_single_blocks),
+        ("double_blocks", "transformer_blocks", family.DOUBLE, config.depth),
+        ("single_blocks", "single_transformer_blocks", family.SINGLE, config.depth_single_blocks),
     ]
     for stack, diffusers_stack, table, depth in stacks:
         for i in range(depth):
@@ -98,19 +49,39 @@ def swap_halves(tensor: Tensor) -> Tensor:
     return torch.cat(tensor.chunk(2)[::-1])
 
 
-def empty_state(config: FluxConfig) -> dict[str, Tensor]:
+def empty_state(config: NetworkConfig) -> dict[str, Tensor]:
     """Our names, in the network's order, with tensors on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return Flux(config).state_dict()
+    return empty_network(config).state_dict()
+
+
+def find_names(names: Iterable[str]) -> tuple[ModuleType, str] | None:
+    """The family of a file with black-forest-labs' names, and what precedes them; None for any other file.
+
+    What precedes them is empty, or "model.diffusion_model." in ComfyUI's files.
+    """
+    # By the end of a name, as the prefix is unknown and other tensors, of a VAE for instance, have other prefixes.
+    for name in names:
+        for family in FAMILIES:
+            if name.endswith(family.SIGN):
+                return family, name.removesuffix(family.SIGN)
+    return None
+
+
+def flux_file(name: str | Path) -> Path | None:
+    """The path of a file of a transformer under black-forest-labs' names, as its header says; else None."""
+    path = Path(name)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    return path if find_names(tensor_names(path)) else None
 
 
 # ------------------------------------------------------------------------------------------ tensors
 
 
-def to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tensor]:
+def to_diffusers(state: dict[str, Tensor], config: NetworkConfig) -> dict[str, Tensor]:
     """A state dict with our names, or any subset of one, in diffusers' form. Rows of a fused tensor are views.
 
-    Raises KeyError for a tensor that is no parameter of this Flux.
+    Raises KeyError for a tensor that is no parameter of this network.
     """
     table = dict(module_names(config))
     result = {}
@@ -125,7 +96,7 @@ def to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tens
 
 
 def from_diffusers(
-    state: dict[str, Tensor], config: FluxConfig, source: str = "the state dict"
+    state: dict[str, Tensor], config: NetworkConfig, source: str = "the state dict"
 ) -> Iterator[tuple[str, Tensor]]:
     """The inverse of `to_diffusers`, for a whole state dict: names and tensors, each made as it is asked for.
 
@@ -136,7 +107,7 @@ def from_diffusers(
     return fused_tensors(state, list(shapes), config)
 
 
-def fused_tensors(state: dict[str, Tensor], keys: list[str], config: FluxConfig) -> Iterator[tuple[str, Tensor]]:
+def fused_tensors(state: dict[str, Tensor], keys: list[str], config: NetworkConfig) -> Iterator[tuple[str, Tensor]]:
     """Our tensors, one at a time, of a state dict with diffusers' names."""
     table = dict(module_names(config))
     for key in keys:
@@ -163,29 +134,35 @@ def check_state(state: dict[str, Tensor], shapes: dict[str, Tensor], source: str
 # --------------------------------------------------------------------------------------- config.json
 
 
-def config_to_diffusers(config: FluxConfig) -> dict[str, Any]:
+def config_to_diffusers(config: NetworkConfig) -> dict[str, Any]:
     """The config.json of a diffusers `transformer/` folder."""
-    entries = {"_class_name": "FluxTransformer2DModel", "patch_size": 1, "attention_head_dim": config.head_dim}
-    for field, name in CONFIG_NAMES.items():
+    family = family_of(config)
+    entries = {"_class_name": family.TRANSFORMER, "patch_size": 1, "attention_head_dim": config.head_dim}
+    for field, name in family.CONFIG_NAMES.items():
         entries[name] = getattr(config, field)
     return entries
 
 
-def config_from_diffusers(entries: dict[str, Any]) -> FluxConfig:
+def config_from_diffusers(entries: dict[str, Any]) -> NetworkConfig:
     """The inverse. Entries that are absent have diffusers' defaults: FLUX.1-dev's own file lacks axes_dims_rope.
 
-    Raises ValueError naming an entry that this Flux does not have.
+    Raises ValueError naming an entry that the network does not have.
     """
-    defaults = config_to_diffusers(FLUX_DEV) | {"out_channels": None, "guidance_embeds": False}
+    family = FAMILIES[0]
+    for other_family in FAMILIES:
+        if entries.get("_class_name") == other_family.TRANSFORMER:
+            family = other_family
+    defaults = config_to_diffusers(family.DEFAULT) | family.CONFIG_DEFAULTS
     values = defaults | entries
+    free = {*family.CONFIG_NAMES.values(), "attention_head_dim"}
     for name, value in entries.items():
         # _diffusers_version and _name_or_path say nothing of the network.
         unknown = name not in defaults and not name.startswith("_")
-        fixed = name in ("_class_name", "patch_size")
+        fixed = name in defaults and name not in free
         # An entry that is unknown, a flag of a later diffusers for instance, could change what the network computes.
         if unknown or (fixed and value != defaults[name]):
             raise ValueError(f"this Flux has no {name}={value!r}, which the diffusers config asks for")
-    fields = {field: values[name] for field, name in CONFIG_NAMES.items()}
+    fields = {field: values[name] for field, name in family.CONFIG_NAMES.items()}
     fields["out_channels"] = fields["out_channels"] or fields["in_channels"]  # null means: as many as in_channels
     fields["axes_dim"] = tuple(fields["axes_dim"])  # JSON has lists only
-    return FluxConfig(**fields, hidden_size=values["attention_head_dim"] * values["num_attention_heads"])
+    return family.Config(**fields, hidden_size=values["attention_head_dim"] * values["num_attention_heads"])

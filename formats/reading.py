@@ -1,14 +1,12 @@
 """What a file of tensors is, by its header, before a weight is read."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import safe_open
 
 from infra.reading import AGAIN, parse_file
 
-FLUX_TENSOR = "vector_in.in_layer.weight"  # which FLUX.2 and Chroma lack, and diffusers names otherwise
 MODELS_FILE = re.compile(
     r"\w*config\.json|[\w-]+\.safetensors(\.index\.json)?|vocab\.(json|txt)|merges\.txt|tokenizer\.json|spiece\.model"
     r"|\w*tokens(_map)?\.json"
@@ -19,24 +17,6 @@ def tensor_names(file: Path, remedy: str = AGAIN) -> list[str]:
     """The names of a safetensors file's tensors, from its header. Raises ValueError if the header cannot be read."""
     # The header is JSON at the start of the file: of 24 GB, 100 kB are read.
     return parse_file(file, lambda path: list(safe_open(path, "pt").keys()), remedy)
-
-
-def bfl_prefix(names: Iterable[str]) -> str | None:
-    """What precedes black-forest-labs' names in a file of FLUX.1's transformer; None for any other file."""
-    # By the end of a name, as the prefix is unknown and other tensors, of a VAE for instance, have other prefixes.
-    for name in names:
-        if name.endswith(FLUX_TENSOR):
-            return name.removesuffix(FLUX_TENSOR)  # empty, or ComfyUI's "model.diffusion_model."
-    return None
-
-
-def flux_file(name: str | Path) -> Path | None:
-    """The path of a file of FLUX.1's transformer under black-forest-labs' names, as its header says; else None."""
-    path = Path(name)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    prefix = bfl_prefix(tensor_names(path))
-    return None if prefix is None else path
 
 
 def is_models_file(file: Path, model: Path) -> bool:

@@ -15,7 +15,7 @@ from infra.reading import parse_file
 
 Flags = TypeVar("Flags")
 FILE = "sampling.json"  # in a folder; a .safetensors file has the same text in its metadata
-KINDS = {"rollout_steps": int, "size": str, "guidance": float, "text_length": int, "bf16": bool}
+KINDS = {"rollout_steps": int, "size": str, "guidance": float, "negative_prompt": str, "text_length": int, "bf16": bool}
 
 
 def saved_sampling(name: str | Path) -> dict[str, Any]:

@@ -11,16 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from families import NetworkConfig, family_of
 from formats import sampling
 from formats.folders import Pipeline
-from formats.locations import FROZEN, Location
+from formats.locations import Location
 from formats.lora import save_lora
 from formats.names import config_to_diffusers, empty_state, to_diffusers
 from formats.reading import is_models_file
 from formats.weights import INDEX, WEIGHTS, Tensors
 from infra.distributed import Process, gathered_tensors, on_first_rank
 from infra.files import replacing
-from model import FluxConfig
 
 SHARD_BYTES = 5e9  # of a file of a saved transformer, and of memory to save it
 LINK_BYTES = 100e6  # from which on a frozen file is linked, not copied
@@ -76,13 +76,13 @@ def base_entries(location: Location) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ folders
 
 
-def save_pipeline(folder: Path, source: Path, config: FluxConfig, state: Tensors) -> None:
+def save_pipeline(folder: Path, source: Path, config: NetworkConfig, state: Tensors) -> None:
     """Write a model folder: frozen components copied from `source`, a transformer from `state` (our names)."""
 
     def unknown(component: str, names: list[str]) -> list[str]:
         return [name for name in names if not is_models_file(Path(component) / name, source)]
 
-    for component in FROZEN:
+    for component in family_of(config).FROZEN:
         target = folder / component
         shutil.copytree(source / component, target, dirs_exist_ok=True, copy_function=link_or_copy, ignore=unknown)
     shutil.copy(source / "model_index.json", folder)
@@ -99,7 +99,7 @@ def link_or_copy(source: str, target: str) -> None:
     shutil.copy2(file, target)
 
 
-def save_transformer(folder: Path, config: FluxConfig, state: Tensors) -> None:
+def save_transformer(folder: Path, config: NetworkConfig, state: Tensors) -> None:
     """Write a diffusers `transformer/` folder from our names and tensors, in files of SHARD_BYTES.
 
     `state` may be an iterator, so that no more than a file of it is in memory; and it may be mapped from the folder
@@ -127,7 +127,7 @@ def save_transformer(folder: Path, config: FluxConfig, state: Tensors) -> None:
         (path / "config.json").write_text(json.dumps(config_to_diffusers(config), indent=2) + "\n")
 
 
-def diffusers_shards(config: FluxConfig, state: Tensors) -> Iterator[dict[str, Tensor]]:
+def diffusers_shards(config: NetworkConfig, state: Tensors) -> Iterator[dict[str, Tensor]]:
     """The tensors of a transformer with diffusers' names, a file's worth at a time."""
     shard = {}
     for name, tensor in state:
@@ -144,9 +144,9 @@ def diffusers_shards(config: FluxConfig, state: Tensors) -> Iterator[dict[str, T
 
 
 def save_single_file(
-    file: Path, config: FluxConfig, dtype: torch.dtype, state: Tensors, metadata: dict[str, str] | None = None
+    file: Path, config: NetworkConfig, dtype: torch.dtype, state: Tensors, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a transformer with the names of flux1-dev.safetensors, each tensor as it comes.
+    """Write a transformer with black-forest-labs' names, as flux1-dev.safetensors, each tensor as it comes.
 
     safetensors' own function wants all tensors at once, 24 GB of them. The format: 8 bytes, the length of the header;
     the header, JSON of each tensor's dtype, shape and offsets; then the tensors.

@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from families import Network, NetworkConfig, empty_network, family_of
 from formats.locations import Location
 from formats.lora import Changes, add_change
 from formats.lora_files import merge_lora
-from formats.names import check_state, config_from_diffusers, empty_state, from_diffusers
-from formats.reading import bfl_prefix
+from formats.names import check_state, config_from_diffusers, empty_state, find_names, from_diffusers
 from infra.reading import check_finite, parse_file, parse_json
-from model import FLUX_DEV, Flux, FluxConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a transformer/
 INDEX = f"{WEIGHTS}.index.json"  # of weights that are sharded over several files: which tensor is in which
@@ -30,7 +29,7 @@ Tensors = Iterable[tuple[str, Tensor]]
 class Weights(NamedTuple):
     """A transformer on the disk."""
 
-    config: FluxConfig
+    config: NetworkConfig
     tensors: Tensors  # by our names, each read as it is asked for; once
     notes: list[str]  # what the user should know of them
 
@@ -61,16 +60,18 @@ def weight_files(location: Location) -> list[Path]:
 def open_single_file(path: Path, config_file: Path) -> Weights:
     """A transformer in a file of its own; or in a checkpoint of ComfyUI, whose VAE and text encoders are left unread.
 
-    `config_file`, a diffusers config.json, may be absent: the network is FLUX.1-dev's then.
+    `config_file`, a diffusers config.json, may be absent: the network is FLUX.1-dev or FLUX.2 [klein] base 4B then.
     """
     # safetensors maps a file into memory: dtypes and shapes come from its header, and no value is read yet.
     mapped = parse_file(path, load_file)
-    prefix = bfl_prefix(mapped) or ""
+    family, prefix = find_names(mapped)
     state = {name.removeprefix(prefix): tensor for name, tensor in mapped.items() if name.startswith(prefix)}
     notes = fp8_notes(state, path)
 
     # The tensors do not say how positions are encoded (axes_dim), so the file needs the configuration of a folder.
-    config = read_config(config_file) if config_file.exists() else FLUX_DEV
+    config = read_config(config_file) if config_file.exists() else family.DEFAULT
+    if family_of(config) is not family:
+        raise ValueError(f"{path} is a transformer of {family.NAME}, and {config_file} of {family_of(config).NAME}")
     # They do say whether guidance is an input: FLUX.1-schnell's file may lie over FLUX.1-dev's folder.
     guidance_embed = "guidance_in.in_layer.weight" in state
     if guidance_embed != config.guidance_embed:
@@ -95,15 +96,15 @@ def open_subfolder(path: Path) -> Weights:
     return Weights(config, upcast(tensors, path), fp8_notes(state, path))
 
 
-def read_config(file: Path) -> FluxConfig:
+def read_config(file: Path) -> NetworkConfig:
     """The configuration in a diffusers config.json. ValueError names the file if no network can be made of it."""
 
-    def parse(entries: dict[str, Any]) -> FluxConfig:
+    def parse(entries: dict[str, Any]) -> NetworkConfig:
         config = config_from_diffusers(entries)
         empty_state(config)
         return config
 
-    return parse_json(file, parse, "copy or download FLUX.1's own file")
+    return parse_json(file, parse, "copy or download the model's own file")
 
 
 def fp8_notes(state: dict[str, Tensor], path: Path) -> list[str]:
@@ -132,18 +133,17 @@ def upcast(tensors: Tensors, path: Path) -> Tensors:
 # ----------------------------------------------------------------------------------------- networks
 
 
-def build_flux(weights: Weights, dtype: torch.dtype) -> Flux:
+def build_flux(weights: Weights, dtype: torch.dtype) -> Network:
     """The network of these weights, on the CPU."""
     # Without initial values: to draw 12B normal numbers takes minutes. assign=True makes parameters of the tensors
     # as they are, so that weights which have the dtype already stay in the mapped file, and memory holds them once.
-    with torch.device("meta"):
-        flux = Flux(weights.config)
+    flux = empty_network(weights.config)
     state = {name: tensor.to(dtype) for name, tensor in weights.tensors}
     flux.load_state_dict(state, strict=True, assign=True)
     return flux
 
 
-def build_with_lora(weights: Weights, changes: Changes, strength: float, dtype: torch.dtype) -> Flux:
+def build_with_lora(weights: Weights, changes: Changes, strength: float, dtype: torch.dtype) -> Network:
     """The network of W + strength (alpha / rank) B A, for each weight W that a LoRA changes."""
     if dtype == torch.float32:
         tensors = merge_lora(weights.tensors, changes, strength)

@@ -14,6 +14,12 @@ DOWNLOADS = {
         "34 GB; accept the licence on its hub page first, and `hf auth login`",
         "hf download black-forest-labs/FLUX.1-dev --local-dir weights/FLUX.1-dev --exclude flux1-dev.safetensors",
     ),
+    "weights/FLUX.2-klein-base-4B": (
+        # In bf16: 7.8 GB the transformer, 8.1 Qwen3, 0.2 the VAE.
+        "16 GB",
+        "hf download black-forest-labs/FLUX.2-klein-base-4B --local-dir weights/FLUX.2-klein-base-4B --exclude "
+        "flux-2-klein-base-4b.safetensors",
+    ),
     "weights/HPS_v2.1_compressed.pt": (
         "the reward hpsv2, or say hpsv2=PATH",
         "hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir weights",

@@ -21,11 +21,13 @@ from numpy.random import Generator, default_rng
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
+from families.common import pack, padded_ids
+from families.flux1 import Text
 from formats.folders import Pipeline
 from model import Flux, init_weights
 from recipe.fit import RecipeFlags, TensorDict, fit
 from recipe.lessons import CAPTIONS, EVEN, TEACH, distort, numbers_of, random_prompts
-from sample import Text, encode, pack, padded_ids, velocity_of
+from sample import encode, velocity_of
 from shapes.world import COLOR_NAMES, PROMPTS, SHAPES, random_layouts, render, scenes
 
 SCENES = {  # for each prompt of a task; attr has 144 prompts
@@ -88,14 +90,16 @@ def fit_text_encoders(cfg: RecipeFlags, pipe: Pipeline) -> None:
     The heads are thrown away. Trained together with Flux instead, the encoders never learned relations.
     """
     torch.manual_seed(0)
-    pipe.t5 = T5EncoderModel(pipe.t5.config)
-    pipe.clip = CLIPTextModel(pipe.clip.config)
+    clip, t5 = pipe.encoders
+    t5 = T5EncoderModel(t5.config)
+    clip = CLIPTextModel(clip.config)
+    pipe.encoders = [clip, t5]
     noun_head = nn.Linear(96, 17)  # of T5's token of a noun: see `meanings`
     mean_head = nn.Linear(96, 40)  # of the mean over T5's tokens
     pooled_head = nn.Linear(64, 40)  # of CLIP's embedding
     length = pipe.text_length
-    t5_ids = padded_ids(pipe.t5_tokenizer, CAPTIONS, length)
-    clip_ids = padded_ids(pipe.clip_tokenizer, CAPTIONS, length)
+    t5_ids, _ = padded_ids(pipe.tokenizers[1], CAPTIONS, length)
+    clip_ids, _ = padded_ids(pipe.tokenizers[0], CAPTIONS, length)
     scene, noun = meanings(length)
     is_noun = noun.any(-1)  # (p, m)
 
@@ -103,15 +107,15 @@ def fit_text_encoders(cfg: RecipeFlags, pipe: Pipeline) -> None:
         return (x - target).square().sum(-1).mean()
 
     def loss_fn(rng: Generator, step: int) -> Tensor:
-        hidden = pipe.t5(t5_ids)[0]  # (p, m, 96): every step sees all captions
-        pooled = pipe.clip(clip_ids).pooler_output  # (p, 64)
+        hidden = t5(t5_ids)[0]  # (p, m, 96): every step sees all captions
+        pooled = clip(clip_ids).pooler_output  # (p, 64)
         noun_loss = squared_error(noun_head(hidden)[is_noun], noun[is_noun])
         pooled_loss = squared_error(pooled_head(pooled), scene)
         mean_loss = squared_error(mean_head(hidden.mean(1)), scene)
         # Flux reads the tokens and the pooled vector, so these two count in full.
         return noun_loss + pooled_loss + 0.3 * mean_loss
 
-    modules = nn.ModuleList([pipe.t5, pipe.clip, noun_head, mean_head, pooled_head])
+    modules = nn.ModuleList([t5, clip, noun_head, mean_head, pooled_head])
     fit("text", modules, loss_fn, cfg, steps=600, lr=2e-3)
     modules.eval().requires_grad_(False)
 

@@ -36,10 +36,10 @@ def main(cfg: RecipeFlags) -> None:
     folder = cfg.out / shipped.name
     save_transformer(folder / "transformer", pipe.flux.config, pipe.flux.state_dict().items())
     pipe.vae.save_pretrained(folder / "vae")
-    pipe.t5.save_pretrained(folder / "text_encoder_2")  # FLUX's number 2 is T5
+    pipe.encoders[1].save_pretrained(folder / "text_encoder_2")  # FLUX's number 2 is T5
     # The published names of FLUX.1-dev's encoder, which every transformers reads; version 5 would drop the prefix.
     tensors = {}
-    for key, tensor in pipe.clip.state_dict().items():
+    for key, tensor in pipe.encoders[0].state_dict().items():
         tensors["text_model." + key.removeprefix("text_model.")] = tensor
     save_file(tensors, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
 

@@ -17,13 +17,15 @@ from numpy.random import Generator, default_rng
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
+from families.common import padded_ids
+from families.flux1 import Text, sigmas
 from formats.folders import Pipeline
 from leaps import rollout
 from model import Flux
 from recipe.fit import RecipeFlags, TensorDict, fit, generator
 from recipe.lessons import CAPTIONS, EVEN, UNKNOWN, fades, judge_labels, numbers_of, random_prompts, training_scenes
 from rewards import WEIGHTS
-from sample import Text, decode, encode, padded_ids, sigmas, velocity_of
+from sample import decode, encode, velocity_of
 from scorers.clip import features
 from scorers.common import normalize
 from shapes.world import SIZE
@@ -91,7 +93,7 @@ def concatenate(batches: list[TensorDict]) -> TensorDict:
 
 def fit_reward(cfg: RecipeFlags, pipe: Pipeline, labels: list[TensorDict]) -> CLIPModel:
     """The reward, on rendered scenes (`read`), and then on labelled images, fades and walkers as well (`reward`)."""
-    ids = padded_ids(pipe.clip_tokenizer, CAPTIONS, pipe.text_length)
+    ids, _ = padded_ids(pipe.clip_tokenizer, CAPTIONS, pipe.text_length)
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig.from_pretrained(WEIGHTS["tiny"]))
     # CLIP's initial position embeddings (0.02) are so small that a tower of this size may not learn where things are.

@@ -7,13 +7,15 @@ neither open_clip nor the hpsv2 package is needed.  The tokenizer is CLIP's, whi
 import html
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import ftfy
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
+from infra.reading import parse_file
 from scorers.clip import clip_cosine
 from scorers.common import (
     Device,
@@ -27,6 +29,7 @@ from scorers.common import (
     read_tensors,
 )
 
+CLIP_TOKENIZER = "weights/PickScore_v1"  # all of CLIP have the same one
 HEADS = 16  # of both towers of ViT-H/14: a state dict does not tell, as all heads share one tensor
 CLIP_NAMES = {  # parts of open_clip's names, and what transformers calls them; vision and text share most
     "class_embedding": "embeddings.class_embedding",
@@ -46,13 +49,18 @@ CLIP_NAMES = {  # parts of open_clip's names, and what transformers calls them; 
 
 
 def hpsv2(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, device: Device = "cpu", recompute: bool = False
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None, device: Device = "cpu", recompute: bool = False
 ) -> Scorer:
-    """HPSv2.1 from its published state dict, or the folder that holds it; the tokenizer is FLUX's CLIP tokenizer.
+    """HPSv2.1 from its published state dict, or the folder that holds it.
+
+    The tokenizer is FLUX.1's CLIP tokenizer, or for models that have none PickScore's.
 
     Score and report are the cosine of image and text.  Raises ValueError if the file is no such state dict.
     """
     file = check_files(path)
+    if tokenizer is None:
+        remedy = "hpsv2 needs CLIP's tokenizer, which --model has not: put PickScore there"
+        tokenizer = parse_file(CLIP_TOKENIZER, partial(AutoTokenizer.from_pretrained, local_files_only=True), remedy)
     state = read_tensors(file)
     try:
         # The published file has the state dict under a key, a bare one is fine, too.

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from experiments.bench import LiveBytes, storages
+from families import Network, NetworkConfig, family_of
 from formats.lora import add_lora
 from model import Flux, FluxConfig
 
@@ -63,12 +64,12 @@ def decode_bytes(vae: AutoencoderKL, b: int, rows: int, columns: int, recompute:
     return backward_bytes(lambda: vae.decode(z), [vae.decoder.mid_block, *vae.decoder.up_blocks])
 
 
-def built_flux(config: FluxConfig, lora: int | None, dtype: torch.dtype) -> Flux:
+def built_flux(config: NetworkConfig, lora: int | None, dtype: torch.dtype) -> Network:
     """A Flux built in its dtype, as fake tensors cannot be cast in place."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        flux = Flux(config)
+        flux = family_of(config).Network(config)
         if lora:
             add_lora(flux, lora, 2 * lora)
         return flux

@@ -137,7 +137,7 @@ def test_seeds_count_on_over_seeds_prompts_and_images(tmp_path, monkeypatch):
         return torch.zeros(len(seeds), 3, 16, 16)
 
     monkeypatch.setattr(evaluate, "sample", fake_sample)
-    cfg = EvaluateFlags(num=2, seed=3, batch=4, out=tmp_path)
+    cfg = EvaluateFlags(num=2, seed=3, batch=4, guidance=1, out=tmp_path)
     model = evaluate.Model("model", "", None, [(16, 16)], "")
     evaluate.draw_and_score(cfg, model, None, [], [{"prompt": "a cat"}] * 5, range(5), "cpu")
     assert seeds_drawn == list(range(30, 40))  # those of seeds 0, 1 and 2 lie before

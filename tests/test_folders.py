@@ -14,14 +14,16 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 import evaluate
 import train
 from config import Config
+from families import flux1
 from formats import locations
 from formats.folders import load_pipeline
-from formats.locations import COMPONENTS, locate
+from formats.locations import locate
 from formats.saving import save_pipeline
 from formats.weights import INDEX, WEIGHTS
 from infra.distributed import join
 from tests.tiny_folders import edit_json, shard
 
+COMPONENTS = (*flux1.FROZEN, "transformer")
 TINY_FLUX = Path(evaluate.__file__).parent / "shapes" / "tiny-flux"
 
 
@@ -64,10 +66,10 @@ def test_a_file_that_is_no_model_is_named_with_its_first_tensors(dev, tmp_path):
     """The transformer's file of a folder has diffusers' names; a .gguf is no safetensors file."""
     file = dev / "transformer" / WEIGHTS
     first_names = ", ".join(list(load_file(file))[:3])
-    with pytest.raises(ValueError, match=f"{file} is no FLUX.1 model, its tensors are {first_names}.*give a FLUX.1"):
+    with pytest.raises(ValueError, match=f"{file} is no FLUX model, its tensors are {first_names}.*give a FLUX folder"):
         load_pipeline(file)
     (tmp_path / "flux1-dev.gguf").write_bytes(b"GGUF" * 100)
-    with pytest.raises(ValueError, match=r"cannot read .*flux1-dev\.gguf.*: give a FLUX\.1 folder"):
+    with pytest.raises(ValueError, match=r"cannot read .*flux1-dev\.gguf.*: give a FLUX folder"):
         load_pipeline(tmp_path / "flux1-dev.gguf")
 
 
@@ -168,7 +170,7 @@ def test_a_folder_mixed_from_different_models_is_named(broken):
     config = T5Config.from_pretrained(broken / "text_encoder_2")
     config.d_model = 32
     T5EncoderModel(config).save_pretrained(broken / "text_encoder_2")
-    with pytest.raises(ValueError, match=rf"{broken} mixes models.*\(16, 20, 32\).*\(16, 20, 24\)"):
+    with pytest.raises(ValueError, match=f"{broken} mixes models: 32 channels for .* context_in_dim of 24"):
         load_pipeline(broken)
 
 
@@ -262,15 +264,15 @@ def test_a_model_of_another_family_is_named_by_its_class_or_its_tensors(
     """A folder, although it lacks components; its transformer's file; and its transformer in a FLUX.1 folder."""
     folder = tmp_path / "foreign"
     save(folder)
-    with pytest.raises(ValueError, match=rf"{folder} is no FLUX\.1 model, its model_index\.json says {pipeline}: give"):
+    with pytest.raises(ValueError, match=rf"{folder} .*{pipeline}.*: (give|.* take)"):
         load_pipeline(folder)
     first_name = next(iter(load_file(folder / "transformer" / WEIGHTS)))
-    with pytest.raises(ValueError, match=rf"{WEIGHTS} is no FLUX\.1 model, its tensors are {first_name}"):
+    with pytest.raises(ValueError, match=rf"{WEIGHTS} is no FLUX model, its tensors are {first_name}"):
         load_pipeline(folder / "transformer" / WEIGHTS)
     shutil.rmtree(broken / "transformer")
     shutil.copytree(folder / "transformer", broken / "transformer")
     with pytest.raises(
-        ValueError, match=rf"{broken / 'transformer' / 'config.json'} .* no _class_name='{transformer}'"
+        ValueError, match=rf"{broken / 'transformer' / 'config.json'} .* no _class_name='{transformer}'|{broken} is of "
     ):
         load_pipeline(broken)
 

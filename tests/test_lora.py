@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import train
 from config import Config
+from families.flux1 import Text
 from formats.folders import load_pipeline
 from formats.lora import FILE, NOTE, Change, LoRA, add_lora, first_values, lora_layers, without_lora
 from infra.distributed import gathered_tensors, join
 from model import Flux
-from sample import Text, sample, velocity_of
+from sample import sample, velocity_of
 from start import prepare
 from tests.processes import spread
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import evaluate
 from config import Config
+from families.flux1 import Text
 from formats.folders import load_pipeline
 from formats.lora import add_lora, first_values, lora_layers
 from formats.lora_files import layer_rows, merge_lora, read_lora
@@ -20,7 +21,7 @@ from formats.names import to_diffusers
 from formats.saving import save_pipeline
 from infra.distributed import join
 from model import Flux
-from sample import Text, velocity_of
+from sample import velocity_of
 from start import describe_model
 
 TINY = Path(__file__).parent.parent / "shapes" / "tiny-flux"

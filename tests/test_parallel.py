@@ -128,7 +128,7 @@ def gradients_in_double(cfg: Config, changes: list[dict]) -> list[Tensor]:
             setup = train.set_up(now, process)
         pipe = load_pipeline(now.model)
         pipe.compute, pipe.flux.recompute = torch.float64, now.recompute
-        for model in (pipe.flux, pipe.vae, pipe.clip, pipe.t5, setup.rewards[0].model):
+        for model in (pipe.flux, pipe.vae, *pipe.encoders, setup.rewards[0].model):
             model.double()
         setup = replace(setup, pipe=pipe, sizes=[replace(s, sigmas=s.sigmas.double()) for s in setup.sizes])
         train.accumulate_batch_gradient(now, setup, process, 0, Meter(process.device))

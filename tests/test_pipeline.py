@@ -10,13 +10,16 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Block
 
+from families import flux1
+from families.common import pack, unpack
+from families.flux1 import sigmas
 from formats.folders import Pipeline, describe, load_parts, load_pipeline
-from formats.locations import COMPONENTS, locate
+from formats.locations import locate
 from formats.names import from_diffusers
 from formats.saving import save_pipeline, save_transformer
 from formats.weights import WEIGHTS, build_flux, open_flux
 from model import Flux, FluxConfig
-from sample import decode, draw_noise, encode, main, pack, sample, sigmas, token_grid, unpack, velocity_of
+from sample import decode, draw_noise, encode, main, sample, token_grid, velocity_of
 from tests.tiny_folders import FLUX_DEV_SCHEDULE, SCHNELL_LIKE, edit_json, shard
 
 TINY_FLUX = Path(__file__).parent.parent / "shapes" / "tiny-flux"
@@ -101,12 +104,17 @@ def test_images_of_a_guided_dynamically_shifted_model_equal_flux_pipeline(pipe, 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (24, 56)])
 def test_images_of_an_unguided_model_of_fixed_shift_equal_flux_pipeline(schnell, height, width):
-    """Neither pipeline shows such a model its guidance, which is 3.5 by default in FluxPipeline."""
+    """Such a model needs no guidance; asked for, it is guided by a second evaluation on a negative prompt."""
     pipe = load_pipeline(schnell)
     expected = diffusers_images(diffusers_pipeline(schnell), pipe, height, width, 4)
     images = sample(pipe, PROMPTS, [0, 1], 4, height, width)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
-    assert torch.equal(images, sample(pipe, PROMPTS, [0, 1], 4, height, width, guidance=9.0))
+    expected = diffusers_images(
+        diffusers_pipeline(schnell), pipe, height, width, 4, true_cfg_scale=3.0, negative_prompt=["two", "two"]
+    )
+    guided = sample(pipe, PROMPTS, [0, 1], 4, height, width, guidance=3.0, negative_prompt="two")
+    torch.testing.assert_close(guided, expected, rtol=0, atol=1e-4)
+    assert (guided - images).abs().max() > 1e-3
 
 
 @pytest.mark.skipif(not TINY_FLUX.exists(), reason="shapes/tiny-flux is not there: python -m recipe.prepare makes it")
@@ -114,7 +122,7 @@ def test_images_of_the_shipped_model_equal_flux_pipeline():
     pipe = load_pipeline(TINY_FLUX)
     size = pipe.vae.config.sample_size
     expected = diffusers_images(diffusers_pipeline(TINY_FLUX), pipe, size, size, 4, guidance_scale=3.5)
-    images = sample(pipe, PROMPTS, [0, 1], 4, size, size, 3.5)
+    images = sample(pipe, PROMPTS, [0, 1], 4, size, size)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
@@ -147,7 +155,7 @@ def test_a_size_of_broken_tokens_is_named(pipe, height, width):
 def test_network_runs_in_bf16_on_fp32_latents(dev):
     pipe = load_pipeline(dev, dtype=torch.bfloat16)
     assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
-    frozen = [*pipe.flux.parameters(), *pipe.clip.parameters(), *pipe.t5.parameters()]
+    frozen = [*pipe.flux.parameters(), *pipe.encoders[0].parameters(), *pipe.encoders[1].parameters()]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
     text = encode(pipe, PROMPTS)
     assert text.txt.dtype == text.vec.dtype == torch.bfloat16
@@ -200,7 +208,7 @@ def test_with_encoders_offloaded_one_layer_of_t5_at_a_time_is_on_the_device(dev,
     assert not counts  # loading moves no layer
     for embedding, expected in zip(encode(offloaded, PROMPTS), encode(pipe, PROMPTS), strict=True):
         assert torch.equal(embedding, expected)
-    assert max(counts) == 1 and not on_device and len(counts) == 2 * len(offloaded.t5.encoder.block)
+    assert max(counts) == 1 and not on_device and len(counts) == 2 * len(offloaded.encoders[1].encoder.block)
 
 
 def test_packing_round_trips_and_equals_flux_pipelines():
@@ -274,7 +282,7 @@ def load_flux(folder: Path) -> Flux:
 
 def test_only_the_transformer_learns(pipe):
     assert all(p.requires_grad for p in pipe.flux.parameters())
-    for network in (pipe.vae, pipe.clip, pipe.t5):
+    for network in (pipe.vae, *pipe.encoders):
         assert not network.training and not any(p.requires_grad for p in network.parameters())
 
 
@@ -285,7 +293,7 @@ def test_a_pipeline_around_the_callers_network_leaves_that_network_alone(dev, pi
         flux = Flux(description.weights.config)
     loaded = load_parts(description, flux, "cpu", torch.bfloat16, text_length=7)
     assert loaded.flux is flux and all(p.is_meta and p.dtype == torch.float32 for p in flux.parameters())
-    assert (loaded.compute, loaded.text_length, loaded.t5.dtype) == (torch.bfloat16, 7, torch.bfloat16)
+    assert (loaded.compute, loaded.text_length, loaded.encoders[1].dtype) == (torch.bfloat16, 7, torch.bfloat16)
     assert_same_weights(loaded.vae, pipe.vae)
     assert dict(description.weights.tensors).keys() == flux.state_dict().keys()  # not read by load_parts
 
@@ -299,13 +307,13 @@ def test_a_saved_folder_loads_bit_for_bit_here_and_in_diffusers(dev, tmp_path, d
     pipe.flux.to(dtype)
     folder = tmp_path / "new" / "final"
     save_pipeline(folder, dev, pipe.flux.config, pipe.flux.state_dict().items())
-    assert {p.name for p in folder.iterdir()} == {"model_index.json", *COMPONENTS}
+    assert {p.name for p in folder.iterdir()} == {"model_index.json", *flux1.FROZEN, "transformer"}
 
     loaded = load_pipeline(folder, dtype=dtype)
     assert loaded.flux.config == pipe.flux.config and loaded.schedule == pipe.schedule
     assert_same_weights(loaded.flux, pipe.flux)
     assert_same_weights(loaded.vae, pipe.vae)
-    assert_same_weights(loaded.t5.float(), pipe.t5.to(dtype).float())
+    assert_same_weights(loaded.encoders[1].float(), pipe.encoders[1].to(dtype).float())
 
     diffusers_pipe = diffusers_pipeline(folder)
     converted = dict(from_diffusers(diffusers_pipe.transformer.state_dict(), pipe.flux.config))
@@ -370,7 +378,7 @@ def test_flux_dev_fits_in_memory_once_without_initial_values(dev, monkeypatch):
         assert all(p.is_meta for p in flux.parameters())
         return flux
 
-    monkeypatch.setattr("formats.weights.Flux", build)
+    monkeypatch.setattr("families.flux1.Network", build)
     opened = open_flux(locate(dev))
     state = dict(opened.tensors)
     flux = build_flux(opened._replace(tensors=state.items()), torch.float32)

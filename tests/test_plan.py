@@ -6,19 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLFlux2
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import T5Config, T5EncoderModel
+from transformers import Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
 
 import train
 from config import PRESETS, Config
+from families import flux1, flux2
 from formats.weights import read_config
 from infra.distributed import join, local_shard
 from infra.meter import Flops, Meter, network_flops
 from model import FLUX_DEV, Flux, FluxConfig
 from start import empty_flux
-from tests.activations import built_flux, conditions, decode_bytes, flux_vae, kept_bytes, leap_bytes
+from tests.activations import backward_bytes, built_flux, conditions, decode_bytes, flux_vae, kept_bytes, leap_bytes
 from tools import plan
 from tools.plan import DECODE, ENCODERS, LEAP, OFFLOADED, TEXT_TOKENS, VAE, memory, operations
 
@@ -133,8 +135,37 @@ def test_a_leap_and_a_decode_keep_the_bytes_of_the_plan(recompute, size, b):
         flux.recompute = recompute
         leap = leap_bytes(flux, b, tokens, TEXT_TOKENS)
         decode = decode_bytes(flux_vae(), b, size // 8, size // 8, recompute == "blocks")
-    assert b * (tokens + TEXT_TOKENS) * LEAP[recompute] == pytest.approx(leap, rel=0.01)
+    assert b * (tokens + TEXT_TOKENS) * LEAP[flux1][recompute] == pytest.approx(leap, rel=0.01)
     assert b * size**2 * DECODE[recompute] == pytest.approx(decode, rel=0.001)
+
+
+@pytest.mark.parametrize("recompute", ["none", "light", "blocks"])
+def test_a_leap_of_klein_keeps_the_bytes_of_the_plan(recompute):
+    tokens, config = 32**2, flux2.DEFAULT
+    img_ids, txt_ids = flux2.position_ids(32, 32, TEXT_TOKENS)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        klein = built_flux(config, None, BF16)
+        klein.recompute = recompute
+        img = torch.zeros(1, tokens, config.in_channels, dtype=BF16, requires_grad=True)
+        txt, time = torch.zeros(1, TEXT_TOKENS, config.context_in_dim, dtype=BF16), torch.zeros(1)
+        blocks = [*klein.double_blocks, *klein.single_blocks] if recompute != "none" else []
+        leap = backward_bytes(lambda: klein(img, img_ids, txt, txt_ids, time), blocks)
+    assert (tokens + TEXT_TOKENS) * LEAP[flux2][recompute] == pytest.approx(leap, rel=0.01)
+
+
+def test_the_second_branch_of_guidance_is_counted():
+    config = replace(PRESETS["flux2-klein-4b"][1], updates=3, batch=8)
+    klein = empty_flux(config, flux2.DEFAULT)
+
+    def count(**changes) -> float:
+        return operations(replace(config, **changes), config, klein)
+
+    klein.recompute = "blocks"
+    cost = network_flops(klein, 32**2, TEXT_TOKENS)
+    assert cost.forward / 1e12 == pytest.approx(10.2, rel=0.01)  # published
+    assert count() == 8 * (2 * 25 * cost.forward + 2 * cost.forward_backward)
+    assert count(detach_negative=False) == 8 * (2 * 25 * cost.forward + 4 * cost.forward_backward)
+    assert count(guidance=1.0) == 8 * (25 * cost.forward + 2 * cost.forward_backward)
 
 
 # --------------------------------------------------------------------------------------------- weights
@@ -149,9 +180,22 @@ def test_published_networks_have_the_sizes_of_the_plan():
         t5 = T5EncoderModel(config)
         vae = flux_vae()
     layers = [sum(p.numel() for p in layer.parameters()) for layer in t5.encoder.block]
-    assert 2 * sum(layers[1:]) == OFFLOADED
-    assert 2 * (sum(p.numel() for p in t5.parameters()) + CLIP) == ENCODERS
-    assert 4 * sum(p.numel() for p in vae.parameters()) == VAE
+    assert 2 * sum(layers[1:]) == OFFLOADED[flux1]
+    assert 2 * (sum(p.numel() for p in t5.parameters()) + CLIP) == ENCODERS[flux1]
+    assert 4 * sum(p.numel() for p in vae.parameters()) == VAE[flux1]
+
+    with torch.device("meta"):
+        qwen = Qwen3Model(
+            Qwen3Config(
+                vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=27,
+                num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+            )
+        )  # fmt: skip
+        vae = AutoencoderKLFlux2()
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in qwen.layers]
+    assert 2 * sum(layers[1:]) == OFFLOADED[flux2]
+    assert 2 * (sum(layers) + qwen.embed_tokens.weight.numel()) == ENCODERS[flux2]  # without the norm at the end
+    assert 4 * sum(p.numel() for p in vae.parameters()) == VAE[flux2]
 
 
 def test_bytes_held_by_a_run_are_those_of_the_plan():
@@ -181,7 +225,7 @@ def test_every_row_of_a_plan_is_counted_in_bytes_a_weight():
     assert sizes["states"] == (3 + 1 + 3) * 2 * 16 * 64 * 4  # states and velocities of two rollouts, fp32
     assert sizes["rewards"] == 986_109_441 * 4  # of ViT-H-14, published
     largest_block = sum(p.numel() for p in flux.double_blocks[0].parameters())
-    assert sizes["leap"] == (16 + TEXT_TOKENS) * LEAP["none"] + 2 * 2 * largest_block
+    assert sizes["leap"] == (16 + TEXT_TOKENS) * LEAP[flux1]["none"] + 2 * 2 * largest_block
     assert sizes["a checkpoint on disk"] == 16 * n and sizes["best/ or final/ on disk"] == 2 * n
     assert sizes["in the host's memory"] == (16 * n + 4 * n) / 2
 
@@ -193,7 +237,7 @@ def test_every_row_of_a_plan_is_counted_in_bytes_a_weight():
 
     fp8 = memory(replace(cfg, fp8=True, lora=4), 1, lora)
     largest_linear = max(p.numel() for p in flux.parameters() if p.ndim == 2)
-    leap = (16 + TEXT_TOKENS) * LEAP["none"]
+    leap = (16 + TEXT_TOKENS) * LEAP[flux1]["none"]
     assert fp8["leap"] == leap + largest_linear * (4 + 2)  # up-cast by way of fp32
     trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
     assert fp8["best/ or final/ on disk"] == 4 * trained
@@ -231,6 +275,9 @@ def rows_of_command(words: str, monkeypatch, capsys) -> tuple[str, dict[str, lis
         ("flux-dev-hpsv3 --gpus 8", 68),
         ("flux-dev-hpsv2 --lean --gpus 1", 97),
         ("flux-dev-lora --gpus 1", 54),
+        ("flux2-klein-4b --gpus 1", 96),
+        ("flux2-klein-4b --gpus 8", 28),
+        ("flux2-klein-4b-lora --gpus 1", 22),
         ("--gpus 1 --batch 16 --lora 64 --offload-encoders", 46),
         ("flux-dev-lora --gpus 1 --lora 16 --offload-encoders --size 512 --fp8 --watch", 22),
     ],

@@ -189,10 +189,10 @@ def test_prompts_that_are_cut_are_told_with_the_numbers_of_each_encoder():
     pipe = load_pipeline(ROOT / "shapes" / "tiny-flux")
     short, long = "a photo of a circle", "a photo of " + "a circle and " * 9 + "a square"
     assert truncation_warning(pipe, [short] * 3) is None
-    t5, clip = (len(tokenizer(long).input_ids) for tokenizer in (pipe.t5_tokenizer, pipe.clip_tokenizer))
+    clip, t5 = (len(tokenizer(long).input_ids) for tokenizer in pipe.tokenizers)
     assert truncation_warning(pipe, [short, long, short]) == (
-        f"warning: prompts are truncated: T5 (--text-length) reads 12 tokens, 1 of 3 have more, up to {t5}; "
-        f"CLIP reads 12 tokens, 1 of 3 have more, up to {clip}"
+        f"warning: prompts are truncated: CLIP reads 12 tokens, 1 of 3 have more, up to {clip}; "
+        f"T5 (--text-length) reads 12 tokens, 1 of 3 have more, up to {t5}"
     )
     assert (encode(pipe, [long]).txt == encode(pipe, [long + " and a cross"]).txt).all()  # it is what `encode` cuts
 

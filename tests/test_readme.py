@@ -132,7 +132,7 @@ def test_every_function_in_the_table_of_symbols_is_where_it_says_and_names_its_e
     assert len(rows) >= 12
     equations = set()
     for symbol, _, _, functions, equation in rows:
-        files = re.findall(r"\]\((\w+\.py)\)", functions) or ["leaps.py"]
+        files = re.findall(r"\]\(([\w/]+\.py)\)", functions) or ["leaps.py"]
         source = "".join((ROOT / file).read_text() for file in files)
         for name in re.findall(r"`(\w+)`", functions):
             assert f"def {name}(" in source, (symbol, name)

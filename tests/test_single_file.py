@@ -80,7 +80,7 @@ def test_without_a_config_file_the_network_is_flux_devs(file, base, whole, tmp_p
     shutil.rmtree(folder / "transformer")
     with pytest.raises(ValueError, match=r"img_in\.weight is .* instead of \(3072, 64\)"):
         load_pipeline(file, base=str(folder))
-    monkeypatch.setattr("formats.weights.FLUX_DEV", whole.flux.config)
+    monkeypatch.setattr("families.flux1.DEFAULT", whole.flux.config)
     assert same(load_pipeline(file, base=str(folder)).flux.state_dict(), load_file(file))
 
 

@@ -65,6 +65,8 @@ class OpenRun:
             noise=noise_of(x_1, all_rows, self.cfg.seed, update, like=size.sigmas),
             generator=generator,
             guidance=self.cfg.guidance,
+            negative_prompt=self.cfg.negative_prompt,
+            detach_negative=self.cfg.detach_negative,
             base=self.setup.base,
             update=update,
         )

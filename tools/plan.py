@@ -1,4 +1,4 @@
-"""What a run on FLUX.1-dev needs, counted before anything is rented: memory, disk and hours.
+"""What a run on FLUX.1-dev or FLUX.2 [klein] base 4B needs, counted before anything is rented: memory, disk and hours.
 
     python -m tools.plan flux-dev-hpsv2 --gpus 1 8 16 64     # all weights
     python -m tools.plan flux-dev-lora --gpus 1 --size 512   # a LoRA
@@ -17,26 +17,29 @@ import torch
 import tyro
 
 from config import Config, parse, sides
+from families import Network, family_of, flux1, flux2
 from infra.downloads import list_downloads
 from infra.flags import flags
 from infra.meter import network_flops
 from infra.methods import find_method, method_options
-from model import FLUX_DEV, Flux
 from rewards import WEIGHTS, reward_name
-from samples import trial_samples
+from samples import branch_counts, trial_samples
 from start import empty_flux
 
-# Bytes of published networks: T5-XXL's encoder and CLIP-L's text model in bf16, and all of T5's 24 layers but one;
-# FLUX's autoencoder in fp32; the rewards in fp32, fp32 and bf16.
-ENCODERS = 2 * (4_762_310_656 + 123_060_480)
-OFFLOADED = 2 * 23 * 192_946_176
-VAE = 4 * 83_819_683
+# Bytes of published networks: T5-XXL's encoder and CLIP-L's text model, or 27 layers of Qwen3-4B, in bf16, and all of
+# their layers but one; FLUX's autoencoders in fp32; the rewards in fp32, fp32 and bf16.
+ENCODERS = {flux1: 2 * (4_762_310_656 + 123_060_480), flux2: 2 * 3_114_088_192}
+OFFLOADED = {flux1: 2 * 23 * 192_946_176, flux2: 2 * 26 * 100_930_816}
+VAE = {flux1: 4 * 83_819_683, flux2: 4 * 84_046_115}
 REWARDS = {"hpsv2": 4 * 986_109_441, "pickscore": 4 * 985_987_457, "hpsv3": 16.6e9}
 # Bytes kept for a backward, by --recompute: through the VAE for a pixel, through FLUX for a token of text or image.
 # tests/test_plan.py counts them in the real modules, on a CPU: without recomputation a quarter of them is of rms_norm,
 # which CUDA fuses, and a LoRA keeps a quarter less.
 DECODE = {"none": 23_265, "light": 23_265, "blocks": 14_017}
-LEAP = {"none": 9_726_000, "light": 3_816_000, "blocks": 548_000}
+LEAP = {
+    flux1: {"none": 9_726_000, "light": 3_816_000, "blocks": 548_000},
+    flux2: {"none": 4_850_000, "light": 0, "blocks": 377_000},
+}
 TEXT_TOKENS = 512
 
 
@@ -60,7 +63,8 @@ def main() -> None:
         cfg, preset = parse(words)
         if plan.check:
             return list_downloads(cfg, WEIGHTS)
-        flux = empty_flux(cfg, FLUX_DEV).to(torch.bfloat16)  # in which it computes
+        family = flux2 if "klein" in cfg.model else flux1
+        flux = empty_flux(cfg, family.DEFAULT).to(torch.bfloat16)  # in which it computes
         flops = operations(cfg, preset, flux)
         columns = []
         for gpus in plan.gpus:
@@ -71,17 +75,18 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 
-    print(f"FLUX.1-dev at {' '.join(cfg.size)} pixels, {cfg.updates} updates of {cfg.batch} rollouts by {cfg.method}")
+    print(f"{cfg.model} at {' '.join(cfg.size)} pixels, {cfg.updates} updates of {cfg.batch} rollouts by {cfg.method}")
     print(f"Hours assume that a GPU attains {plan.tflops:g} TFLOP/s (--tflops; metrics.jsonl has a run's own)")
     print(f"| each GPU, of this many | {' | '.join(map(str, plan.gpus))} |\n|---|{'--:|' * len(plan.gpus)}")
     for name in columns[0]:
         print(f"| {name} | {' | '.join(f'{column[name]:,.1f}' for column in columns)} |")
 
 
-def memory(cfg: Config, gpus: int, flux: Flux) -> dict[str, float]:
+def memory(cfg: Config, gpus: int, flux: Network) -> dict[str, float]:
     """Bytes on one of `gpus` GPUs, by what they hold; in the host's memory, for each GPU; and on the disk."""
     if cfg.batch % gpus or (gpus > 1 and (cfg.lean or cfg.fp8)):
         raise ValueError(f"--gpus {gpus}: --batch {cfg.batch} must be a multiple, and --lean and --fp8 are for one GPU")
+    family = family_of(flux.config)
     trained, frozen = 0, 0  # weights, bytes
     for name, p in flux.named_parameters():
         if p.requires_grad:
@@ -100,9 +105,9 @@ def memory(cfg: Config, gpus: int, flux: Flux) -> dict[str, float]:
         "gradients": trained * bytes_of_weight / gpus,
         "optimizer": trained * bytes_of_moments / gpus,
         "averages": 0 if cfg.lean else trained * 4 / gpus,
-        "encoders": ENCODERS - OFFLOADED * cfg.offload_encoders,
+        "encoders": ENCODERS[family] - OFFLOADED[family] * cfg.offload_encoders,
         "rewards": sum(REWARDS.get(reward_name(spec), 0) for spec in (*cfg.reward, *cfg.watch)),
-        "VAE": VAE,
+        "VAE": VAE[family],
         "states": states * tokens * flux.config.in_channels * 4,
     }
 
@@ -111,7 +116,7 @@ def memory(cfg: Config, gpus: int, flux: Flux) -> dict[str, float]:
     if cfg.fp8:  # a layer at a time, up-cast by way of fp32; linear1 is the largest
         gathered = 6 * flux.single_blocks[0].linear1.linear.weight.numel()
     decode = cfg.micro_batch * pixels * DECODE[cfg.recompute]
-    leap = cfg.micro_batch * (tokens + TEXT_TOKENS) * LEAP[cfg.recompute] + gathered
+    leap = cfg.micro_batch * (tokens + TEXT_TOKENS) * LEAP[family][cfg.recompute] + gathered
     # The decode of the reward and the leaps come one after the other.
     sizes |= {"decode": decode, "leap": leap, "peak": sum(sizes.values()) + max(decode, leap)}
 
@@ -119,14 +124,14 @@ def memory(cfg: Config, gpus: int, flux: Flux) -> dict[str, float]:
     # At most at once: the copy that a checkpoint is written from, the weights while an evaluation has the averages in
     # their place, and what flags put there.
     host = checkpoint + trained * (bytes_of_weight + 4 * cfg.lean)
-    sizes["in the host's memory"] = host / gpus + ENCODERS * cfg.offload_encoders
+    sizes["in the host's memory"] = host / gpus + ENCODERS[family] * cfg.offload_encoders
     sizes["a checkpoint on disk"] = checkpoint
     # A LoRA is saved in fp32, all weights in bf16; T5 and the VAE beside them are hard links.
     sizes["best/ or final/ on disk"] = trained * (4 if cfg.lora else 2)
     return sizes
 
 
-def operations(cfg: Config, preset: Config, flux: Flux) -> float:
+def operations(cfg: Config, preset: Config, flux: Network) -> float:
     """Floating-point operations of the network in an update, by the calls that the method makes on random samples.
 
     A mean over the run, because some methods stop at a random step. Raises ValueError for a method that does not exist.
@@ -141,7 +146,9 @@ def operations(cfg: Config, preset: Config, flux: Flux) -> float:
     flux.recompute = cfg.recompute  # blocks cost a forward more in each backward
     image_tokens = max(math.prod(sides(size)) for size in cfg.size) // 16**2
     cost = network_flops(flux, image_tokens, TEXT_TOKENS)
-    flops = (total["velocity"] + total["base"]) * cost.forward + total["vjp"] * cost.forward_backward
+    forwards, backwards = branch_counts(flux.config, cfg.guidance, cfg.detach_negative)
+    flops = (total["velocity"] + total["base"]) * forwards * cost.forward
+    flops += total["vjp"] * backwards * cost.forward_backward
     return cfg.batch * flops / cfg.updates
 
 
