@@ -126,6 +126,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         allocated = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - allocated  # what torch's allocator gave out, not what it holds
+    # The process's own peak would hold what earlier runs took.
     with LiveBytes() as live:
         run()
     return live.peak
@@ -201,6 +202,7 @@ def inputs(cfg: BenchFlags) -> tuple[Pipeline, Size, list[str]]:
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     pipe = load_pipeline(HERE / "shapes" / "tiny-flux", device_of(cfg.device), dtype, cfg.text_length)
     config = replace(pipe.flux.config, **NETWORKS[cfg.network])
+    # The tiny network keeps its trained weights.
     if config != pipe.flux.config:
         with torch.device(cfg.device):
             torch.set_default_dtype(dtype)  # 12 billion weights in fp32 would not leave room for others
@@ -295,6 +297,7 @@ def sampling_rows(
 
 def iteration_rows(cfg: BenchFlags, pipe: Pipeline, size: Size, prompts: list[str], leaps: int) -> Rows:
     """An iteration of LeapAlign, leap by leap and in its published structure, from the same picks."""
+    # Without --reward: what a reward costs is the same on both sides.
     reward = open_reward("tiny", cfg.device, pipe.clip_tokenizer)
     noise = torch.randn(cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels, device=cfg.device)
 

@@ -295,6 +295,7 @@ def summarize_run(folder: Path) -> dict[str, Any]:
     memory = max((update["memory"] for update in updates), default=0.0)
     # What the method logs, and each of several rewards: means over the updates.
     logged = {}
+    # A run that diverged at once has no updates.
     for name in updates[0] if updates else ():
         if name not in UpdateLog.__annotations__ and not name.startswith("seconds_"):
             logged[name] = sum(update[name] for update in updates) / len(updates)

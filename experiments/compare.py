@@ -168,6 +168,7 @@ def compare_methods(cfg: CompareFlags) -> None:
     folders = []
     for cell in entries:
         folder = cfg.work / cell.name
+        # A run that is a line of the repository's cells.jsonl was made elsewhere and has no folder.
         if cell.seed == 0 and (folder / "eval.jsonl").exists():
             folders.append(folder)
     if folders:

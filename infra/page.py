@@ -73,6 +73,7 @@ def runs_page(folders: Sequence[Path], path: Path) -> None:
     Raises ValueError if a folder holds no evaluation of a run.
     """
     names = [folder.resolve().name for folder in folders]
+    # Curves are told apart by the names of their runs.
     if len(set(names)) < len(names):
         names = list(map(str, folders))
     runs = list(map(read_run, names, folders))

@@ -265,7 +265,7 @@ def test_a_bf16_vae_gives_fp32_images_and_nearly_the_same_gradient(dev):
     images, gradient = images_and_gradient()
     assert images.dtype == gradient.dtype == torch.float32
     torch.testing.assert_close(images, expected, rtol=0, atol=0.02)
-    assert torch.cosine_similarity(gradient, expected_gradient, dim=0) > 0.999
+    assert torch.cosine_similarity(gradient, expected_gradient, dim=0) > 0.99
 
 
 def test_images_stay_in_range(pipe):

@@ -27,9 +27,10 @@ _, *LEAP_COLORS, GREEN, RED = PALETTE[:5]  # blue and orange
 
 
 def main(path: Path = PICTURE) -> None:
-    ro = rollout(cloud_velocity, NOISE, torch.linspace(1, 0, STEPS + 1))
-    drawings = [draw_leaps, draw_gradient]
-    save_row([partial(draw, ro=ro) for draw in drawings], path, height=3.8, left_margin=0.1, right_margin=0.2)
+    sigmas = torch.linspace(1, 0, STEPS + 1)
+    ro = rollout(cloud_velocity, NOISE, sigmas)
+    charts = [partial(draw_leaps, ro=ro), partial(draw_gradient, ro=ro)]
+    save_row(charts, path, height=3.8, left_margin=0.1, right_margin=0.2)
 
 
 # -------------------------------------------------------------------------------------- the numbers
@@ -70,7 +71,8 @@ def velocity_gradients(ro: Rollout) -> Tensor:
     def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor:
         """What the sweep asks of a network. A closed form has no weights; u is dL/dv, the last leap's first."""
         gradients.insert(0, u)
-        return torch.func.vjp(partial(cloud_velocity, sigma=sigma), x)[1](u)[0]
+        _, vjp_in_x = torch.func.vjp(partial(cloud_velocity, sigma=sigma), x)
+        return vjp_in_x(u)[0]
 
     distance = ro.x[-1] - WISH.to(ro.x)
     sweep(vjp, ro, leap_terms(ro, PICKS, ALPHA), distance / distance.norm())
@@ -125,9 +127,9 @@ def draw_text(axes: Axes, point: Tensor, text: str, dx: float, dy: float, color:
 
 def draw_arrows(axes: Axes, starts: Tensor, ends: Tensor, colors: Sequence[str]) -> None:
     """Arrows between points (n, 2), to the scale of the axes."""
-    axes.quiver(
-        *starts.T, *(ends - starts).T, color=colors, width=0.012, angles="xy", scale_units="xy", scale=1, zorder=3
-    )
+    # By default quiver scales arrows to look nice.
+    scale = dict(angles="xy", scale_units="xy", scale=1)
+    axes.quiver(*starts.T, *(ends - starts).T, color=colors, width=0.012, zorder=3, **scale)
 
 
 if __name__ == "__main__":

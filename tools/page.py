@@ -18,6 +18,7 @@ class PageFlags:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""
+    # Not index.html: that name is taken in the folder of each run.
     out: Path = Path("runs/compared.html")
     """File of the page."""
 
@@ -26,6 +27,7 @@ def main() -> None:
     cfg = tyro.cli(PageFlags, description=__doc__)
     try:
         runs_page(cfg.runs, cfg.out)
+    # A folder without logs, a log with a damaged line, a disk that is full.
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -53,11 +53,13 @@ def publish(cfg: PublishFlags) -> None:
     weights = cfg.run / cfg.folder
     evaluations = read_log(cfg.run / "eval.jsonl")
     if cfg.folder == "best":
+        # The first one is the base's, whose numbers the card compares with.
         evaluations = evaluations[:1] + [entry for entry in evaluations[1:] if "saved_to" in entry]
     if not weights.is_dir() or not evaluations:
         raise ValueError(f"{weights} is no model with an eval.jsonl beside it: give the folder of a finished run")
     run_flags = json.loads((cfg.run / "config.json").read_text())
     picture = cfg.run / PICTURE
+    # A card shows pictures of its own repository, so it travels with the weights.
     if picture.exists():
         shutil.copy(picture, weights)
     is_lora = (weights / "lora.json").exists()
@@ -68,6 +70,7 @@ def publish(cfg: PublishFlags) -> None:
         from huggingface_hub import HfApi  # not needed to look at a card
 
         hub = HfApi()
+        # Private: a licence such as FLUX.1-dev's is for the user to read before others load the weights.
         hub.create_repo(cfg.repo, private=True, exist_ok=True)
         print(f"uploaded to {hub.upload_folder(repo_id=cfg.repo, folder_path=weights)}")
 
@@ -77,9 +80,11 @@ def card(run_flags: dict[str, Any], first: Entry, last: Entry, repo: str, is_lor
     base = run_flags["base"] or run_flags["model"]
     # The licence of the base is that of the weights. That of a base that is not listed is for the user to fill in.
     license_lines = next((LICENSES[word] for word in LICENSES if word in base), "license: unknown\n")
+    # --model is a local folder in a run, and others need the name on the hub.
     hub_base = "black-forest-labs/FLUX.1-dev" if "FLUX.1-dev" in base else base
     rows = ["| mean on fixed prompts and noise | before | after |", "|---|--:|--:|"]
     for name, value in last.items():
+        # Means of rewards are floats; by_prompt is a list, step an int.
         if isinstance(value, float) and name != "seconds":
             rows.append(f"| {name} | {first[name]:.3f} | {value:.3f} |")
     table = "\n".join(rows)
