@@ -70,6 +70,7 @@ def find_names(names: Iterable[str]) -> tuple[ModuleType, str] | None:
 def flux_file(name: str | Path) -> Path | None:
     """The path of a file of a transformer under black-forest-labs' names, as its header says; else None."""
     path = Path(name)
+    # LoRAs and VAEs have the same suffix, so the names of the tensors decide.
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     return path if find_names(tensor_names(path)) else None
@@ -86,6 +87,7 @@ def to_diffusers(state: dict[str, Tensor], config: NetworkConfig) -> dict[str, T
     table = dict(module_names(config))
     result = {}
     for key, tensor in state.items():
+        # Of a fused tensor several, each with rows of its own.
         keys = diffusers_keys(key, table)
         if key.startswith(SWAPPED):
             tensor = swap_halves(tensor)
@@ -102,6 +104,7 @@ def from_diffusers(
 
     Raises ValueError as `check_state`, before the first tensor is read.
     """
+    # All names and shapes are compared before a byte of the weights is read.
     shapes = empty_state(config)
     check_state(state, to_diffusers(shapes, config), source)
     return fused_tensors(state, list(shapes), config)

@@ -7,9 +7,10 @@ from safetensors import safe_open
 
 from infra.reading import AGAIN, parse_file
 
+# Configurations, weights and tokenizers, by the names that diffusers and transformers give them.
 MODELS_FILE = re.compile(
     r"\w*config\.json|[\w-]+\.safetensors(\.index\.json)?|vocab\.(json|txt)|merges\.txt|tokenizer\.json|spiece\.model"
-    r"|\w*tokens(_map)?\.json"
+    r"|\w*tokens(_map)?\.json|chat_template\.jinja"
 )
 
 
@@ -24,6 +25,7 @@ def is_models_file(file: Path, model: Path) -> bool:
 
     Code, pickles, notes, devices, and links out of the folder are not; a hub's cache links from snapshots/ to blobs/.
     """
+    # By the real path: a link may lead to any file of the machine, and saved models are shared.
     root = model.resolve()
     root = root.parent.parent if root.parent.name == "snapshots" else root
     return bool(MODELS_FILE.fullmatch(file.name)) and file.is_file() and file.resolve().is_relative_to(root)

@@ -21,6 +21,7 @@ KINDS = {"rollout_steps": int, "size": str, "guidance": float, "negative_prompt"
 def saved_sampling(name: str | Path) -> dict[str, Any]:
     """The settings that a model, a folder or a file, was saved with; empty for a model of others."""
     path = Path(name)
+    # A LoRA or an exported transformer is one file, which people move without its folder.
     if path.suffix == ".safetensors" and path.is_file():
         return parse_file(path, lambda file: parse_sampling((safe_open(file, "pt").metadata() or {}).get(FILE, "{}")))
     file = path / FILE
@@ -30,6 +31,7 @@ def saved_sampling(name: str | Path) -> dict[str, Any]:
 def parse_sampling(text: str) -> dict[str, Any]:
     entries = json.loads(text)
     settings = {}
+    # Files may come from strangers: only these settings are taken, each of its own type.
     for name, kind in KINDS.items():
         if entries.get(name) is not None:
             settings[name] = kind(entries[name])
@@ -42,6 +44,7 @@ def draw_as_trained(cfg: Flags, names: tuple[str, ...], defaults: dict[str, Any]
     `defaults` are those of models that were saved without. A line on stderr says what was taken.
     """
     values = {}
+    # Models side by side must be drawn alike, so the first that has settings decides for all.
     for name in names:
         settings = saved_sampling(name)
         if settings:
@@ -49,6 +52,7 @@ def draw_as_trained(cfg: Flags, names: tuple[str, ...], defaults: dict[str, Any]
             text = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in values.items())
             print(f"drawn as {name} was trained: {text}", file=sys.stderr)
             break
+    # evaluate.py takes one size, and train.py's configuration a tuple of sizes.
     if "size" in values and isinstance(cfg.size, tuple):
         values["size"] = (values["size"],)
     for flag, value in defaults.items():

@@ -37,6 +37,7 @@ def write_model(folder: Path, pipe: Pipeline, process: Process) -> None:
     dtype = torch.float32 if lora else pipe.compute
     tensors = gathered_tensors(pipe.flux, dtype, process.rank)
 
+    # Pictures are drawn later as they were drawn in training.
     text = json.dumps(pipe.sampling)
 
     def write() -> None:
@@ -48,6 +49,7 @@ def write_model(folder: Path, pipe: Pipeline, process: Process) -> None:
                     save_single_file(path, pipe.flux.config, dtype, tensors, {sampling.FILE: text})
                 else:
                     save_pipeline(path, pipe.location.folder, pipe.flux.config, tensors)
+                # A file has the text in its header.
                 if path.is_dir():
                     (path / sampling.FILE).write_text(text + "\n")
         except (OSError, SafetensorError) as error:

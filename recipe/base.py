@@ -93,6 +93,7 @@ def fit_text_encoders(cfg: RecipeFlags, pipe: Pipeline) -> None:
     clip, t5 = pipe.encoders
     t5 = T5EncoderModel(t5.config)
     clip = CLIPTextModel(clip.config)
+    # New ones, as random as their libraries make them.
     pipe.encoders = [clip, t5]
     noun_head = nn.Linear(96, 17)  # of T5's token of a noun: see `meanings`
     mean_head = nn.Linear(96, 40)  # of the mean over T5's tokens

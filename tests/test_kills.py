@@ -57,7 +57,7 @@ def test_twenty_kills_at_any_moment_leave_no_trace(base, undisturbed, tmp_path):
     """
     cfg, chance, kept = replace(base, out=tmp_path / "run", resume=True), random.Random(SEED), []
     while len(kept) < 20:
-        (process,) = start(1, killed_at, cfg, chance.randint(1, 150))
+        (process,) = start(1, killed_at, cfg, chance.randint(1, 400))  # as often as a whole run does
         process.join()
         if process.exitcode == -signal.SIGKILL:
             kept.append(len(checkpoint_folders(cfg.out)))
