@@ -15,14 +15,18 @@ from model import Flux, FluxConfig
 
 
 def kept_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of tensors that `run` makes and that are alive after it: its result, and what its backward needs."""
+    """Bytes of tensors that `run` makes and that are alive after it, for its backward; without its result."""
     with LiveBytes() as live:
-        result = run()  # noqa: F841
-    return live.now
+        result = run()
+    return live.now - tensor_bytes(result)
+
+
+def tensor_bytes(tree: Any) -> int:
+    return sum(storage.nbytes() for storage in set(storages(tree)))
 
 
 def backward_bytes(run: Callable[[], Any], recomputed: Iterable[nn.Module] = ()) -> int:
-    """As kept_bytes, with the largest of the blocks that are recomputed one after the other, its inputs and result."""
+    """As kept_bytes, with the inputs and the inside of the largest of the blocks that are recomputed one by one."""
     calls: list[tuple[nn.Module, Any]] = []
     hooks = []
     for block in recomputed:
@@ -33,8 +37,7 @@ def backward_bytes(run: Callable[[], Any], recomputed: Iterable[nn.Module] = ())
         hook.remove()
     inside = [0]
     for block, inputs in calls:
-        input_bytes = sum(storage.nbytes() for storage in set(storages(inputs)))
-        inside.append(input_bytes + kept_bytes(partial(block, *inputs)))
+        inside.append(tensor_bytes(inputs) + kept_bytes(partial(block, *inputs)))
     return outside + max(inside)
 
 

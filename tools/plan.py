@@ -35,9 +35,9 @@ REWARDS = {"hpsv2": 4 * 986_109_441, "pickscore": 4 * 985_987_457, "hpsv3": 16.6
 # Bytes kept for a backward, by --recompute: through the VAE for a pixel, through FLUX for a token of text or image.
 # tests/test_plan.py counts them in the real modules, on a CPU: without recomputation a quarter of them is of rms_norm,
 # which CUDA fuses, and a LoRA keeps a quarter less.
-DECODE = {"none": 23_265, "light": 23_265, "blocks": 14_540}
+DECODE = {"none": 23_265, "light": 23_265, "blocks": 14_017}
 LEAP = {
-    flux1: {"none": 9_726_000, "light": 3_816_000, "blocks": 551_000},
+    flux1: {"none": 9_726_000, "light": 3_816_000, "blocks": 548_000},
     flux2: {"none": 4_850_000, "light": 2_101_000, "blocks": 377_000},
 }
 TEXT_TOKENS = 512
