@@ -38,7 +38,7 @@ REWARDS = {"hpsv2": 4 * 986_109_441, "pickscore": 4 * 985_987_457, "hpsv3": 16.6
 DECODE = {"none": 23_265, "light": 23_265, "blocks": 14_017}
 LEAP = {
     flux1: {"none": 9_726_000, "light": 3_816_000, "blocks": 548_000},
-    flux2: {"none": 4_850_000, "light": 2_101_000, "blocks": 377_000},
+    flux2: {"none": 4_850_000, "light": 2_101_000, "blocks": 372_000},
 }
 TEXT_TOKENS = 512
 
