@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_every_command_is_one_of_the_readmes():
-    text = (ROOT / "README.md").read_text() + (ROOT / "scorers" / "README.md").read_text()
+    text = "".join((ROOT / folder / "README.md").read_text() for folder in (".", "scorers", "formats"))
     lines = [line.partition(" #")[0].strip() for line in text.splitlines()]
     for _, *commands in DOWNLOADS.values():
         assert commands and set(commands) <= set(lines)

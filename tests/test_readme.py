@@ -79,7 +79,7 @@ def commands(program: str) -> Iterator[str]:
         yield line
 
 
-@pytest.mark.parametrize("program, count", [("train.py", 10), ("sample.py", 2), ("evaluate.py", 2)])
+@pytest.mark.parametrize("program, count", [("train.py", 10), ("sample.py", 1), ("evaluate.py", 1)])
 def test_the_readme_has_commands_of_each_program(program, count):
     assert len(list(commands(program))) >= count
 
@@ -166,7 +166,7 @@ def test_an_update_runs_through_as_many_files_as_the_readme_says(tmp_path):
         train.one_update(cfg, setup, state, process, 0)
         sys.setprofile(None)
     count = int(re.search(r"An update runs through (\d+) files", README)[1])
-    names = re.search(r"four fifths of its lines are in (.*?)\.\n", README)[1]
+    names = re.search(r"three quarters of its lines are in (.*?)\.\n", README)[1]
     lines = sum(len(lines_of_file[name]) for name in re.findall(r"\w+\.py", names))
     assert len(lines_of_file) == count
-    assert lines / sum(map(len, lines_of_file.values())) == pytest.approx(0.8, abs=0.03)
+    assert lines / sum(map(len, lines_of_file.values())) == pytest.approx(0.75, abs=0.03)
