@@ -33,7 +33,7 @@ def parse_sampling(text: str) -> dict[str, Any]:
     settings = {}
     # Files may come from strangers: only these settings are taken, each of its own type.
     for name, kind in KINDS.items():
-        if entries.get(name) is not None:
+        if entries.get(name) not in (None, ""):
             settings[name] = kind(entries[name])
     return settings
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from formats.folders import load_pipeline
 from formats.saving import save_pipeline
 from infra.distributed import join
 from infra.summary import MAX_TAGS, confidence_interval, format_table, summarize
+from model import FLUX_DEV
 from rewards import open_reward, score_all
 from sample import sample
 from tests.processes import script, start
@@ -139,7 +141,8 @@ def test_seeds_count_on_over_seeds_prompts_and_images(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "sample", fake_sample)
     cfg = EvaluateFlags(num=2, seed=3, batch=4, guidance=1, out=tmp_path)
     model = evaluate.Model("model", "", None, [(16, 16)], "")
-    evaluate.draw_and_score(cfg, model, None, [], [{"prompt": "a cat"}] * 5, range(5), "cpu")
+    pipe = SimpleNamespace(flux=SimpleNamespace(config=FLUX_DEV))
+    evaluate.draw_and_score(cfg, model, pipe, [], [{"prompt": "a cat"}] * 5, range(5), "cpu")
     assert seeds_drawn == list(range(30, 40))  # those of seeds 0, 1 and 2 lie before
 
 

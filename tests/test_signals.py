@@ -39,6 +39,7 @@ def undisturbed(base, tmp_path_factory) -> Config:
 
 def signalled(cfg: Config, number: int) -> str:
     """Train; in the third update the last rank gets a signal."""
+    signal.signal(number, signal.SIG_DFL)  # shells ignore Ctrl-C for what runs in the background, and runs heed that
     real = train.one_update
 
     def one_update(c, setup, state, process, update):

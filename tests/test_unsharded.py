@@ -101,7 +101,7 @@ def test_an_update_and_an_evaluation_have_no_float64_but_on_the_cpu(cfg, unshard
 
         return call
 
-    for name in ("model.rotary_table", "sample.sigmas", "train.mean_scores"):
+    for name in ("model.rotary_table", "families.flux1.sigmas", "train.mean_scores"):
         monkeypatch.setattr(name, on_the_cpu(resolve_name(name)))
     cfg = replace(cfg, **flags)
     with join("cpu") as process:
