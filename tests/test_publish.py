@@ -68,7 +68,7 @@ def test_all_weights_are_loaded_as_they_are_and_an_unknown_base_has_no_licence(r
     (run / "config.json").write_text(json.dumps(FLAGS | {"model": "mine/flux"}))
     publish(PublishFlags(run))
     card = (run / "best" / "README.md").read_text()
-    assert 'FluxPipeline.from_pretrained("NAME/MODEL")' in card and "load_lora" not in card
+    assert 'DiffusionPipeline.from_pretrained("NAME/MODEL")' in card and "load_lora" not in card
     assert "license: unknown" in card
 
 

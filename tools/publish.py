@@ -21,6 +21,7 @@ license: other
 license_name: flux-1-dev-non-commercial-license
 license_link: https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md
 """,
+    "FLUX.2-klein-base-4B": "license: apache-2.0\n",
     "FLUX.1-schnell": "license: apache-2.0\n",
     "tiny-flux": "license: apache-2.0\n",
 }
@@ -81,7 +82,8 @@ def card(run_flags: dict[str, Any], first: Entry, last: Entry, repo: str, is_lor
     # The licence of the base is that of the weights. That of a base that is not listed is for the user to fill in.
     license_lines = next((LICENSES[word] for word in LICENSES if word in base), "license: unknown\n")
     # --model is a local folder in a run, and others need the name on the hub.
-    hub_base = "black-forest-labs/FLUX.1-dev" if "FLUX.1-dev" in base else base
+    base_name = Path(base).name
+    hub_base = f"black-forest-labs/{base_name}" if base_name in ("FLUX.1-dev", "FLUX.2-klein-base-4B") else base
     rows = ["| mean on fixed prompts and noise | before | after |", "|---|--:|--:|"]
     for name, value in last.items():
         # Means of rewards are floats; by_prompt is a list, step an int.
@@ -89,9 +91,9 @@ def card(run_flags: dict[str, Any], first: Entry, last: Entry, repo: str, is_lor
             rows.append(f"| {name} | {first[name]:.3f} | {value:.3f} |")
     table = "\n".join(rows)
     if is_lora:
-        load = f'pipe = FluxPipeline.from_pretrained("{hub_base}")\npipe.load_lora_weights("{repo}")'
+        load = f'pipe = DiffusionPipeline.from_pretrained("{hub_base}")\npipe.load_lora_weights("{repo}")'
     else:
-        load = f'pipe = FluxPipeline.from_pretrained("{repo}")'
+        load = f'pipe = DiffusionPipeline.from_pretrained("{repo}")'
     return f"""\
 ---
 {license_lines}base_model: {hub_base}
@@ -107,7 +109,7 @@ pipeline_tag: text-to-image
 {table}
 
 ```python
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 
 {load}
 ```
