@@ -41,9 +41,7 @@ from families import Network, empty_network
 from formats.saving import write_model
 from infra import checkpoints, distributed, failures, logs, seeds, watch
 from infra.distributed import Process, Stop
-from infra.files import lock_text
 from infra.meter import Meter
-from infra.prompts import printable
 from rewards import mean_scores, reported_means, score_all
 from sample import sample
 from samples import branch_counts, build_samples, draw_x_1, metered, noise_of
@@ -78,7 +76,7 @@ def main() -> None:
         except (ValueError, OSError) as error:  # a flag or a file cannot be used
             # Once the ranks are joined all of them have the error, with the rank that it is of.
             if rank == 0 or not dist.is_initialized():
-                print(printable(f"\nerror: {error}"), file=sys.stderr)
+                failures.print_error(f"\nerror: {error}")
             raise SystemExit(2) from None
         if rank == 0 and not cfg.export:
             print(announce(cfg, setup, process))
@@ -86,7 +84,7 @@ def main() -> None:
             run(cfg, setup, process)
         except Stop as stop:
             if rank == 0:
-                print(printable(f"\n{stop.message}"), file=sys.stderr)
+                failures.print_error(f"\n{stop.message}")
             raise SystemExit(stop.code) from None
 
 
@@ -127,7 +125,7 @@ def run(cfg: Config, setup: Setup, process: Process) -> None:
         # Rank 0 alone prepares the folder and writes logs, and its History goes to all ranks. All ranks write
         # checkpoints, so on several nodes the folder must be on a disk that they share: all must see its lock.
         history = distributed.on_first_rank(partial(open_folder, cfg, setup, first))
-        distributed.check_alike({f"what lies in --out {setup.out}, which all nodes must share,": lock_text(setup.out)})
+        checkpoints.check_shared(setup.out)
     except ValueError as error:  # no checkpoint can be read, or another process trains in the folder
         raise Stop(2, f"error: {error}") from None
 
@@ -150,7 +148,7 @@ def run(cfg: Config, setup: Setup, process: Process) -> None:
             state.wait()
         message = f"error: {explanation}; {checkpoints.what_is_saved(setup.out)}"
         if process.rank:  # rank 0 prints what stops it, and does not know of this
-            print(printable(f"rank {process.rank}: {message}"), file=sys.stderr)
+            failures.print_error(f"rank {process.rank}: {message}")
         raise Stop(1, message) from error
     finally:
         state.wait()  # for the checkpoint that is being written

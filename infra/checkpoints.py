@@ -34,8 +34,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
-from infra.distributed import all_gather_objects
-from infra.files import PART, beside, part_of, put_in_place
+from infra.distributed import all_gather_objects, check_alike
+from infra.files import PART, beside, lock_text, part_of, put_in_place
 from model import Flux
 
 CHECKSUMS = "sums.json"
@@ -86,6 +86,11 @@ class State:
     def wait(self) -> Path | None:
         """Wait for the checkpoint that is being written. Returns its folder; None if there is none or if it failed."""
         return self.pending_write and self.pending_write.result()
+
+
+def check_shared(out: Path) -> None:
+    """Raise ValueError on all ranks unless all see the same folder of the run: each looks for the lock in it."""
+    check_alike({f"what lies in --out {out}, which all nodes must share,": lock_text(out)})
 
 
 def checkpoint_folders(out: Path) -> list[Path]:

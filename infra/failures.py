@@ -1,7 +1,10 @@
 """An error in the middle of a run: what it was, in a line, and what is saved."""
 
+import sys
+
 import torch
 
+from infra.prompts import printable
 from infra.user_code import UserCodeError
 
 # By the stage of an update, or the evaluation: what needs less memory.
@@ -12,6 +15,11 @@ REMEDIES = {
     "update": "train a --lora, or take more GPUs",
     "evaluation": "take a smaller --rollout-batch",
 }
+
+
+def print_error(text: str) -> None:
+    """Print on stderr. Names and prompts in the text may be a stranger's, so control characters are escaped."""
+    print(printable(text), file=sys.stderr)
 
 
 def stage_of(error: BaseException) -> str:

@@ -15,6 +15,7 @@ import start
 import train
 from config import Config
 from formats.folders import load_pipeline
+from infra import checkpoints
 from infra.distributed import (
     Stop,
     check_alike,
@@ -288,7 +289,7 @@ def test_a_node_with_another_checkout_is_refused(base):
 def unshared_folder(cfg: Config) -> str:
     """Rank 1 does not see what rank 0 writes, as on a node with a disk of its own."""
     if os.environ["RANK"] == "1":
-        train.lock_text = lambda folder: ""
+        checkpoints.lock_text = lambda folder: ""
     return run(cfg)
 
 
