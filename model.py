@@ -134,9 +134,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def run_block(recompute: str, block: nn.Module, *inputs: Tensor) -> Any:
-    """block(*inputs). Its backward computes again: nothing, what is elementwise ("light"), or all of it ("blocks").
+    """block(*inputs), and how much of the block its backward computes again, in exchange for memory.
 
-    Kept until then is all that autograd asks for; the inputs, and the results of products and attention; the inputs.
+    none      nothing: all that autograd asks for is kept until then
+    light     what is elementwise: the inputs and the results of products and attention are kept
+    blocks    all of it: the inputs alone are kept
     """
     if recompute == "none" or not torch.is_grad_enabled():
         return block(*inputs)

@@ -37,14 +37,6 @@ HERE = Path(__file__).parent
 # ------------------------------------------------------------------------------------------- encode
 
 
-class Reader(NamedTuple):
-    """Who reads prompts, and how much of them."""
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    limit: int  # tokens
-
-
 @torch.no_grad()
 def encode(pipe: Pipeline, prompts: Sequence[str]) -> Text:
     """What the network reads of prompts: tensors with a row per prompt."""
@@ -284,6 +276,14 @@ def draw_picture(cfg: SampleFlags) -> None:
     side = max(128, min(width, 512))  # at least the room for a caption
     contact_sheet(images, captions, cfg.picture, columns=cfg.num, side=side)
     print(f"wrote {cfg.picture}: {len(images)} images of {height}x{width}")
+
+
+class Reader(NamedTuple):
+    """Who reads prompts, and how much of them."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    limit: int  # tokens
 
 
 def truncation_warning(pipe: Pipeline, prompts: Sequence[str], readers: Sequence[Reader] = ()) -> str | None:

@@ -127,6 +127,7 @@ def build_samples(
             for weight, text in differentiated:
                 vjp_of_rows = vjp_of(network(pipe.flux, text, rows))
                 wrt_rows.append(vjp_of_rows(x[rows], levels[rows], weight * u[rows], wrt_x))
+            # dv/dx of a sum of branches is the sum of theirs.
             if wrt_x:
                 gradients.append(sum(wrt_rows[1:], wrt_rows[0]))
         return torch.cat(gradients) if wrt_x else None
