@@ -232,8 +232,8 @@ def similarity_weight(
         return torch.ones_like(d[0]), d
     if use == "d_j" and len(picks) == 1:
         raise ValueError("a weight from d_j needs two leaps or more: a single leap has d_0 only")
-    used = {"both": d, "d_j": d[:-1], "d_0": d[-1:]}[use]
-    return 1 / used.clamp(min=tau).sum(0), d
+    distances = {"both": d, "d_j": d[:-1], "d_0": d[-1:]}[use]
+    return 1 / distances.clamp(min=tau).sum(0), d
 
 
 def hinge(reward: Tensor, lam: float | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The function that --method names: found, given its keywords by flags, and tried before anything is loaded."""
+"""The function that --method names: it is looked up, gets its keywords from flags, and is tried before any loading."""
 
 import inspect
 import json
@@ -25,8 +25,8 @@ NO_KEYWORDS = ("method", "option")
 class Trial(NamedTuple):
     """What a method asked for and returned when it was tried."""
 
-    needs_gradient: bool  # of the rewards; a policy gradient takes the scores alone
-    needs_base: bool  # the untuned network
+    needs_gradient: bool  # the gradient of the rewards; a policy gradient needs their scores alone
+    needs_base: bool  # the velocity of the untuned network
     logged_names: set[str]
 
 
@@ -91,7 +91,7 @@ def method_options(cfg: Config, preset: Config) -> dict[str, Any]:
 
 def parse_option(text: str, method: str, keywords: dict[str, Any]) -> tuple[str, Any]:
     """Name and value of an --option NAME=VALUE. Raises ValueError if the method has no such keyword of its own."""
-    # A keyword of the user's method may be called as a flag is, and mean something else.
+    # A keyword of the user's method may have the name of a flag, and mean something else.
     names = list(keywords) if is_user_code(method) else [n for n in keywords if n not in keyword_flags()]
     name, equals, value = text.partition("=")
     if not equals or name not in names:
@@ -108,7 +108,7 @@ def parse_option(text: str, method: str, keywords: dict[str, Any]) -> tuple[str,
 
 
 def recorded_flags(cfg: Config) -> dict[str, Any]:
-    """The flags as config.json has them: each keyword of the method with the value that counts, others unset."""
+    """The flags as config.json has them: keywords of the method with the values it runs with, all others unset."""
     keywords = method_keywords(find_method(cfg.method))
     flags = asdict(cfg)
     for name, unset in keyword_flags().items():
@@ -116,7 +116,7 @@ def recorded_flags(cfg: Config) -> dict[str, Any]:
             flags[name] = unset
         elif flags[name] == unset:
             flags[name] = keywords[name]
-    for text in cfg.option:  # a keyword of your method may be called as a flag is
+    for text in cfg.option:  # a keyword of the user's method may have the name of a flag
         name, value = parse_option(text, cfg.method, keywords)
         if name in keyword_flags():
             flags[name] = value
@@ -135,7 +135,7 @@ def resume_flags(cfg: Config) -> list[str]:
 
 
 def user_code_hashes(cfg: Config) -> dict[str, str]:
-    """The user's files that a run is made with, each with a hash of its content."""
+    """The user's files that a run takes functions from, each with a hash of its content."""
     return file_hashes([cfg.method, *cfg.reward, *cfg.watch])
 
 
@@ -148,7 +148,7 @@ def try_method(method: Callable, sigmas: Tensor, group: int) -> Trial:
     samples, calls = trial_samples(sigmas, b, torch.Generator())
     try:
         log = method(samples)
-    except ValueError as error:  # a method's own word on its keywords
+    except ValueError as error:  # the method refuses its keywords
         raise ValueError(f"--method: {error}") from error
     except Exception as error:
         raise ValueError(f"--method fails on random samples: {describe_error(error)}") from error

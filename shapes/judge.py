@@ -147,7 +147,7 @@ def color_of(paint: np.ndarray) -> str:
 
 
 def accuracy(correct: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """The share of correct images of each task, and `overall`, the mean of the tasks that occur (as in GenEval)."""
+    """The share of correct images of each task, and `overall`, the mean over the tasks that occur (as in GenEval)."""
     shares = {}
     for task in TASKS:
         verdicts = [bool(c) for c, prompt in zip(correct, prompts, strict=True) if prompt.task == task]
