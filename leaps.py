@@ -115,7 +115,8 @@ def pick_leaps(
     start = starts[torch.randint(len(starts), (), generator=generator)]
     target = levels[start] - distance  # at least the lowest level in range, so the nearest level is in range too
     later_steps = range(start + 1, len(levels))
-    nearest = min(later_steps, key=lambda i: round(abs(levels[i] - target), 6))  # rounded, so that fp32 makes no winner
+    # Rounded, so that fp32 does not decide between two levels that are equally near: min takes the first.
+    nearest = min(later_steps, key=lambda i: round(abs(levels[i] - target), 6))
     return start, nearest
 
 

@@ -381,7 +381,8 @@ def fdfo(
     shared = 1 / (1 + churn)
     x_1 = shared * shared_noise(s, 2) + (1 - shared**2) ** 0.5 * s.noise(1)
     ro = rollout(s.velocity, x_1, s.sigmas)
-    x_0, scores = ro.x[-1], s.score(ro.x[-1])
+    x_0 = ro.x[-1]
+    scores = s.score(x_0)
 
     # 2. The slope of the score between the samples of a pair, per entry.
     half = (x_0[::2] - x_0[1::2]) / 2  # (b / 2, n, c)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ import leaps
 from baselines import direct, policy
 from baselines.direct import Log
 from config import Config, Experiment, Method
-from infra.reading import check_finite
 from infra.user_code import describe_error, file_hashes, is_user_code, load_function
 from leaps import Samples
 from samples import trial_samples
@@ -101,7 +101,8 @@ def parse_option(text: str, method: str, keywords: dict[str, Any]) -> tuple[str,
         return name, value
     try:
         number = json.loads(value.lower())  # or true, false, null
-        check_finite([(name, torch.tensor(float(number or 0)))])
+        if not math.isfinite(number or 0):
+            raise ValueError
         return name, number
     except (ValueError, TypeError):
         raise ValueError(f"--option {text}: {value!r} is no finite number, true, false or null") from None
