@@ -47,9 +47,9 @@ class Experiment:
     CLIP rewards, about 13 for hpsv3). NAME~GOOD~BAD is relative: by how much the prompt fits better with a good word in
     front than with a bad one, as in hpsv2~Real~Painting (SRPO)."""
     watch: tuple[str, ...] = ("judge",)
-    """Rewards that are evaluated but never trained on. The run keeps the weights that the first one likes best, and
-    warns when one has fallen while the trained reward rose. judge applies the rules of the shapes world; lattice falls
-    where a pattern of the tokens' period appears."""
+    """Rewards that are evaluated but never trained on. The run keeps the weights that the first of them scores highest,
+    and warns when one of them has fallen while the trained reward rose. judge applies the rules of the shapes world;
+    lattice falls where a pattern of the tokens' period appears."""
     prompts: Path = HERE / "shapes" / "train-prompts.txt"
     """Prompts to train on: a .txt file with one per line, or .jsonl, .json, .csv or .tsv with a "prompt" in each entry.
     A prompt that occurs twice is seen twice as often."""

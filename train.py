@@ -165,8 +165,8 @@ def build_network(cfg: Config, setup: Setup, process: Process) -> Network:
     tensors = initial_tensors(cfg, flux, setup.model)  # names and tensors, read from disk as they are asked for
     flux.recompute = cfg.recompute
     if cfg.compile:
-        # All blocks of a kind are one function to torch, compiled anew for each image size, with and without gradients.
-        # Beyond 8 variants torch would run it uncompiled.
+        # To torch all blocks of a kind are one function, which is compiled for each image size, with and without
+        # gradients. Beyond 8 variants torch would run the function uncompiled.
         torch._dynamo.config.recompile_limit = 64
         for block in (*flux.double_blocks, *flux.single_blocks):
             block.compile()
@@ -184,7 +184,7 @@ def shard(flux: Network, process: Process, dtype: torch.dtype) -> None:
     holds, the mean over the ranks. Where groups are replicas of each other, an all-reduce completes the mean.
     """
     if process.device.type not in distributed.FSDP_DEVICES:
-        return  # mps: one rank, whose weights compute in the dtype that they have
+        return  # mps: there is one rank, and weights compute in their own dtype
     if process.world_size == 1 and dtype == torch.float32:
         return  # nothing to share and nothing to cast; FSDP2's hooks made steps of the tiny Flux 6 to 24% longer
     # Torch warns that blocks return views. Nothing here modifies an output in place.
@@ -195,8 +195,8 @@ def shard(flux: Network, process: Process, dtype: torch.dtype) -> None:
         cast_forward_inputs=False,  # position ids stay integers and noise levels fp32, which bf16 would round
     )
     for module in (*flux.double_blocks, *flux.single_blocks, flux):
-        # The root too, which by default keeps what it gathered: evaluation copies averages into the shards, and a kept
-        # copy would be out of date.
+        # The root, too: by default it keeps its gathered weights. Evaluation copies averages into the shards, so these
+        # gathered weights would be out of date.
         fully_shard(module, mesh=process.mesh, mp_policy=policy, reshard_after_forward=True)
 
 

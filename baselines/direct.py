@@ -205,7 +205,7 @@ def direct_align(
 
 
 def vgg_flow(s: Samples, *, active: int = 3, scale: float = 1000.0) -> Log:
-    """VGG-Flow: the velocity is pulled to the untuned one, moved along the gradient of the reward of its prediction.
+    """VGG-Flow: the velocity is pulled to the untuned one, shifted along the reward's gradient at the prediction.
 
     VGG-Flow (arXiv 2512.05116), without the network that learns the rest of the value's gradient.  The target is
     v_base - scale (1 - sigma)^2 grad r(xhat_0); `scale` is the inverse of the temperature, so a low scale stays near

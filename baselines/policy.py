@@ -260,7 +260,7 @@ def awm(
     x_0 = rollout(s.velocity, s.noise(0), s.sigmas).x[-1]
     advantage = advantages(s.score(x_0), group, ranks)
 
-    # 2. Noise them anew, and match the velocity that leads back.  No random step, no solver: the ODE's samples serve.
+    # 2. Noise them anew, and match the velocity that leads back.  The ODE's samples do: no random steps are needed.
     for sigma, x, target in noisy_samples(s, x_0, active):
         error = s.velocity(x, sigma) - target
         add_matching(s, x, sigma, error, advantage, active)
@@ -274,7 +274,7 @@ def nft(
     active: int = 6,
     ranks: bool = False,
 ) -> Log:
-    """DiffusionNFT: AWM with weights of its own: sigma / mean |v - target|, sample by sample.
+    """DiffusionNFT: AWM with another weight for each sample, sigma / mean |v - target|.
 
     DiffusionNFT (arXiv 2509.16117), on policy.  The published loss is r |v+ - target|^2 + (1 - r) |v- - target|^2 with
     v+- = v_old +- beta (v - v_old) and r = 1/2 + advantage / 10.  On policy v_old is v: both errors are equal, their
@@ -366,7 +366,7 @@ def fdfo(
     churn: float = 0.1,
     dsigma: bool = False,
 ) -> Log:
-    """FDFO: of two samples from nearly one noise, all velocities of both are moved towards the better image.
+    """FDFO: two samples start from nearly the same noise, and all velocities of both move towards the better image.
 
     Finite Difference Flow Optimization (arXiv 2603.12893), on policy.  The noise of a pair differs by a share that
     `churn` states: x_1 is divided by 1 + churn and filled up with fresh noise.  0.1 is the authors' value where they
@@ -387,7 +387,7 @@ def fdfo(
     # 2. The slope of the score between the samples of a pair, per entry.
     half = (x_0[::2] - x_0[1::2]) / 2  # (b / 2, n, c)
     rise = (scores[::2] - scores[1::2]) / 2
-    slope = rise / (half.square().flatten(1).mean(1) + 1e-6)  # as published; two images may be one
+    slope = rise / (half.square().flatten(1).mean(1) + 1e-6)  # 1e-6 as published: two images may be equal
     ascent = 2 / half[0].numel() * slope[:, None, None] * half
     ascent = ascent.repeat_interleave(2, 0)  # up is the same way for both
 

@@ -157,6 +157,6 @@ def draw_noise(generator: torch.Generator, channels: int, rows: int, columns: in
 
 def vae_latents(vae: AutoencoderKLFlux2, x: Tensor, rows: int, columns: int) -> Tensor:
     """The VAE's latents (b, c, h, w) of tokens (b, n, 4 c)."""
-    # The VAE has a batch norm whose statistics, one a token's channel, take the place of FLUX.1's shift and scale.
+    # The VAE has a batch norm. Its statistics, of each channel of a token, take the place of FLUX.1's shift and scale.
     std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
     return unpack(x * std + vae.bn.running_mean, rows, columns)

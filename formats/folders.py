@@ -181,7 +181,7 @@ def load_parts(
     except while they compute.
     Raises ValueError naming the folder of weights that are damaged or incomplete.
     """
-    logging.disable_progress_bar()  # transformers shows one for each tiny network
+    logging.disable_progress_bar()  # transformers shows a bar for each tiny network
     location, _, schedule, tokenizers, cell = description
     folder = location.folder
     # Images and rewards are fp32, and rewards send gradients through the VAE.

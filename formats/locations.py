@@ -81,7 +81,7 @@ def locate_base(lora: Path, base: str | None) -> Location:
         if lora_file(base):
             raise ValueError(f"--base {base} is a LoRA too: give the whole model that {lora} was trained on")
         return locate(base)
-    note = lora.parent / NOTE  # which our own LoRAs have; those of other trainers need --base
+    note = lora.parent / NOTE  # our own LoRAs have it; those of other trainers need --base
     if not note.exists():
         raise ValueError(f"{lora} is a LoRA that does not say what it changes: give --base FOLDER")
 

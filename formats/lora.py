@@ -50,7 +50,7 @@ class LoRA(nn.Module):
         self.linear = linear
         self.scale = alpha / rank
         self.off = False  # set by without_lora
-        device = linear.weight.device  # often meta: the values come later, as those of all parameters
+        device = linear.weight.device  # often meta, as of all parameters: the values come later
         width = linear.in_features
         # q, k and v are square. The last block is the rest: all rows of a layer that is not fused, or the MLP's.
         row_counts = [width] * (block_count - 1)

@@ -115,7 +115,7 @@ def fused_tensors(state: dict[str, Tensor], keys: list[str], config: NetworkConf
     table = dict(module_names(config))
     for key in keys:
         rows = [state[name] for name in diffusers_keys(key, table)]
-        # A tensor of one name stays the view of its mapped file: a copy would be read, and held in memory, at once.
+        # A tensor that is not fused stays a view of its mapped file: a copy would be read into memory at once.
         tensor = torch.cat(rows) if len(rows) > 1 else rows[0]
         yield key, swap_halves(tensor) if key.startswith(SWAPPED) else tensor
 

@@ -153,7 +153,7 @@ def save_single_file(
     safetensors' own function wants all tensors at once, 24 GB of them. The format: 8 bytes, the length of the header;
     the header, JSON of each tensor's dtype, shape and offsets; then the tensors.
     """
-    # The network's order is that of `state`, so every offset is known before a tensor comes.
+    # `state` has the network's order, so every offset is known before a tensor comes.
     dtype_name = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
     header = {}
     start = 0

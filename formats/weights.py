@@ -30,7 +30,7 @@ class Weights(NamedTuple):
     """A transformer on the disk."""
 
     config: NetworkConfig
-    tensors: Tensors  # by our names, each read as it is asked for; once
+    tensors: Tensors  # by our names, each read when it is asked for; they can be read once
     notes: list[str]  # lines that tell the user of fp8 weights, or of another guidance_embed
 
 
@@ -52,7 +52,7 @@ def weight_files(location: Location) -> list[Path]:
     """The files of a model's transformer, and of the LoRA over it: scores depend on both."""
     files = []
     for path in filter(None, (location.transformer, location.lora)):
-        # A folder holds one or more files. A single file has nothing to glob in it.
+        # In a folder glob finds one or more files, in a single file it finds nothing.
         files += sorted(path.glob("*.safetensors")) or [path]
     return files
 

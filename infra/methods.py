@@ -55,7 +55,7 @@ def is_method(signature: inspect.Signature) -> bool:
 
 def method_keywords(method: Callable) -> dict[str, Any]:
     """The keywords of a method and their defaults."""
-    keywords = list(inspect.signature(method).parameters.values())[1:]  # the first one is the samples
+    keywords = list(inspect.signature(method).parameters.values())[1:]  # the first parameter is the samples
     return {keyword.name: keyword.default for keyword in keywords}
 
 

@@ -62,7 +62,7 @@ def hpsv2(
         tokenizer = parse_file(CLIP_TOKENIZER, partial(AutoTokenizer.from_pretrained, local_files_only=True), remedy)
     state = read_tensors(file)
     try:
-        # The published file has the state dict under a key, a bare one is fine, too.
+        # The published file has the state dict under a key; a bare state dict is fine, too.
         state = from_open_clip(state.get("state_dict", state))
         config = clip_config(state, tokenizer)
     except KeyError as error:

@@ -117,7 +117,7 @@ def load_hpsv3(
         raise ValueError(f"{file} is not HPSv3: it lacks {error}") from None
     # Sizes come from the file of Qwen2-VL: the tensors do not tell the number of heads.
     config = Qwen2VLConfig.from_pretrained(file.parent, local_files_only=True)
-    # Qwen2-VL has more embeddings than tokens; HPSv3 kept those of tokens, and added one for its own.
+    # Qwen2-VL has more embeddings than tokens. HPSv3 keeps an embedding per token, and adds that of its reward token.
     config.text_config.vocab_size = embeddings
     if len(tokenizer) != embeddings:
         raise ValueError(

@@ -159,7 +159,7 @@ def random_layout(prompt: Prompt, rng: Generator) -> np.ndarray:
 
 
 def cell_pairs(relation: str) -> list[tuple[int, int]]:
-    """The cells (a, b) in which two objects are in the relation. It holds along its own axis; the other is free."""
+    """The cells (a, b) in which two objects are in the relation. A relation fixes one axis, the other is free."""
     rows, columns = RELATIONS[relation]
     pairs = []
     for a, b in permutations(range(4), 2):
