@@ -86,9 +86,9 @@ def build_samples(
 ) -> tuple[Samples, "RewardLog"]:
     """The samples of some prompts, and the log of what the rewards give while a method runs.
 
-    `base` is the untuned network; for a LoRA the trained network, whose LoRA is off while the base is evaluated. `total`
-    is the number of this rank's samples, by which losses are divided (Eq. 13); None: these samples. Activations are
-    kept for `micro_batch` samples at a time (None: all).
+    `base` is the untuned network; for a LoRA the trained network, whose LoRA is off while the base is evaluated.
+    `total` is the number of this rank's samples, by which losses are divided (Eq. 13); None: these samples.
+    Activations are kept for `micro_batch` samples at a time (None: all).
     """
     b = len(prompts)
     total = total or b
