@@ -142,6 +142,10 @@ def lock_folder(folder: Path) -> None:
         owner = file.read() or "another process"
         file.close()
         raise ValueError(f"--out {folder}: {owner} trains there: wait for it, or choose another folder") from None
+    # A run that ended between the two calls has removed this very file: another process may lock a new one.
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        file.close()
+        return lock_folder(folder)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
