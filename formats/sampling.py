@@ -41,17 +41,19 @@ def parse_sampling(text: str) -> dict[str, Any]:
 def draw_as_trained(cfg: Flags, names: tuple[str, ...], defaults: dict[str, Any]) -> Flags:
     """The flags with a value for each that is not given: the first one that a model of `names` was saved with.
 
-    `defaults` are those of models that were saved without. A line on stderr says what was taken.
+    `defaults` are those of models that were saved without. A line on stderr says what was taken, and for which other
+    model that is not how it was trained.
     """
-    values = {}
+    values, first = {}, ""
     # Models side by side must be drawn alike, so the first that has settings decides for all.
     for name in names:
-        settings = saved_sampling(name)
-        if settings:
-            values = {flag: value for flag, value in settings.items() if not getattr(cfg, flag)}
-            text = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in values.items())
+        settings = {flag: value for flag, value in saved_sampling(name).items() if not getattr(cfg, flag)}
+        text = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in settings.items())
+        if settings and not first:
+            values, first = settings, name
             print(f"drawn as {name} was trained: {text}", file=sys.stderr)
-            break
+        elif settings and settings != values:
+            print(f"warning: {name} was trained at {text}, and is drawn as {first}: give flags", file=sys.stderr)
     # evaluate.py takes one size, and train.py's configuration a tuple of sizes.
     if "size" in values and isinstance(cfg.size, tuple):
         values["size"] = (values["size"],)

@@ -8,7 +8,7 @@ from typing import Any
 from config import Config
 from infra.checkpoints import NEWEST, checkpoint_folders, update_of
 from infra.distributed import FSDP_DEVICES, Process
-from infra.files import PART, check_writable
+from infra.files import PART
 from infra.flags import check_ranges
 from infra.jsonl import Entry, read_log
 from infra.logs import EvaluationLog, UpdateLog
@@ -122,11 +122,10 @@ def check_log_names(cfg: Config, method_names: set[str], functions: dict[str, Re
 
 
 def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[str]) -> None:
-    """Raise ValueError if nothing can be written to `out`, or if it holds a run that these flags do not continue.
+    """Raise ValueError if `out` holds a run that these flags do not continue.
 
     `flags` is what config.json will say, and `fixed` names the flags that a resumed run must find unchanged.
     """
-    check_writable(f"--out {out}", out)
     if cfg.export and cfg.export.exists():
         raise ValueError(f"--export {cfg.export} exists: give a path that does not")
     has_files = out.exists() and any(out.iterdir())

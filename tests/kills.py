@@ -3,8 +3,8 @@
     python -m tests.kills --count 60
 
 What a kill leaves is what is on the disk, so moments are counted in writes, not in seconds. A run that is recorded
-tells all writes: each kind of write is met at its first and at its last time, just before the write; where a file is opened,
-also with half of it written. The lock that a killed run leaves is removed before every other resume.
+tells all writes: each kind of write is met at its first and at its last time, just before the write; where a file is
+opened, also with half of it written. The lock that a killed run leaves is removed before every other resume.
 """
 
 import os

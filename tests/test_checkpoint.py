@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import resource
 import shutil
 import signal
@@ -266,6 +267,29 @@ def test_an_error_of_memory_or_of_the_users_code_saves_and_the_run_goes_on(error
     (message,) = spread(1, failing_at, cfg, 5, error)
     assert message.startswith(f"1 error: {words}") and "step_000005 is saved, --resume goes on" in message
     assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
+
+
+def test_an_error_of_a_reward_on_one_of_two_ranks_stops_both_after_a_checkpoint(base, undisturbed, tmp_path):
+    code = """
+import os
+
+calls = 0
+
+def fails_later(images, prompts):
+    global calls
+    calls += 1
+    if calls > 12 and os.environ["RANK"] == "1":
+        raise SystemExit("enough")
+    return images.mean((1, 2, 3))
+"""
+    (tmp_path / "mine.py").write_text(code)
+    cfg = replace(base, out=tmp_path / "run", reward=(f"{tmp_path / 'mine.py'}:fails_later",), lam=())
+    first, second = spread(2, told, cfg)
+    for message, _ in (first, second):
+        assert message.startswith("3 step ") and "fails_later" in message and "not finite on rank 1" in message
+    assert "SystemExit: enough" in second[1] and "line 10" in second[1]
+    update = int(re.search(r"step (\d+)", first[0])[1])
+    assert checkpoint_folders(cfg.out)[-1].name == f"step_{update:06d}"
 
 
 # ------------------------------------------------------------------------------------- damaged, full
