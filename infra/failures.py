@@ -8,7 +8,7 @@ from torch import Tensor
 
 from infra.prompts import printable
 from infra.user_code import UserCodeError
-from rewards import Score
+from scorers.common import Score
 
 # By the stage of an update, or the evaluation: what needs less memory.
 REMEDIES = {

@@ -91,7 +91,7 @@ def test_a_folder_in_which_a_run_trains_is_refused_until_that_run_ends(base, tmp
     cfg = replace(base, out=tmp_path / "run", resume=True)
     lock_folder(cfg.out)  # as a run of this process would
     assert (
-        completed(1, cfg) == f"2 error: --out {cfg.out}: process {os.getpid()} on {socket.gethostname()} trains there: "
+        completed(1, cfg) == f"2 --out {cfg.out}: process {os.getpid()} on {socket.gethostname()} trains there: "
         "wait for it, or choose another folder"
     )
     assert not cfg.out.exists() or not list(cfg.out.iterdir())
