@@ -40,9 +40,10 @@ from infra.files import (
     put_in_place,
     recover,
     remove,
-    replacing,
     unlock_folder,
+    write_whole,
 )
+from infra.flags import flag_of
 from infra.jsonl import Entry, read_log, truncate_log
 from infra.meter import network_flops
 from infra.methods import (
@@ -113,7 +114,7 @@ def shared_inputs(cfg: Config, setup: Setup) -> dict[str, Any]:
     """What must be alike on all ranks: each flag, and hashes of what the flags name and of this program."""
     shared = {}
     for name, value in asdict(cfg).items():
-        shared[f"--{name.replace('_', '-')}"] = value
+        shared[flag_of(name)] = value
     shared["what --prompts says"] = prompts_hash(setup.prompts)
     shared["what --eval-prompts says"] = prompts_hash(setup.eval_prompts)
     shared["your code"] = user_code_hashes(cfg)
@@ -449,8 +450,7 @@ def write_config(cfg: Config, setup: Setup) -> None:
         "prompts_read": [prompts_hash(setup.prompts), prompts_hash(setup.eval_prompts)],
         "code_read": user_code_hashes(cfg),
     }
-    with replacing(setup.out / "config.json") as file:
-        file.write_text(json.dumps(recorded_flags(cfg) | origin, indent=2) + "\n")
+    write_whole(setup.out / "config.json", json.dumps(recorded_flags(cfg) | origin, indent=2) + "\n")
 
 
 def set_later_checkpoints_aside(cfg: Config, out: Path, first: int) -> None:

@@ -362,14 +362,14 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
 
     # Every rank sees every rank's values, so that all come to the same decision below.
     ranks = distributed.all_gather_objects((values, meter))
-    values_of_ranks = [rank_values for rank_values, _ in ranks]
     means = {}
     for name in values:
-        means[name] = torch.cat([rank_values[name] for rank_values in values_of_ranks]).mean().item()
+        values[name] = torch.cat([rank_values[name] for rank_values, _ in ranks])  # (batch,)
+        means[name] = values[name].mean().item()
     if not np.isfinite([grad_norm, *means.values()]).all():
         zero_gradients(state)
         prompts = batch_prompts(cfg, setup, update)
-        message = logs.note_nonfinite(setup.out, update, cfg.seed, grad_norm, values_of_ranks, prompts, process.rank)
+        message = logs.note_nonfinite(setup.out, update, cfg.seed, grad_norm, values, prompts, process)
         raise Stop(NONFINITE, message)
 
     with meter("update"):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from safetensors import safe_open
 
+from infra.flags import flag_of
 from infra.reading import parse_file
 
 Flags = TypeVar("Flags")
@@ -48,7 +49,7 @@ def draw_as_trained(cfg: Flags, names: tuple[str, ...], defaults: dict[str, Any]
     # Models side by side must be drawn alike, so the first that has settings decides for all.
     for name in names:
         settings = {flag: value for flag, value in saved_sampling(name).items() if not getattr(cfg, flag)}
-        text = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in settings.items())
+        text = " ".join(f"{flag_of(flag)} {value}" for flag, value in settings.items())
         if settings and not first:
             values, first = settings, name
             print(f"drawn as {name} was trained: {text}", file=sys.stderr)

@@ -40,6 +40,12 @@ def replacing(target: Path) -> Iterator[Path]:
         raise
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that a kill leaves all of it or nothing."""
+    with replacing(file) as draft:
+        draft.write_text(text)
+
+
 def part_of(target: Path) -> Path:
     """The path to write the next `target` to, after what a kill or an error has left there is removed."""
     # Now rather than after the next write, which may fail: the disk may be full of what a kill has left.

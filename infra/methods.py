@@ -13,6 +13,7 @@ import leaps
 from baselines import direct, policy
 from baselines.direct import Log
 from config import Config, Experiment, Method
+from infra.flags import flag_of
 from infra.reading import check_finite
 from infra.user_code import describe_error, file_hashes, is_user_code, load_function
 from leaps import Samples
@@ -81,8 +82,7 @@ def method_options(cfg: Config, preset: Config) -> dict[str, Any]:
         if name in keywords:
             options[name] = value
         elif value != getattr(preset, name):  # the user set it; a preset may hold keywords of its usual method
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} means nothing with --method {cfg.method}, which has no such keyword")
+            raise ValueError(f"{flag_of(name)} means nothing with --method {cfg.method}, which has no such keyword")
     for text in cfg.option:
         name, value = parse_option(text, cfg.method, keywords)
         options[name] = value

@@ -3,12 +3,11 @@
     python -m tests.kills --count 60
 
 What a kill leaves is what is on the disk, so moments are counted in writes, not in seconds. A run that is recorded
-tells all writes: each kind of write is met at its first and at its last time, just before the write; where a file is
-opened, also with half of it written. The lock that a killed run leaves is removed before every other resume.
+tells all writes: each kind of write is met just before its first time; where a file is opened, also with half of the
+last one written. The lock that a killed run leaves is removed before every other resume.
 """
 
 import os
-import random
 import re
 import signal
 import sys
@@ -28,7 +27,6 @@ from tests.runs import completed, run, same_run, short_config, undisturbed_run
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")  # audit events of Python, beside those of opened files
 SAME_BYTES = (".png", ".safetensors")
-SEED = 7  # of the moments beyond the first and the last ones
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class KillFlags:
     """Kill and resume runs of the tiny model."""
 
     count: int = 60
-    """Kills, or more if there are more kinds of writes."""
+    """Kills, at least one of each kind; at most one more of each are made, before its last time."""
 
 
 class Moment(NamedTuple):
@@ -102,17 +100,12 @@ def recorded_writes(cfg: Config) -> list[str]:
 
 
 def choose_moments(kinds: list[str], count: int) -> list[Moment]:
-    """The first and the last write of each kind, and others by chance up to `count`."""
-    moments = []
-    for kind, times in Counter(kinds).items():
-        for number in sorted({1, times}):
-            moments.append(Moment(number, kind))
-        if kind.startswith("open"):
-            moments.append(Moment(times, kind, torn=True))
-    chance = random.Random(SEED)
-    while len(moments) < count:
-        moments.append(Moment(chance.randint(1, len(kinds))))
-    return moments
+    """The first write of each kind, half of the last file of each kind, then last writes up to `count`."""
+    times = Counter(kinds)
+    moments = [Moment(1, kind) for kind in times]
+    moments += [Moment(times[kind], kind, torn=True) for kind in times if kind.startswith("open")]
+    last = [Moment(times[kind], kind) for kind in times if times[kind] > 1]
+    return moments + last[: max(0, count - len(moments))]
 
 
 # -------------------------------------------------------------------------------------------- kills

@@ -22,7 +22,7 @@ from formats.folders import load_pipeline
 from infra import checkpoints, logs
 from infra.checkpoints import checkpoint_folders
 from infra.checks import check_flags
-from infra.distributed import join
+from infra.distributed import Process, join
 from infra.files import PART
 from infra.jsonl import append_line, read_log, truncate_log
 from infra.logs import note_nonfinite
@@ -418,20 +418,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_says_where(base, 
     (entry,) = read_log(cfg.out / "nonfinite.jsonl")
     with join("cpu") as process:
         prompts = batch_prompts(cfg, train.set_up(replace(cfg, resume=True), process), 5)
-    assert entry["step"] == 5 and entry["seed"] == 0 and {rank["k"][0] for rank in entry["ranks"]} == {1.0}
-    assert entry["ranks"][0]["prompts"] + entry["ranks"][1]["prompts"] == prompts
+    assert entry["step"] == 5 and entry["seed"] == 0 and entry["values"]["k"] == [1.0] * 4
+    assert entry["prompts"] == prompts
     assert checkpoint_folders(cfg.out)[-1].name == "step_000005"  # the weights before the step, to replay it
     assert completed(1, replace(cfg, resume=True)) == ""
     assert [e["step"] for e in read_log(cfg.out / "metrics.jsonl")] == list(range(8))
 
 
 def test_the_message_names_a_prompt_whose_number_is_not_finite(tmp_path):
-    sound, bad = (dict(loss=torch.tensor([0.1, x]), k=torch.ones(2)) for x in (0.2, float("inf")))
-    message = note_nonfinite(tmp_path, 3, 0, 1.0, [sound, bad], ["a", "b", "c", "d"], rank=1)
+    first, second = (Process(rank, 2, torch.device("cpu"), None) for rank in range(2))
+    values = dict(loss=torch.tensor([0.1, 0.2, 0.3, float("inf")]), k=torch.ones(4))
+    message = note_nonfinite(tmp_path, 3, 0, 1.0, values, ["a", "b", "c", "d"], second)
     assert "loss is not finite on rank 1; prompts such as 'd'" in message
-    message = note_nonfinite(tmp_path, 3, 0, float("nan"), [sound], ["a", "b"], rank=0)
+    values = dict(k=torch.ones(2))
+    message = note_nonfinite(tmp_path, 3, 0, float("nan"), values, ["a", "b"], first)
     assert "in the gradient, though every loss is finite; prompts such as 'a'" in message
-    assert [rank["prompts"] for rank in read_log(tmp_path / "nonfinite.jsonl")[0]["ranks"]] == [["a", "b"]]
+    assert [entry["prompts"] for entry in read_log(tmp_path / "nonfinite.jsonl")] == [["a", "b"]]
 
 
 def test_some_that_are_not_finite_can_be_left_out(base, tmp_path):

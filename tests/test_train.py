@@ -85,7 +85,7 @@ def test_a_short_run_writes_all_its_files(short_run):
         (dict(watch=("tiny",)), "two are named 'tiny'"),
         (dict(reward=("hpsv2=/nope",)), "no reward file at '/nope'"),
         (dict(lr=-1.0), "--lr -1.0 is out of range"),
-        (dict(lora_alpha=2.0), "--lora-alpha 2.0 is for --lora"),
+        (dict(lora_alpha=2.0), "--lora-alpha means nothing without --lora"),
         (dict(out=Path(__file__) / "run"), "nothing can be written in"),
         (dict(size=("63",), watch=()), "image size 63x63"),
         (dict(low=0.99), "cannot pick 2 leaps from 1 steps"),
