@@ -14,7 +14,6 @@ from infra.jsonl import Entry, read_log
 from infra.logs import EvaluationLog, UpdateLog
 from infra.prompts import print_on_first_rank, prompts_hash
 from infra.reading import parse_json
-from infra.trackers import check_trackers
 from rewards import COSINES, Reward, reward_name, split_weight
 
 NEEDS = {  # flag -> the flag that it says something about
@@ -47,7 +46,6 @@ def check_flags(cfg: Config, process: Process) -> None:
             raise ValueError(f"{flag_of(name)} means nothing without --{needed}")
     if cfg.export and cfg.export.suffix == ".safetensors" and cfg.lora:
         raise ValueError(f"--export {cfg.export}: a LoRA run has a LoRA's file to write, into a folder: give one")
-    check_trackers(cfg.log)
 
 
 def check_numbers(cfg: Config) -> None:
@@ -65,7 +63,7 @@ def check_numbers(cfg: Config) -> None:
 
 
 def check_machine(cfg: Config, process: Process) -> None:
-    """Raise ValueError if the flags ask for what this device or this number of ranks cannot do."""
+    """Raise ValueError if the flags ask for what the device, the number of ranks or the packages here cannot do."""
     ranks = process.world_size
     has_fsdp = process.device.type in FSDP_DEVICES
     # Every rank takes the same number of samples, so that the mean over ranks is the mean over the batch.
@@ -81,8 +79,12 @@ def check_machine(cfg: Config, process: Process) -> None:
         raise ValueError(f"--fp8 and --lean are for one GPU, and {ranks} ranks share the weights without them")
     if cfg.lean and cfg.lora:
         raise ValueError("--lean trains all weights, in bf16, and --lora trains others")
-    if cfg.lean and importlib.util.find_spec("torchao") is None:
-        raise ValueError("--lean needs torchao's optimizer: pip install torchao")
+    packages = {f"--log {kind}": kind for kind in cfg.log}
+    if cfg.lean:
+        packages["--lean"] = "torchao"
+    for flag, package in packages.items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flag} needs a package: pip install {package}, or leave the flag out")
 
 
 def check_groups(cfg: Config, process: Process, group: int) -> None:
@@ -199,10 +201,8 @@ def check_checkpoints(cfg: Config, out: Path) -> None:
     folders = checkpoint_folders(out)
     names = ", ".join(folder.name for folder in folders) or "no checkpoint yet"
     updates = [update_of(folder) for folder in folders]
-    if cfg.at is not None and cfg.at not in updates:
-        raise ValueError(f"--at {cfg.at}: {out} has {names}")
-    if cfg.export and not folders:
-        raise ValueError(f"--export: {out} has {names}")
+    if (cfg.at is not None and cfg.at not in updates) or (cfg.export and not updates):
+        raise ValueError(f"{out} has {names}: --at and --export take one of its checkpoints")
     mark = out / NEWEST
     if mark.exists() and not folders:
         raise ValueError(

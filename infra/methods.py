@@ -152,10 +152,8 @@ def try_method(method: Callable, sigmas: Tensor, group: int) -> Trial:
         raise ValueError(f"--method: {error}") from error
     except Exception as error:
         raise ValueError(f"--method fails on random samples: {describe_error(error)}") from error
-    if not calls["vjp"]:
-        raise ValueError(f"--method makes no gradient: it never calls vjp in a rollout of {len(sigmas) - 1} steps")
-    if not calls["reward"] and not calls["score"]:
-        raise ValueError("--method asks for no reward: it never calls reward or score")
+    if not calls["vjp"] or not (calls["reward"] or calls["score"]):
+        raise ValueError(f"--method must call vjp, and reward or score, in a rollout of {len(sigmas) - 1} steps")
     is_log = isinstance(log, dict) and all(isinstance(name, str) for name in log)
     if not is_log or not all(isinstance(value, Tensor) and value.shape in ((), (b,)) for value in log.values()):
         raise ValueError("--method must return a dict of tensors to log, by name, (b,) or () each")
