@@ -95,7 +95,7 @@ def prepare(cfg: Config, process: Process, preset: Config | None = None) -> Setu
     method, group = choose_method(cfg, process, preset or Config())
     out = run_folder(cfg)
     check_writable(f"--out {out}", out)
-    if process.rank == 0 and not cfg.export:
+    if process.rank == 0 and out.exists() and not cfg.export:
         # Does another process train there? `open_folder` asks again, after weights are read, which takes minutes.
         lock_folder(out)
         unlock_folder(out)

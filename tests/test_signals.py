@@ -90,11 +90,12 @@ def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
 def test_a_folder_in_which_a_run_trains_is_refused_until_that_run_ends(base, tmp_path):
     cfg = replace(base, out=tmp_path / "run", resume=True)
     lock_folder(cfg.out)  # as a run of this process would
-    assert (
-        completed(1, cfg) == f"2 --out {cfg.out}: process {os.getpid()} on {socket.gethostname()} trains there: "
-        "wait for it, or choose another folder"
-    )
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    words = f"--out {cfg.out}: {owner} trains there: wait for it, or choose another folder"
+    assert completed(1, cfg) == f"2 error: {words}"
     assert not cfg.out.exists() or not list(cfg.out.iterdir())
+    cfg.out.mkdir(exist_ok=True)
+    assert completed(1, cfg) == f"2 {words}"  # now before weights are read
     unlock_folder(cfg.out)
     assert completed(1, cfg) == ""
 
