@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,7 @@ from infra.jsonl import Entry, append_line, read_log
 from infra.logs import UpdateLog
 from infra.methods import recorded_flags
 from rewards import parse_reward
-from samples import Size, trial_samples
+from samples import Size, branch_counts, trial_samples
 from start import prepare
 
 CELLS = RESULTS / "cells.jsonl"  # the runs that the repository ships
@@ -174,9 +174,18 @@ def warn_of_other_code(entries: Iterable[Entry]) -> None:
 # ------------------------------------------------------------------------------- evaluations of the network
 
 
+class LoadedMethod(NamedTuple):
+    """What train.py makes of a row's flags."""
+
+    method: Callable[..., Any]  # with its keywords
+    size: Size  # of its images
+    forwards: int  # evaluations of the network in a velocity, two with guidance
+    backwards: int  # evaluations with a gradient in a vjp
+
+
 @cache
-def load_method(spec: str, flags: str) -> tuple[Callable[..., Any], Size]:
-    """A row's method with its keywords, and the size of its images. Raises ValueError if train.py would refuse it."""
+def load_method(spec: str, flags: str) -> LoadedMethod:
+    """A row's method, without weights. Raises ValueError if train.py would refuse its flags."""
     # `prepare` refuses a folder that holds a run, and this one holds none.
     cfg = replace(config_of(spec, flags), out=Path("runs/never-made"))
     process = Process(rank=0, world_size=1, device=device_of(cfg.device), mesh=None)
@@ -184,7 +193,8 @@ def load_method(spec: str, flags: str) -> tuple[Callable[..., Any], Size]:
         setup = prepare(cfg, process)
     except ValueError as error:
         raise ValueError(f"{spec} {flags}: {error}") from error
-    return setup.method, setup.sizes[0]
+    branches = branch_counts(setup.model.weights.config, cfg.guidance, cfg.detach_negative)
+    return LoadedMethod(setup.method, setup.sizes[0], *branches)
 
 
 def cost(forwards: int, backwards: int) -> int:
@@ -198,14 +208,16 @@ def costs(spec: str, flags: str) -> Iterator[int]:
     They are exact where all updates cost the same. ReFL and DRTune stop at a random step: a run draws other steps, so
     its evaluations agree on average.
     """
-    method, size = load_method(spec, flags)
+    method, size, forwards, backwards = load_method(spec, flags)
     batch = config_of(spec, flags).batch
     total = 0
     for update in itertools.count():
         # Another random step in each update, the same in all calls: budgets are repeatable.
         samples, calls = trial_samples(size.sigmas, batch, torch.Generator().manual_seed(update), update)
         method(samples)
-        total += batch * cost(calls["velocity"] + calls["base"] + calls["vjp"], calls["vjp"])
+        without_gradient = forwards * (calls["velocity"] + calls["base"])
+        with_gradient = backwards * calls["vjp"]
+        total += batch * cost(without_gradient + with_gradient, with_gradient)
         yield total
 
 

@@ -3,6 +3,7 @@
     python -m experiments.fidelity                                         # the base that the repository ships
     python -m experiments.fidelity --model runs/leapalign-seed0/final --rollout-steps 25
     python -m experiments.fidelity --methods leapalign refl my_method.py:noisy_steps
+    python -m experiments.fidelity --guidance 2 --methods full "full --detach-negative"    # guidance's own gradient
 
 The true gradient is that of `full`, through every step. A method's gradient is drawn several times for the same noise,
 which separates bias from variance:
@@ -20,7 +21,7 @@ mix_grpo is as in its first update: its window is at the noisiest steps. Interva
 """
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,6 +93,9 @@ class FidelityFlags:
     """Methods, each with its flags: "leapalign --alpha 0", or my_file.py:FUNCTION."""
     rollout_steps: int = TRAIN.rollout_steps
     """Euler steps of a rollout (T)."""
+    guidance: float | None = None
+    """Scale of guidance by a second evaluation of the network. The true gradient goes through both evaluations; that of
+    a row with --detach-negative leaves out the one with the negative prompt."""
     noises: int = 8
     """Batches of prompts and noise, which the intervals are over."""
     batch: int = 16
@@ -111,17 +115,18 @@ def measure_fidelity(cfg: FidelityFlags) -> None:
     check_fidelity_flags(cfg)
     # The methods are given a prompt's samples here, so a --group that does not divide them is refused.
     flags = f"--model {shlex.quote(cfg.model)} --rollout-steps {cfg.rollout_steps} --batch {GROUP}"
-    flags += f" --reward {shlex.quote(cfg.reward)} --watch"  # none is watched
-    full, size = load_method("full", flags)  # refuses a reward without a gradient
+    flags += f" --guidance {cfg.guidance} --reward {shlex.quote(cfg.reward)} --watch"  # none is watched
+    full = load_method("full", flags)  # refuses a reward without a gradient
     methods, evaluations = {}, {}
     for spec in cfg.methods:
-        methods[spec], _ = load_method(spec, flags)
+        methods[spec] = load_method(spec, flags).method
         # A mean over updates, because some methods differentiate as many steps as a random number says.
         evaluations[spec] = evaluations_of(spec, flags, updates=100) / 100 / GROUP
     pipe = load_pipeline(Path(cfg.model), dtype=torch.float32)  # differences of gradients are small: no bf16
     reward = open_reward(cfg.reward, tokenizer=pipe.clip_tokenizer)
-    batches = [build_batch(cfg, pipe, size, reward, n) for n in range(cfg.noises)]
-    numbers = measure_methods(cfg, full, methods, pipe.flux, batches)
+    batches = [build_batch(cfg, pipe, full.size, reward, n) for n in range(cfg.noises)]
+    detached = [build_batch(cfg, pipe, full.size, reward, n, detach_negative=True) for n in range(cfg.noises)]
+    numbers = measure_methods(cfg, full.method, methods, pipe.flux, batches, detached)
     result = write_result(cfg.results, draws=cfg.draws, batch=cfg.batch, evaluations=evaluations, methods=numbers)
     write_table(cfg.results, report_fidelity(result))
 
@@ -134,17 +139,19 @@ def check_fidelity_flags(cfg: FidelityFlags) -> None:
     if cfg.batch < GROUP or cfg.batch % GROUP:
         raise ValueError(f"--batch {cfg.batch}: it is a multiple of {GROUP}, the samples of a prompt")
     # All rows share what this command has flags for; a row's own would win.
-    method_flags = {field.name for field in fields(Method)}
+    allowed = {field.name for field in fields(Method)} | {"detach_negative"}
     for spec in cfg.methods:
         for flag in flag_names(spec):
-            if flag.replace("-", "_") not in method_flags:
+            if flag.replace("-", "_") not in allowed:
                 raise ValueError(f"--{flag} in {spec!r}: a row has flags of its method only")
 
 
 # ------------------------------------------------------------------------------------ the samples
 
 
-def build_batch(cfg: FidelityFlags, pipe: Pipeline, size: Size, reward: Reward, n: int) -> Samples:
+def build_batch(
+    cfg: FidelityFlags, pipe: Pipeline, size: Size, reward: Reward, n: int, detach_negative: bool = False
+) -> Samples:
     """The n-th batch. Prompts and noise are a function of (seed, n), the same for every model and T."""
     # Prompts before noise: the order of random draws is part of the result.
     generator = generator_of(cfg.seed, n)
@@ -152,7 +159,16 @@ def build_batch(cfg: FidelityFlags, pipe: Pipeline, size: Size, reward: Reward, 
     indices = torch.randperm(len(prompts), generator=generator)[: cfg.batch // GROUP]
     texts = [prompts[i] for i in indices.repeat_interleave(GROUP).tolist()]
     x_1 = torch.randn(cfg.batch, size.rows * size.columns, pipe.flux.config.in_channels, generator=generator)
-    samples, _ = build_samples(pipe, texts, size, [reward], noise=lambda i: x_1, generator=generator)
+    samples, _ = build_samples(
+        pipe,
+        texts,
+        size,
+        [reward],
+        noise=lambda i: x_1,
+        generator=generator,
+        guidance=cfg.guidance,
+        detach_negative=detach_negative,
+    )
     # All draws of all methods make the same rollout, which costs more than most gradients.
     velocity = compute_once(samples.velocity)
     # The gradients are those of a first update: the network is its own base.
@@ -189,9 +205,17 @@ def compute_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def measure_methods(
-    cfg: FidelityFlags, full: Callable, methods: dict[str, Callable], network: nn.Module, batches: list[Samples]
+    cfg: FidelityFlags,
+    full: Callable,
+    methods: dict[str, Callable],
+    network: nn.Module,
+    batches: list[Samples],
+    detached: Sequence[Samples] = (),
 ) -> dict[str, dict[str, list[float]]]:
-    """The numbers of each method, a list with an entry per batch. `full` makes the true gradient."""
+    """The numbers of each method, a list with an entry per batch. `full` makes the true gradient.
+
+    `detached` are the same batches for the rows with --detach-negative.
+    """
     result: dict[str, dict[str, list[float]]] = {spec: {} for spec in methods}
     for n, batch in enumerate(batches):
         # Any key would do: the true gradient is a function of x_1 alone.
@@ -199,10 +223,11 @@ def measure_methods(
         if not true.norm() > 0:  # there is no direction to compare with
             raise ValueError(f"the true gradient of batch {n} is zero: all is above lambda; give a larger --batch")
         for spec, method in methods.items():
+            row_batch = detached[n] if "--detach-negative" in spec else batch
             draws = []
             # Draws begin at 1: numpy makes the same random numbers of (seed, n, 0) and of (seed, n).
             for draw in range(1, cfg.draws + 1):
-                samples = samples_of_draw(batch, cfg.seed, n, draw)
+                samples = samples_of_draw(row_batch, cfg.seed, n, draw)
                 draws.append(gradient_of_method(network, method, samples))
             for name, value in compare_draws(torch.stack(draws), true).items():
                 result[spec].setdefault(name, []).append(value)

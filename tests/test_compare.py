@@ -72,11 +72,11 @@ def metered_evaluations():
     with join("cpu") as process:
         setup = train.set_up(replace(cfg, out=Path("nonexistent")), process)
 
-        def count(spec: str, update: int = 0) -> int:
+        def count(spec: str, update: int = 0, **flags) -> int:
             meter = Meter(process.device)
-            method, _ = load_method(spec, SMALL)
+            method = load_method(spec, SMALL).method
             setup.method, setup.group = method, 8 if "grpo" in spec else 1
-            train.accumulate_batch_gradient(cfg, setup, process, update, meter)
+            train.accumulate_batch_gradient(replace(cfg, **flags), setup, process, update, meter)
             return cost(meter.without_gradient + meter.with_gradient, meter.with_gradient)
 
         yield count
@@ -97,6 +97,13 @@ def test_where_a_step_is_random_the_meter_counts_one_of_the_possible_costs(spec,
     possible = set(np.diff(totals, prepend=0))
     assert len(possible) > 1
     assert {metered_evaluations(spec, update) for update in range(2)} <= possible
+
+
+def test_guidance_takes_a_second_evaluation_and_its_gradient_too_unless_it_is_detached(metered_evaluations):
+    guided = evaluations_of("leapalign --guidance 2", SMALL, 1)
+    detached = evaluations_of("leapalign --guidance 2 --detach-negative", SMALL, 1)
+    assert guided == metered_evaluations("leapalign", guidance=2.0) == 2 * evaluations_of("leapalign", SMALL, 1)
+    assert detached == metered_evaluations("leapalign", guidance=2.0, detach_negative=True) < guided
 
 
 def test_a_budget_has_no_room_for_one_more_update():

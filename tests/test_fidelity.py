@@ -216,21 +216,28 @@ def test_the_first_columns_of_the_shipped_table_are_made_of_the_shipped_numbers(
 # ---------------------------------------------------------------------------------- the tiny model
 
 
-def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_rollout():
-    cfg, steps, image_size = FidelityFlags(batch=8), 3, sides(TrainConfig.size[0])
+@pytest.mark.parametrize("guidance, detach", [(None, False), (2.0, False), (2.0, True)])
+def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_rollout(guidance, detach):
+    cfg, steps, image_size = FidelityFlags(batch=8, guidance=guidance), 3, sides(TrainConfig.size[0])
     pipe, prompts = load_pipeline(MODEL), read_prompts(TrainConfig.prompts)
     reward = replace(open_reward("tiny"), lam=0.0)  # which some of the samples have reached
-    method, size = load_method("full", f"--rollout-steps {steps} --batch 8")
-    batch = build_batch(cfg, pipe, size, reward, 0)
+    method, size, *_ = load_method("full", f"--rollout-steps {steps} --batch 8")
+    batch = build_batch(cfg, pipe, size, reward, 0, detach_negative=detach)
     assert not torch.equal(batch.noise(0), build_batch(cfg, pipe, size, reward, 1).noise(0))
     gradient = gradient_of_method(pipe.flux, method, samples_of_draw(batch, 0, 0, 1))
 
     indices = torch.randperm(len(prompts), generator=generator_of(0, 0))[:1].tolist()
     texts = [prompts[i] for i in indices for _ in range(8)]
-    velocity = velocity_of(pipe.flux, encode(pipe, texts), *token_grid(pipe, *image_size))
+    positive = velocity_of(pipe.flux, encode(pipe, texts), *token_grid(pipe, *image_size))
+    negative = velocity_of(pipe.flux, encode(pipe, [""] * 8), *token_grid(pipe, *image_size))
     x = batch.noise(0)
     for sigma, next_sigma in itertools.pairwise(size.sigmas):
-        x = x + (next_sigma - sigma) * velocity(x, sigma)
+        velocity = positive(x, sigma)
+        if guidance:
+            # Detached, the negative branch is a constant: neither its weights nor its input have a gradient.
+            without_prompt = negative(x, sigma).detach() if detach else negative(x, sigma)
+            velocity = without_prompt + guidance * (velocity - without_prompt)
+        x = x + (next_sigma - sigma) * velocity
     pipe.flux.zero_grad()
     scores = reward.score(decode(pipe, x, *image_size), texts)
     assert 0 < (scores > reward.lam).sum() < len(scores)
@@ -238,6 +245,18 @@ def test_the_true_gradient_of_the_tiny_model_is_autograds_through_the_whole_roll
     exact = torch.cat([p.grad.flatten() for p in pipe.flux.parameters()])
     assert gradient.norm().item() == pytest.approx(exact.norm().item(), rel=1e-4)
     torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-5 * exact.abs().max().item())
+
+
+def test_rows_with_a_detached_negative_prompt_are_measured_against_the_whole_gradient(tmp_path):
+    methods = ("full", "full --detach-negative")
+    small = dict(methods=methods, rollout_steps=2, noises=1, draws=2, batch=8, results=tmp_path / "fidelity.json")
+    fidelity.measure_fidelity(FidelityFlags(guidance=2.0, **small))
+    result = json.loads((tmp_path / "fidelity.json").read_text())
+    assert result["evaluations"] == {"full": 16, "full --detach-negative": 10}
+    assert result["methods"]["full"]["cosine"] == [pytest.approx(1)]
+    assert 0.5 < result["methods"]["full --detach-negative"]["cosine"][0] < 0.999
+    with pytest.raises(ValueError, match="--detach-negative are for --guidance"):
+        fidelity.measure_fidelity(FidelityFlags(**small))
 
 
 def test_a_small_measurement_writes_its_table(tmp_path):
