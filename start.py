@@ -25,7 +25,7 @@ from formats.lora_files import lora_file, merge_lora, read_lora
 from formats.names import flux_file
 from formats.weights import weight_files
 from infra.anchor import anchored
-from infra.checkpoints import checkpoint_folders, update_of
+from infra.checkpoints import checkpoint_folders, remove_old_checkpoints, update_of
 from infra.checks import check_flags, check_folder, check_groups, check_log_names, check_prompts, tell_changes
 from infra.distributed import Process
 from infra.downloads import check_downloads
@@ -419,6 +419,7 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
         recover(out / name)  # from a kill while it was replaced
     write_config(cfg, setup)
     set_later_checkpoints_aside(cfg, out, first)
+    remove_old_checkpoints(out, cfg.keep)  # a save that was killed has not done so
     watched = [reward.name for reward in setup.watched]
     best = evaluation_of_best(out, watched)
     if cfg.at is not None and best and best["step"] > first:

@@ -222,6 +222,14 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_loses_nothing(undisturb
     assert completed(1, cfg) == "" and same_run(undisturbed, cfg)
 
 
+def test_checkpoints_that_a_killed_save_had_no_time_to_remove_are_removed(undisturbed, tmp_path):
+    cfg = replace(undisturbed, out=tmp_path / "run", resume=True)
+    shutil.copytree(undisturbed.out, cfg.out)
+    shutil.copytree(cfg.out / "checkpoints" / "step_000006", cfg.out / "checkpoints" / "step_000004")
+    assert completed(1, cfg) == ""
+    assert [folder.name for folder in checkpoint_folders(cfg.out)] == ["step_000006", "step_000008"]
+
+
 def test_a_best_model_whose_evaluation_is_lost_is_kept(undisturbed, tmp_path):
     cfg = replace(undisturbed, out=shutil.copytree(undisturbed.out, tmp_path / "run"), resume=True, at=6)
     (cfg.out / "eval.jsonl").unlink()
