@@ -47,18 +47,19 @@ class Moment(NamedTuple):
 
 def main() -> None:
     cfg = tyro.cli(KillFlags)
-    folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    base = short_config(folder)
-    undisturbed = undisturbed_run(base, folder / "undisturbed")
-    (kinds,) = spread(1, recorded_writes, replace(base, out=folder / "recorded"))
-    moments = choose_moments(kinds, cfg.count)
-    failures = []
-    for i, moment in enumerate(moments):
-        run_cfg = replace(base, out=folder / f"run_{i}", resume=True)
-        failure = fault_after_kill(run_cfg, moment, undisturbed, keeps_lock=i % 2 == 0)
-        print(i, *moment, failure or "held", flush=True)
-        if failure:
-            failures.append((moment, failure))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = short_config(folder)
+        undisturbed = undisturbed_run(base, folder / "undisturbed")
+        (kinds,) = spread(1, recorded_writes, replace(base, out=folder / "recorded"))
+        moments = choose_moments(kinds, cfg.count)
+        failures = []
+        for i, moment in enumerate(moments):
+            run_cfg = replace(base, out=folder / f"run_{i}", resume=True)
+            failure = fault_after_kill(run_cfg, moment, undisturbed, keeps_lock=i % 2 == 0)
+            print(i, *moment, failure or "held", flush=True)
+            if failure:
+                failures.append((moment, failure))
     print(f"{len(set(kinds))} kinds of writes, {len(moments)} kills, {len(moments) - len(failures)} held", *failures)
 
 

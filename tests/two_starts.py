@@ -34,21 +34,22 @@ class StartFlags:
 
 def main() -> None:
     cfg = tyro.cli(StartFlags)
-    folder = Path(tempfile.mkdtemp(prefix="two-starts-"))
-    base = short_config(folder)
-    undisturbed = undisturbed_run(base, folder / "undisturbed")
-    stopped = replace(base, out=folder / "stopped")
-    spread(1, stopped_after, stopped, 5)
-    faults = []
-    for i in range(cfg.count):
-        delay = LONGEST_DELAY * (i // 2) / max(1, (cfg.count - 1) // 2)
-        run_cfg = replace(base, out=folder / f"run_{i}", resume=i % 2 == 1)
-        if run_cfg.resume:
-            shutil.copytree(stopped.out, run_cfg.out)
-        fault = fault_of_two_starts(run_cfg, delay, undisturbed)
-        print(i, f"delay {delay:.2f} s", "resume" if run_cfg.resume else "fresh", fault or "held", flush=True)
-        if fault:
-            faults.append(fault)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = short_config(folder)
+        undisturbed = undisturbed_run(base, folder / "undisturbed")
+        stopped = replace(base, out=folder / "stopped")
+        spread(1, stopped_after, stopped, 5)
+        faults = []
+        for i in range(cfg.count):
+            delay = LONGEST_DELAY * (i // 2) / max(1, (cfg.count - 1) // 2)
+            run_cfg = replace(base, out=folder / f"run_{i}", resume=i % 2 == 1)
+            if run_cfg.resume:
+                shutil.copytree(stopped.out, run_cfg.out)
+            fault = fault_of_two_starts(run_cfg, delay, undisturbed)
+            print(i, f"delay {delay:.2f} s", "resume" if run_cfg.resume else "fresh", fault or "held", flush=True)
+            if fault:
+                faults.append(fault)
     print(f"{cfg.count} pairs of starts, {cfg.count - len(faults)} held")
 
 
