@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import evaluate
 import sample
 from formats.folders import load_pipeline
+from infra.downloads import DOWNLOADS
 from infra.prompts import prompts_hash, prompts_of_update, read_entries, read_prompts, rows_of_rank
 from sample import encode, truncation_warning
 from tools import prompts
@@ -339,11 +341,41 @@ def test_the_command_writes_a_file_that_is_read_back(tmp_path, monkeypatch, caps
     assert all(json.loads(line)["include"] for line in file.read_text().splitlines())
 
 
+def test_the_prompts_of_a_preset_are_written_as_it_reads_them(tmp_path, monkeypatch):
+    """The command that a missing download prints writes a .txt, which train.py reads as a prompt per line."""
+    words = shlex.split(DOWNLOADS["weights/train-prompts.txt"][-1])
+    file, without = tmp_path / Path(words[words.index("--file") + 1]).name, tmp_path / "without.txt"
+    without.write_text("a photo of a cat\n")
+    monkeypatch.setattr(sys, "argv", ["prompts.py", "--file", str(file), "--num", "34", "--without", str(without)])
+    prompts.main()
+    written = read_prompts(file)
+    assert len(written) == 34 and all(prompt.startswith("a photo of ") for prompt in written)
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path, monkeypatch):
+    file = tmp_path / "mine.txt"
+    file.write_text("a prompt of mine\n")
+    monkeypatch.setattr(sys, "argv", ["prompts.py", "--file", str(file)])
+    with pytest.raises(SystemExit, match="is there already"):
+        prompts.main()
+    assert file.read_text() == "a prompt of mine\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--num", "0"], ["--ratio", "0", "0", "0", "0", "0", "0"], ["--without", "no.txt"], ["--file", f"{__file__}/p"]],
+    [
+        ["--num", "0"],
+        ["--seed", "-1"],
+        ["--ratio", "0", "0", "0", "0", "0", "0"],
+        ["--ratio", "nan", "1", "1", "1", "1", "1"],
+        ["--ratio", "inf", "1", "1", "1", "1", "1"],
+        ["--without", "no.txt"],
+        ["--file", f"{__file__}/p.txt"],
+        ["--file", "prompts.csv"],
+    ],
 )
 def test_a_bad_flag_is_named(arguments, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["prompts.py", "--file", str(tmp_path / "p"), *arguments])
+    monkeypatch.setattr(sys, "argv", ["prompts.py", "--file", str(tmp_path / "p.txt"), *arguments])
     with pytest.raises(SystemExit, match=rf"error: .*({arguments[0]}|no\.txt|{Path(__file__).name})"):
         prompts.main()
+    assert not (tmp_path / "p.txt").exists()

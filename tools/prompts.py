@@ -1,14 +1,16 @@
 """Make GenEval-style prompts, to train on or to evaluate on.
 
-    python -m tools.prompts --file compositional.jsonl --num 50000          # to train on, as the paper's
+    python -m tools.prompts --file compositional.txt --num 50000            # to train on, as the paper's
     python -m tools.prompts --file check.jsonl --num 60 --ratio 1 1 1 1 1 1 # to evaluate on: evaluate.py --geneval
 
-Writes JSON lines as in GenEval's evaluation_metadata.jsonl, which its evaluator reads:
+A .txt gets a prompt per line. A .jsonl gets JSON lines as in GenEval's evaluation_metadata.jsonl, which its evaluator
+reads:
 
     {"tag": "counting", "include": [{"class": "bench", "count": 2}], "exclude": [...], "prompt": "..."}
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ class PromptsFlags:
     """Write GenEval-style prompts."""
 
     file: Path
-    """JSON lines to write: a --prompts file, and GenEval's metadata."""
+    """File to write, .txt or .jsonl, which must not exist yet. train.py --prompts reads both, GenEval needs .jsonl."""
     num: int = 50_000
     """Number of prompts."""
     ratio: tuple[float, float, float, float, float, float] = RATIO
@@ -66,15 +68,28 @@ class PromptsFlags:
 def main() -> None:
     cfg = tyro.cli(PromptsFlags, description=__doc__)
     try:
-        if cfg.num < 1 or min(cfg.ratio) < 0 or sum(cfg.ratio) <= 0:
-            raise ValueError(f"--num {cfg.num} and the sum of --ratio {cfg.ratio} must be positive")
-        cfg.file.parent.mkdir(parents=True, exist_ok=True)
+        check_prompts_flags(cfg)
         without = read_entries(cfg.without) if cfg.without else []
         entries = generate(cfg.num, cfg.ratio, cfg.seed, without)
-        cfg.file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+        lines = [json.dumps(entry) if cfg.file.suffix == ".jsonl" else entry["prompt"] for entry in entries]
+        cfg.file.parent.mkdir(parents=True, exist_ok=True)
+        cfg.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"wrote {cfg.file}: {len(entries)} prompts, such as {entries[0]['prompt']!r}")
+
+
+def check_prompts_flags(cfg: PromptsFlags) -> None:
+    """Raise ValueError naming the flag."""
+    if cfg.num < 1 or cfg.seed < 0:
+        raise ValueError(f"--num {cfg.num} must be above 0, and --seed {cfg.seed} not below 0")
+    total = sum(cfg.ratio)
+    if not (min(cfg.ratio) >= 0 and 0 < total < math.inf):
+        raise ValueError(f"--ratio {cfg.ratio}: six numbers, none below 0, with a finite sum above 0")
+    if cfg.file.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"--file {cfg.file} is written as its suffix says: name a .txt or a .jsonl")
+    if cfg.file.exists():  # perhaps prompts that somebody wrote
+        raise ValueError(f"--file {cfg.file} is there already: remove that file or name another")
 
 
 def generate(num: int, ratio: Sequence[float], seed: int, without: Sequence[Entry] = ()) -> list[Entry]:
