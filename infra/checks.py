@@ -41,9 +41,9 @@ def check_flags(cfg: Config, process: Process) -> None:
             raise ValueError(f"--{name}: give one or more")
     if not any(split_weight(spec)[1] for spec in cfg.reward):
         raise ValueError("--reward: every weight is 0, which trains nothing")
-    for name, needed in NEEDS.items():
-        if getattr(cfg, name) != getattr(Config, name) and not getattr(cfg, needed):
-            raise ValueError(f"{flag_of(name)} means nothing without --{needed}")
+    for name, base_flag in NEEDS.items():
+        if getattr(cfg, name) != getattr(Config, name) and not getattr(cfg, base_flag):
+            raise ValueError(f"{flag_of(name)} means nothing without --{base_flag}")
     if cfg.export and cfg.export.suffix == ".safetensors" and cfg.lora:
         raise ValueError(f"--export {cfg.export}: a LoRA run has a LoRA's file to write, into a folder: give one")
 

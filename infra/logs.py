@@ -205,9 +205,9 @@ def note_nonfinite(
     rows = is_finite.logical_not().nonzero().flatten().tolist()
     # Ranks have equal shares of the batch. One that fails alone may be a GPU that does.
     ranks = sorted({row * process.world_size // len(prompts) for row in rows})
-    place = f"on rank {', '.join(map(str, ranks))}" if rows else "in the gradient, though every loss is finite"
+    location = f"on rank {', '.join(map(str, ranks))}" if rows else "in the gradient, though every loss is finite"
     prompt = prompts[rows[0] if rows else 0]
     return (
-        f"step {update}: {', '.join(names) or 'a number'} is not finite {place}; prompts such as {prompt!r}. "
+        f"step {update}: {', '.join(names) or 'a number'} is not finite {location}; prompts such as {prompt!r}. "
         f"{file} has all of them"
     )
