@@ -47,9 +47,9 @@ class Experiment:
     CLIP rewards, about 13 for hpsv3). NAME~GOOD~BAD is relative: by how much the prompt fits better with a good word in
     front than with a bad one, as in hpsv2~Real~Painting (SRPO)."""
     watch: tuple[str, ...] = ("judge",)
-    """Rewards that are evaluated but never trained on. The run keeps the weights that the first one likes best, and
-    warns when one has fallen while the trained reward rose. judge applies the rules of the shapes world; lattice falls
-    where a pattern of the tokens' period appears."""
+    """Rewards that are evaluated but never trained on. The run keeps the weights that the first of them scores highest,
+    and warns when one of them has fallen while the trained reward rose. judge applies the rules of the shapes world;
+    lattice falls where a pattern of the tokens' period appears."""
     prompts: Path = HERE / "shapes" / "train-prompts.txt"
     """Prompts to train on: a .txt file with one per line, or .jsonl, .json, .csv or .tsv with a "prompt" in each entry.
     A prompt that occurs twice is seen twice as often."""
@@ -62,9 +62,9 @@ class Experiment:
     """Guidance scale: 3.5 is usual for FLUX.1-dev, whose network reads it, and 4 for FLUX.2 [klein] base, whose network
     is evaluated twice for it; None for a model that takes none."""
     negative_prompt: str = ""
-    """What guidance by a second evaluation leads away from: v = v_negative + guidance (v_prompt - v_negative)."""
+    """Prompt that a second evaluation leads away from: v = v_negative + guidance (v_prompt - v_negative)."""
     detach_negative: bool = False
-    """Leave the gradient of v_negative out: half of the time of a backward, and a biased gradient (FlowBP's way)."""
+    """Leave out the gradient of v_negative, as FlowBP does: a backward takes half the time, the gradient is biased."""
     text_length: int | None = None
     """Tokens of T5 or Qwen3 that a prompt is padded or truncated to; the default is the tokenizer's, at most 512."""
     seed: int = 0
@@ -130,7 +130,7 @@ class Method:
     """leapalign (0.3), flowbp_bridge, flowbp_lagrange (0.1): discount of the nested gradient (Eq. 9): 0 drops it, 1
     keeps it whole."""
     tau: float | None = None
-    """leapalign (0.1), flowbp_lagrange (0.2): distances below this count as this in the similarity weight (Eq. 12), in
+    """leapalign (0.1), flowbp_lagrange (0.2): distances below tau count as tau in the similarity weight (Eq. 12), in
     latent units."""
     leaps: int | None = None
     """leapalign (2): leaps through the trajectory."""
@@ -146,7 +146,7 @@ class Method:
     distance: float | None = None
     """leapalign: fixed k - j instead of a random pair."""
     by_level: bool = False
-    """leapalign: draw k and j by noise level, so that a step has odds of its length, and not uniformly by step."""
+    """leapalign: draw k and j by noise level: a step has odds in proportion to its length; else all have equal odds."""
     nested_only: bool = False
     """leapalign: drop the first leap's own term (Eq. 14), a diagnostic."""
     draw: Literal["uniform", "midpoint", "midpoint_j", "dirichlet"] | None = None
@@ -159,8 +159,8 @@ class Method:
     bias: float | None = None
     """flowbp_sparse, flowbp_bridge (2): steps are drawn with odds (i + 1)^bias, so 0 is uniform."""
     rho: float | None = None
-    """flowbp_sparse, flowbp_bridge (1), flowbp_lagrange (0.5): 1 scales the active steps' weights up to the sum of all
-    of the trajectory's, or of a leap's, 0 leaves them."""
+    """flowbp_sparse, flowbp_bridge (1), flowbp_lagrange (0.5): 1 scales the weights of the active steps up to the sum
+    over the trajectory, or over a leap; 0 leaves them as they are."""
     copies: int | None = None
     """draft_lv (2): copies of x_0 with fresh noise, whose last step is differentiated too."""
     last: int | Literal["random"] | None = None
@@ -174,13 +174,12 @@ class Method:
     noise: float | None = None
     """flow_grpo (a = 0.7), dance_grpo, mix_grpo (eta = 0.3): noise of the random walk."""
     cps: bool = False
-    """flow_grpo, mix_grpo: coefficient-preserving noise in the random steps (Flow-CPS); --noise, its level, is below
-    1."""
+    """flow_grpo, mix_grpo: coefficient-preserving noise in the random steps (Flow-CPS); --noise is then below 1."""
     window: int | None = None
-    """mix_grpo (4): random steps, the others are the ODE's; flow_grpo: the same, drawn at each update from the first
-    half (Flow-GRPO-Fast), by default all steps."""
+    """mix_grpo (4): random steps in a row, all others are the ODE's; flow_grpo (all steps): the same, drawn at each
+    update from the first half (Flow-GRPO-Fast)."""
     shift_every: Annotated[int | Literal["random"] | None, tyro.conf.arg(aliases=("--every",))] = None
-    """mix_grpo (25): updates until the window moves on by a step; random: it is drawn as flow_grpo's."""
+    """mix_grpo (25): updates until the window moves on by a step; random: the window is drawn as flow_grpo's."""
 
 
 @flags
@@ -211,7 +210,7 @@ class Run:
     """Resume or export the checkpoint of this update instead of the newest. Resuming removes later checkpoints and log
     lines; a best/ of a later update is kept as best.step_NNNNNN."""
     skip_nonfinite: int = 0
-    """How many updates with a loss or gradient that is not finite are left out before the run stops at one."""
+    """How many updates with a loss or gradient that is not finite are left out before the run stops at the next."""
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where to log beside metrics.jsonl and eval.jsonl. Needs that package."""
 
@@ -264,7 +263,7 @@ def parse(arguments: list[str], console_outputs: bool = True) -> tuple[Config, C
     if not names_preset:
         arguments = ["shapes", *arguments]
     presets = {name: (text, grouped(cfg)) for name, (text, cfg) in PRESETS.items()}
-    arguments = with_levels(arguments)
+    arguments = with_recompute_levels(arguments)
     flags = tyro.extras.overridable_config_cli(presets, args=arguments, console_outputs=console_outputs)
     cfg = flat(flags)
     if cfg.smoke:
@@ -273,7 +272,7 @@ def parse(arguments: list[str], console_outputs: bool = True) -> tuple[Config, C
 
 
 def command(cfg: Config) -> str:
-    """The command of a run: the preset that needs the fewest flags, and these."""
+    """The shortest command of a run: a preset, and the flags that differ from it."""
     commands = []
     for name, (_, preset) in PRESETS.items():
         words = ["python", "train.py", name]
@@ -291,8 +290,8 @@ def command(cfg: Config) -> str:
     return shlex.join(min(commands, key=len))
 
 
-def with_levels(arguments: list[str]) -> list[str]:
-    """The arguments with --recompute's level where a script has the flag without one, from when it was on or off."""
+def with_recompute_levels(arguments: list[str]) -> list[str]:
+    """The arguments, with a level after a --recompute that has none: in older scripts the flag was on or off."""
     words = []
     for word, following in itertools.pairwise([*arguments, "--"]):
         if word == "--no-recompute":
@@ -322,12 +321,12 @@ def flat(flags: Flags) -> Config:
     return Config(**values)
 
 
-# What --smoke makes of any preset. The folder is fixed because it is emptied: no other folder may ever be.
+# What --smoke sets in any preset. A smoke run empties its folder, so the folder is fixed: no other may be emptied.
 SMOKE = dict(updates=2, batch=8, out=Path("runs/smoke"), resume=False)
 # The defaults of the flags are those of the shapes world. With x_0, which the paper rewards, this world gains less, and
 # longer runs lose the gain again: see shapes/README.md.
 SHAPES = Config(reward_input="xhat_0")
-# The paper's settings for FLUX.1-dev. On FLUX it found x_0 better, which is leapalign's default.
+# The paper's settings for FLUX.1-dev. The paper found x_0 better there, which is leapalign's default.
 PAPER = Config(
     updates=300,
     model="weights/FLUX.1-dev",
@@ -346,7 +345,7 @@ PAPER = Config(
     micro_batch=1,
     recompute="blocks",
 )
-# FlowBP (arXiv 2606.11075) trains FLUX.2 [klein] base with LeapAlign so.
+# As FlowBP (arXiv 2606.11075) trains FLUX.2 [klein] base with LeapAlign.
 KLEIN = replace(
     PAPER,
     model="weights/FLUX.2-klein-base-4B",

@@ -2,8 +2,8 @@
 
 Setting: rectified flow.  x_1 ~ N(0, I) is noise, x_0 a clean latent, x_t = (1 - t) x_0 + t x_1, and a network
 predicts the velocity v(x_t, t) ~ x_1 - x_0.  T Euler steps visit the levels sigma_0 = 1 > ... > sigma_T = 0.
-Backpropagation through all of them holds the activations of T network calls, and the paper finds that its gradient
-tends to explode.
+Backpropagation through all steps holds the activations of T network calls, and the paper finds that its gradient tends
+to explode.
 
 One iteration, `leapalign` at the end of this file:
 
@@ -16,7 +16,7 @@ One iteration, `leapalign` at the end of this file:
 4. The objective is a hinge on the reward of the real x_0 (Eq. 11), weighted for each sample by how closely the leaps
    follow the rollout (Eq. 12), and averaged (Eq. 13).
 
-The connectors fix every value beforehand: weight, reward and dL/dx_0 are known before any leap is evaluated.
+The connectors fix every forward value: weight, reward and dL/dx_0 are known before any leap is evaluated.
 So the gradient of step 3 (Eq. 10) is a reverse sweep that re-evaluates and differentiates one leap at a time, after
 the activations of reward and VAE were freed.  The price is one more forward per leap.  `leap` is the same gradient as
 the paper states it, by autograd.
@@ -86,10 +86,10 @@ def pick_leaps(
     """Indices, in increasing order, of the steps that leaps start from; the last leap ends at x_0.
 
     Uniform over the sets of `leaps` distinct steps whose noise levels lie in [low, high]; that is the paper's draw.
-    With `by_level`, a step is drawn with odds of its length in noise level, without replacement.  With `distance`,
-    an ablation of the paper, k is uniform among the levels that leave room for it and j is the level nearest
-    to k - distance (of two equally near, the noisier).  `generator` is a CPU one: seeded alike, all ranks
-    pick alike.  Raises ValueError if there are no such steps.
+    With `by_level`, steps are drawn without replacement, with odds in proportion to their length sigma_i - sigma_{i+1}.
+    With `distance`, an ablation of the paper, k is uniform among the levels that leave room for the distance, and j is
+    the level nearest to k - distance (of two equally near, the noisier).  `generator` is on the CPU: seeded alike, all
+    ranks pick alike.  Raises ValueError if too few steps are in range, or if the settings contradict each other.
     """
     eps = 1e-6  # levels are fp32: 0.3 reads 0.30000001
     levels = sigmas[:-1].tolist()
@@ -100,11 +100,10 @@ def pick_leaps(
         if by_level:
             # Shifted schedules crowd their steps at high noise, where a uniform draw of steps puts most leaps.
             lengths = (sigmas[:-1] - sigmas[1:]).double().cpu()
-            order = torch.multinomial(lengths[in_range], leaps, generator=generator)
+            indices = torch.multinomial(lengths[in_range], leaps, generator=generator)
         else:
-            order = torch.randperm(len(in_range), generator=generator)[:leaps]
-        picks = order.sort().values.tolist()
-        return tuple(in_range[i] for i in picks)
+            indices = torch.randperm(len(in_range), generator=generator)[:leaps]
+        return tuple(in_range[i] for i in indices.sort().values.tolist())
 
     if by_level:
         raise ValueError("a fixed distance draws k by step: it does not go with picks by level")
@@ -114,8 +113,11 @@ def pick_leaps(
     if not starts:
         raise ValueError(f"no two steps in [{low}, {high}] are {distance} apart")
     start = starts[torch.randint(len(starts), (), generator=generator)]
-    target = levels[start] - distance  # at least the lowest level in range, so the nearest one is in range too
-    return start, min(range(start + 1, len(levels)), key=lambda i: round(abs(levels[i] - target), 6))
+    target = levels[start] - distance  # at least the lowest level in range, so the nearest level is in range too
+    later_steps = range(start + 1, len(levels))
+    # Rounded, so that fp32 does not decide between two levels that are equally near: min takes the first.
+    nearest = min(later_steps, key=lambda i: round(abs(levels[i] - target), 6))
+    return start, nearest
 
 
 def spans(ro: Rollout, picks: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -166,10 +168,11 @@ class Term(NamedTuple):
 
 def leap_terms(ro: Rollout, picks: tuple[int, ...], alpha: float) -> list[Term]:
     """The terms of leaps from `picks`: x_0 moves by -(k - j) dv; no gradient goes back beyond the first leap."""
-    return [
-        Term(start, ro.sigmas[end] - ro.sigmas[start], alpha if start != picks[0] else 0.0)
-        for start, end in spans(ro, picks)
-    ]
+    terms = []
+    for start, end in spans(ro, picks):
+        nested = alpha if start != picks[0] else 0.0
+        terms.append(Term(start, ro.sigmas[end] - ro.sigmas[start], nested))
+    return terms
 
 
 def sweep(vjp: VJP, ro: Rollout, terms: Sequence[Term], grad: Tensor) -> None:
@@ -185,7 +188,7 @@ def sweep(vjp: VJP, ro: Rollout, terms: Sequence[Term], grad: Tensor) -> None:
     for step, weight, nested in reversed(terms):
         through_network = vjp(ro.x[step], ro.sigmas[step], weight * a, wrt_x=nested != 0)
         if nested:
-            a = a + nested * through_network  # Eq. 9: the gradient outside of the network is whole, inside discounted
+            a = a + nested * through_network  # Eq. 9: outside of the network the gradient is whole, inside discounted
 
 
 def sweep_nested_only(vjp: VJP, ro: Rollout, terms: Sequence[Term], grad: Tensor) -> None:
@@ -230,14 +233,14 @@ def similarity_weight(
         return torch.ones_like(d[0]), d
     if use == "d_j" and len(picks) == 1:
         raise ValueError("a weight from d_j needs two leaps or more: a single leap has d_0 only")
-    used = {"both": d, "d_j": d[:-1], "d_0": d[-1:]}[use]
-    return 1 / used.clamp(min=tau).sum(0), d
+    distances = {"both": d, "d_j": d[:-1], "d_0": d[-1:]}[use]
+    return 1 / distances.clamp(min=tau).sum(0), d
 
 
 def hinge(reward: Tensor, lam: float | None) -> Tensor:
     """Eq. 11: max(0, lam - r), (b,): a reward of lam or more has no gradient, as raising it further invites hacking.
 
-    lam is in the units of the reward; None is no hinge, -r.
+    lam is in the units of the reward; None means no hinge: the result is -r.
     """
     return -reward if lam is None else torch.relu(lam - reward)
 
@@ -256,7 +259,7 @@ class Samples(NamedTuple):
     vjp: VJP  # x, sigma, u: adds (dv/dtheta)^T u to the weights' .grad; with wrt_x=True returns (dv/dx)^T u
     reward: Callable[..., Tensor]  # x_0, weight (b,) = 1 -> dL/dx_0, L the batch's mean of weight x hinge (Eq. 11, 13)
     score: Callable[[Tensor], Tensor]  # x_0 -> (b,), the weighted sum of the rewards, which need no gradient
-    total: int  # the samples of this rank, by which a loss is divided: these and perhaps others
+    total: int  # how many samples this rank has in the update, these and perhaps others: a loss is divided by it
     update: int  # number of the update, from 0: for methods whose settings change while they train
 
 
@@ -274,7 +277,10 @@ def leapalign(
     by_level: bool = False,
     nested_only: bool = False,
 ) -> dict[str, Tensor]:
-    """LeapAlign (arXiv 2604.15311), Eq. 3-13, with the paper's defaults for HPSv2.1; other values are its ablations."""
+    """LeapAlign (arXiv 2604.15311), Eq. 3-13, with the paper's defaults for HPSv2.1; other values are its ablations.
+
+    Each keyword is a flag, which config.py describes.  Returns k and j, (), and d_j, d_0 and w, (b,), to log.
+    """
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
     picks = pick_leaps(ro.sigmas, s.generator, leaps, low, high, distance, by_level)
     w, d = similarity_weight(ro, picks, tau, weight)  # Eq. 12, from cached velocities: no network call

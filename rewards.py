@@ -9,11 +9,11 @@ FILE.py:FUNCTION:
     clip         any CLIPModel: a folder or a hub id                     hpsv2        HPS_v2.1_compressed.pt
     hpsv3        a folder, see scorers/hpsv3.py                          imagereward  see scorers/imagereward.py
     judge        the rules of the shapes world; no gradient: to watch, to evaluate, for policy gradients
-    lattice      0 without a pattern that repeats with every token, lower the stronger it is; to watch, to evaluate
+    lattice      about 0 without a pattern of the tokens' period, lower the stronger the pattern; to watch, to evaluate
 
 Without a path, weights are looked for in WEIGHTS.  A weight may follow: `pickscore:0.5 hpsv2:0.5`.  SRPO's relative
 reward (arXiv 2509.06942) is NAME~GOOD~BAD, as in `hpsv2~Real~Painting`: how much better an image fits its prompt
-with the good word in front than with the bad one.  What an image gains whatever the word, it cannot gain there.
+with the good word in front than with the bad one.  A change that raises both scores alike gains nothing.
 
 Legend: b or n images, h and w their height and width.
 """
@@ -73,7 +73,7 @@ def open_reward(
     """The reward that `spec` names: NAME[=PATH][:WEIGHT] or FILE.py:FUNCTION[:WEIGHT].
 
     `tokenizer` is FLUX's CLIP tokenizer, which hpsv2 shares; `recompute` trades time for memory in the backward.
-    A user's function is tried on images of `size`, height and width, with the first of `prompts`.
+    A user's function is tried on images of `size`, height and width in pixels, with the first of `prompts`.
     Raises ValueError naming the spec and what is wrong with it.
     """
     name, path, weight = parse_reward(spec)
@@ -94,7 +94,7 @@ def open_reward(
 
 
 def parse_reward(spec: str) -> tuple[str, str, float]:
-    """Name, path and weight of a reward; a user's function has no name here, and FILE.py:FUNCTION for a path.
+    """Name, path and weight of a reward.  For a user's function the name is empty, and the path is FILE.py:FUNCTION.
 
     Raises ValueError if the name is unknown or a file is missing; no weights are read.
     """
@@ -135,7 +135,8 @@ def split_weight(spec: str) -> tuple[str, float]:
     What follows the last colon is a weight only if it is a number: paths and FILE.py:FUNCTION have colons, too.
     """
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
-    scorer_spec, weight = re.fullmatch(rf"(.*?)(?::({number}))?", spec, re.DOTALL).groups(default="1")
+    match = re.fullmatch(rf"(.*?)(?::({number}))?", spec, re.DOTALL)
+    scorer_spec, weight = match.groups(default="1")
     return scorer_spec, float(weight)
 
 
@@ -147,19 +148,8 @@ def split_words(scorer_spec: str) -> tuple[str, list[str]]:
     return scorer, words
 
 
-def relative_score(score: Score, good: str, bad: str) -> Score:
-    """SRPO's relative reward, as in the authors' code: the score for "GOOD. prompt" less that for "BAD. prompt"."""
-
-    def difference(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        good_prompts = [f"{good}. {prompt}" for prompt in prompts]
-        bad_prompts = [f"{bad}. {prompt}" for prompt in prompts]
-        return score(images, good_prompts) - score(images, bad_prompts)
-
-    return difference
-
-
 def reward_name(spec: str) -> str:
-    """The name that a reward is logged by: that of its spec, or of the user's function."""
+    """The name that a reward is logged by: the name in its spec, or of the user's function."""
     scorer_spec, words = split_words(split_weight(spec)[0])
     end = "_relative" if words else ""
     if is_user_code(scorer_spec):
@@ -167,33 +157,16 @@ def reward_name(spec: str) -> str:
     return scorer_spec.partition("=")[0] + end
 
 
-def open_scorer(
-    name: str, path: str, device: Device, tokenizer: PreTrainedTokenizerBase | None, recompute: bool
-) -> Scorer:
-    """The scorer of a name, with its network on the device."""
-    if name == "judge":
-        return judge.judge_scorer()
-    if name == "lattice":
-        return lattice.lattice()
-    if name == "hpsv2":
-        return hpsv2.hpsv2(path, tokenizer, device, recompute)
-    if name == "hpsv3":
-        return hpsv3.hpsv3(path, device, recompute)
-    if name == "imagereward":
-        return imagereward.imagereward(path, device, recompute)
-    return clip.clip(path, device, recompute)  # tiny and pickscore, too
-
-
 @torch.no_grad()
 def try_score(score: Score, spec: str, device: Device, size: tuple[int, int], prompts: Sequence[str]) -> None:
-    """Try a user's function (images, prompts) -> (b,) on random images, and warn if scores depend on more than these.
+    """Try a user's function (images, prompts) -> (b,) on random images; warn if a score depends on anything else.
 
     Raises ValueError saying what is wrong.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, *size, generator=generator).to(device)
     scores = []
-    for b in (2, 2, 1):  # twice; and one image, with which a squeeze() in the function drops an axis too many
+    for b in (2, 2, 1):  # the same pair twice; then one image, of which a squeeze() in the function drops an axis
         texts = [prompts[i % len(prompts)] for i in range(b)]
         result = score(images[:b], texts)
         if not isinstance(result, Tensor) or result.shape != (b,) or not result.is_floating_point():
@@ -208,6 +181,34 @@ def try_score(score: Score, spec: str, device: Device, size: tuple[int, int], pr
             f"warning: reward {spec} gives an image {first} beside another one and {single} without: its scores will "
             "depend on --micro-batch. Is a network of it not in eval() mode?"
         )
+
+
+def open_scorer(
+    name: str, path: str, device: Device, tokenizer: PreTrainedTokenizerBase | None, recompute: bool
+) -> Scorer:
+    """The scorer of a name and a path, with its network on the device.  Raises ValueError if the files do not fit."""
+    if name == "judge":
+        return judge.judge_scorer()
+    if name == "lattice":
+        return lattice.lattice()
+    if name == "hpsv2":
+        return hpsv2.hpsv2(path, tokenizer, device, recompute)
+    if name == "hpsv3":
+        return hpsv3.hpsv3(path, device, recompute)
+    if name == "imagereward":
+        return imagereward.imagereward(path, device, recompute)
+    return clip.clip(path, device, recompute)  # tiny and pickscore, too
+
+
+def relative_score(score: Score, good: str, bad: str) -> Score:
+    """SRPO's relative reward, as in the authors' code: the score for "GOOD. prompt" less that for "BAD. prompt"."""
+
+    def difference(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        good_prompts = [f"{good}. {prompt}" for prompt in prompts]
+        bad_prompts = [f"{bad}. {prompt}" for prompt in prompts]
+        return score(images, good_prompts) - score(images, bad_prompts)
+
+    return difference
 
 
 def check_rewards(
@@ -235,7 +236,7 @@ def check_rewards(
 def score_all(reward: Reward, images: Tensor, prompts: Sequence[str], device: Device, batch: int = 64) -> Tensor:
     """Reported scores, without a gradient, of images that lie on the CPU.  (n, 3, h, w) -> (n,)"""
     scores = []
-    # A batch at a time is on the device: those of a benchmark are thousands.
+    # One batch at a time is on the device: a benchmark has thousands of images.
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
         scores.append(reward.score(images[rows].to(device), list(prompts[rows])).cpu())
@@ -243,17 +244,17 @@ def score_all(reward: Reward, images: Tensor, prompts: Sequence[str], device: De
 
 
 def mean_scores(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-    """The mean of reported scores (n,), by name; where prompts have tasks, each task's, and the mean over the tasks."""
+    """The mean of reported scores (n,), by name; where prompts have tasks, each task's mean, and the mean of these."""
     if reward.task_of is None:
         return {reward.name: scores.mean().item()}
     tasks = [reward.task_of(prompt) for prompt in prompts]
     scores = scores.cpu().double()  # not all devices have float64
     means = {}
-    for task in dict.fromkeys(tasks):  # each once, in the order of the prompts
+    for task in dict.fromkeys(tasks):  # each task once, in the order of the prompts
         is_task = torch.tensor([name == task for name in tasks])
         means[task] = scores[is_task].mean().item()
     overall = sum(means.values()) / len(means)
-    # Rounded, so that evaluations with as many right images tie, whatever the order of the sum.
+    # Rounded, so that two evaluations with equally many right images tie, whatever the order of the sum.
     return means | {reward.name: round(overall, 9)}
 
 

@@ -101,7 +101,7 @@ def choose_guidance(guidance: float | None, config: NetworkConfig) -> float | No
 
 
 def is_guided(config: NetworkConfig, guidance: float | None) -> bool:
-    """Whether guidance takes a second evaluation. FLUX.1-dev's network reads it; a scale of 1 is none."""
+    """Whether guidance takes a second evaluation. FLUX.1-dev's network reads the scale; a scale of 1 changes nothing."""
     return not config.guidance_embed and guidance not in (None, 1)
 
 

@@ -86,9 +86,9 @@ def build_samples(
 ) -> tuple[Samples, "RewardLog"]:
     """The samples of some prompts, and the log of what the rewards give while a method runs.
 
-    `base` is the untuned network, or the trained one whose LoRA is switched off while the base is evaluated. `total` is
-    the number of samples that the mean of Eq. 13 is over, if these are only some of a rank's. Activations are kept for
-    `micro_batch` samples at a time (None: all).
+    `base` is the untuned network; for a LoRA the trained network, whose LoRA is off while the base is evaluated. `total`
+    is the number of this rank's samples, by which losses are divided (Eq. 13); None: these samples. Activations are
+    kept for `micro_batch` samples at a time (None: all).
     """
     b = len(prompts)
     total = total or b
@@ -239,7 +239,7 @@ def trial_samples(sigmas: Tensor, size: int, generator: torch.Generator, update:
 
 
 def observed(samples: Samples, around: Callable[[str], AbstractContextManager]) -> Samples:
-    """The same samples, each call of one of their functions inside of `around(name of the function)`."""
+    """The same samples, with each call of a function inside of `around(its name)`."""
 
     def wrap(name: str) -> Callable:
         function = getattr(samples, name)

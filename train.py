@@ -15,8 +15,8 @@ A run writes, to --out:
     index.html  config.json  metrics.jsonl  eval.jsonl  before_after.png  samples/step_NNNN.png  samples/step_NNNN/
     checkpoints/step_NNNNNN/  newest_checkpoint  best/  final/  warnings.txt and nonfinite.jsonl, if there were any
 
-The shapes preset differs from the paper in learning rate, decay, T, EMA, lambda and the image that is rewarded, for
-which shapes/README.md has the reasons, and in length.
+The shapes preset is shorter than the paper's runs, and differs in learning rate, decay, T, EMA, lambda and the image
+that is rewarded: shapes/README.md has the reasons.
 """
 
 import itertools
@@ -74,7 +74,7 @@ def main() -> None:
             process = stack.enter_context(distributed.join(cfg.device, cfg.shard, timeout=timedelta(hours=1)))
             setup = set_up(cfg, process, preset)
         except (ValueError, OSError) as error:  # a flag or a file cannot be used
-            # Once the ranks are joined all of them have the error, with the rank that it is of.
+            # Once the ranks are joined, every rank raises the error, and its text names the rank where it happened.
             if rank == 0 or not dist.is_initialized():
                 failures.print_error(f"\nerror: {error}")
             raise SystemExit(2) from None
@@ -94,7 +94,7 @@ def set_up(cfg: Config, process: Process, preset: Config | None = None) -> Setup
     `preset` holds the values that the flags started from.
     Raises ValueError naming the flag or the file, what was found and what to do.
     """
-    # Flags, prompts, the model's headers, the user's code. Ranks may be on nodes with other files.
+    # Check flags, prompts, the model's headers and the user's code: on every rank, as other nodes may have other files.
     setup = distributed.on_every_rank(partial(prepare, cfg, process, preset))
     # Ranks that differ would train a mixture, and nothing would report it.
     distributed.check_alike(shared_inputs(cfg, setup))
@@ -140,14 +140,14 @@ def run(cfg: Config, setup: Setup, process: Process) -> None:
         explanation = failures.explain(error)
         if not explanation:
             raise
-        # Updates are lost no more than by a signal. Ranks that have no error are within an update, and cannot save.
+        # Save, so that no update is lost. Several ranks cannot: those without the error are within an update.
         updates = log.bar.n
         if process.world_size == 1 and updates > first and failures.stage_of(error) != "update":
             zero_gradients(state)
             checkpoints.save_checkpoint(setup.out, state, updates, cfg.keep)
             state.wait()
         message = f"error: {explanation}; {checkpoints.what_is_saved(setup.out)}"
-        if process.rank:  # rank 0 prints what stops it, and does not know of this
+        if process.rank:  # main prints on rank 0 alone, which does not know of this error
             failures.print_error(f"rank {process.rank}: {message}")
         raise Stop(1, message) from error
     finally:
@@ -165,8 +165,8 @@ def build_network(cfg: Config, setup: Setup, process: Process) -> Network:
     tensors = initial_tensors(cfg, flux, setup.model)  # names and tensors, read from disk as they are asked for
     flux.recompute = cfg.recompute
     if cfg.compile:
-        # All blocks of a kind are one function to torch, compiled anew for each image size, with and without gradients.
-        # Beyond 8 variants torch would run it uncompiled.
+        # To torch all blocks of a kind are one function, which is compiled for each image size, with and without
+        # gradients. Beyond 8 variants torch would run the function uncompiled.
         torch._dynamo.config.recompile_limit = 64
         for block in (*flux.double_blocks, *flux.single_blocks):
             block.compile()
@@ -184,7 +184,7 @@ def shard(flux: Network, process: Process, dtype: torch.dtype) -> None:
     holds, the mean over the ranks. Where groups are replicas of each other, an all-reduce completes the mean.
     """
     if process.device.type not in distributed.FSDP_DEVICES:
-        return  # mps: one rank, whose weights compute in the dtype that they have
+        return  # mps: there is one rank, and weights compute in their own dtype
     if process.world_size == 1 and dtype == torch.float32:
         return  # nothing to share and nothing to cast; FSDP2's hooks made steps of the tiny Flux 6 to 24% longer
     # Torch warns that blocks return views. Nothing here modifies an output in place.
@@ -195,8 +195,8 @@ def shard(flux: Network, process: Process, dtype: torch.dtype) -> None:
         cast_forward_inputs=False,  # position ids stay integers and noise levels fp32, which bf16 would round
     )
     for module in (*flux.double_blocks, *flux.single_blocks, flux):
-        # The root too, which by default keeps what it gathered: evaluation copies averages into the shards, and a kept
-        # copy would be out of date.
+        # The root, too: by default it keeps its gathered weights. Evaluation copies averages into the shards, so these
+        # gathered weights would be out of date.
         fully_shard(module, mesh=process.mesh, mp_policy=policy, reshard_after_forward=True)
 
 
@@ -207,7 +207,7 @@ def frozen_copy(flux: Network, setup: Setup, process: Process) -> Network:
     shard(copy, process, setup.pipe.compute)
     copy.to_empty(device=process.device)
     for target, source in zip(copy.parameters(), flux.parameters(), strict=True):
-        # Sharded alike, or one rank holds all of both.
+        # Both are sharded alike, or one rank holds all of both.
         distributed.local_shard(target).copy_(distributed.local_shard(source))
     return copy
 
@@ -282,7 +282,7 @@ def train(
     disagree or a log cannot be written.
     """
     skipped = 0
-    saved = history.first
+    last_saved = history.first
     with distributed.stop_signals() as signals:
         for update in range(history.first, cfg.updates + 1):
             is_last = update == cfg.updates
@@ -294,17 +294,18 @@ def train(
             # The averaged weights are evaluated and kept in best/: they vary less from update to update.
             if update % cfg.eval_every == 0 or is_last:
                 with distributed.swapped(state.params.values(), state.averages.values()):
-                    entry, images = evaluate(cfg, setup, process)
-                    entry = dict(step=update, **entry, seconds=log.seconds())
-                    if history.is_better(entry):
+                    evaluation, images = evaluate(cfg, setup, process)
+                    evaluation = dict(step=update, **evaluation, seconds=log.seconds())
+                    if history.is_better(evaluation):
                         try:
                             write_model(setup.out / "best", setup.pipe, process)
-                            entry["saved_to"] = "best/"  # a resumed run reads from the log which evaluation best/ is of
-                            history.best = entry
+                            # A resumed run reads from the log which evaluation best/ belongs to.
+                            evaluation["saved_to"] = "best/"
+                            history.best = evaluation
                         except OSError as error:  # a full disk is no reason to lose the run
                             log.say(f"warning: {error}")
-                history.evaluations.append(entry)
-                log.evaluation(entry, images, setup.eval_prompts)
+                history.evaluations.append(evaluation)
+                log.evaluation(evaluation, images, setup.eval_prompts)
                 hacked = watch.hacking_warnings(history.evaluations, history.watched, cfg.patience)
                 for warning in hacked:
                     log.say(warning)
@@ -330,13 +331,13 @@ def train(
             signals_of_ranks = distributed.all_gather_objects(list(signals))
             received = list(itertools.chain(*signals_of_ranks))
             if (update + 1) % cfg.save_every == 0 or received:
-                saved = update + 1
-                checkpoints.save_checkpoint(setup.out, state, saved, cfg.keep)
+                last_saved = update + 1
+                checkpoints.save_checkpoint(setup.out, state, last_saved, cfg.keep)
             if received:
                 code = 130 if 2 in received else REQUEUE  # 2 is Ctrl-C
                 state.wait()
                 raise Stop(code, f"stopped by signal {received[0]}; {checkpoints.what_is_saved(setup.out)}")
-        if update != saved:
+        if update != last_saved:
             checkpoints.save_checkpoint(setup.out, state, update, cfg.keep)
 
 
@@ -350,21 +351,22 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
     """
     began = time.perf_counter()
     meter = Meter(process.device)  # seconds by stage, and evaluations of the network
-    # Stochastic rounding (--lean) and a user's reward may draw from torch's own generator. Seeded here, a resumed run
-    # draws what an undisturbed one does, however often either was evaluated.
+    # Stochastic rounding (--lean) and a user's reward may draw from torch's own generator. Each update seeds it, so
+    # that a resumed run draws what an undisturbed run draws, however often either was evaluated.
     torch.manual_seed(seeds.generator_of(cfg.seed, update, 1, process.rank).initial_seed())
     values = accumulate_batch_gradient(cfg, setup, process, update, meter)
     with meter("update"):
-        # Clip by the norm over all parameters and ranks. Of sharded gradients it is a DTensor of partial norms, which
-        # full_tensor reduces to one number, the same on all ranks.
+        # Clip by the norm over all parameters and ranks. The norm of sharded gradients is a DTensor of partial norms,
+        # which full_tensor reduces to one number, the same on all ranks.
         grad_norm = nn.utils.clip_grad_norm_(state.params.values(), cfg.clip)
         grad_norm = distributed.full_tensor(grad_norm).item()
 
     # Every rank sees every rank's values, so that all come to the same decision below.
     ranks = distributed.all_gather_objects((values, meter))
+    values_of_ranks, meters = zip(*ranks)
     means = {}
     for name in values:
-        values[name] = torch.cat([rank_values[name] for rank_values, _ in ranks])  # (batch,)
+        values[name] = torch.cat([rank_values[name] for rank_values in values_of_ranks])  # (batch,)
         means[name] = values[name].mean().item()
     if not np.isfinite([grad_norm, *means.values()]).all():
         zero_gradients(state)
@@ -380,7 +382,6 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
         update_averages(state, cfg.ema)
 
     rewards = reported_means(setup.rewards, means)
-    meters = [rank_meter for _, rank_meter in ranks]
     cost = meter.report(meters, setup.size(update).flops, seconds=time.perf_counter() - began)
     return dict(step=update, **rewards, grad_norm=grad_norm, **cost)
 
@@ -401,14 +402,15 @@ def accumulate_batch_gradient(
     # Gradient accumulation: every backward, of each leap and micro-batch, adds its mean over the ranks to `.grad`. A
     # loss is a sum over samples divided by `total`, the samples of one rank. So `.grad` becomes the gradient of the
     # mean over the batch.
-    logged = []
+    values_of_rows = []
     for start in range(first_sample, end_sample, rollout_batch):
         rows = slice(start, min(start + rollout_batch, end_sample))
-        logged.append(accumulate_gradient(cfg, setup, process, update, rows, x_1, generator, meter))
-    merged = {}
-    for name in logged[0]:
-        merged[name] = torch.cat([values[name] for values in logged])
-    return merged
+        values = accumulate_gradient(cfg, setup, process, update, rows, x_1, generator, meter)
+        values_of_rows.append(values)
+    values_of_rank = {}
+    for name in values:
+        values_of_rank[name] = torch.cat([row_values[name] for row_values in values_of_rows])
+    return values_of_rank
 
 
 def accumulate_gradient(
@@ -445,6 +447,7 @@ def accumulate_gradient(
     branches = branch_counts(setup.pipe.flux.config, cfg.guidance, cfg.detach_negative)
     method_log = setup.method(metered(samples, meter, len(prompts), *branches))
     values = method_log | reward_log.means(len(prompts))
+    # A method may log one number for all samples, such as the noise level k: it becomes one per sample.
     return {name: value.detach().float().cpu().expand(len(prompts)) for name, value in values.items()}
 
 
@@ -465,7 +468,7 @@ def evaluate(cfg: Config, setup: Setup, process: Process) -> tuple[dict[str, Any
     batch = cfg.rollout_batch or 64
     # Every rank draws the same number of images; the last prompt is repeated to fill up, and the repeats are removed
     # below. Each call of the network all-gathers its weights, so ranks must make the same number of calls.
-    images_per_rank = -(-len(prompts) // process.world_size)
+    images_per_rank = -(-len(prompts) // process.world_size)  # rounded up
     first_image = process.rank * images_per_rank
     indices = [min(i, len(prompts) - 1) for i in range(first_image, first_image + images_per_rank)]
     rank_prompts = [prompts[i] for i in indices]
@@ -473,17 +476,28 @@ def evaluate(cfg: Config, setup: Setup, process: Process) -> tuple[dict[str, Any
     size = setup.sizes[0]
     # A user's reward may draw random numbers: the same ones at every evaluation.
     torch.manual_seed(seeds.generator_of(cfg.seed, 10**6, process.rank).initial_seed())
-    draw = partial(sample, guidance=cfg.guidance, negative_prompt=cfg.negative_prompt, batch=batch)
-    images = draw(setup.pipe, rank_prompts, noise_seeds, cfg.rollout_steps, size.height, size.width)
+    images = sample(
+        setup.pipe,
+        rank_prompts,
+        noise_seeds,
+        cfg.rollout_steps,
+        size.height,
+        size.width,
+        guidance=cfg.guidance,
+        negative_prompt=cfg.negative_prompt,
+        batch=batch,
+    )
     rewards = [*setup.rewards, *setup.watched]
     rank_scores = {r.name: score_all(r, images, rank_prompts, process.device, batch) for r in rewards}
 
     ranks = distributed.all_gather_objects((images.mul(255).round().byte(), rank_scores))
-    all_images = torch.cat([rank_images for rank_images, _ in ranks])[: len(prompts)]
+    images_of_ranks, scores_of_ranks = zip(*ranks)
+    all_images = torch.cat(images_of_ranks)[: len(prompts)]
     means: dict[str, float] = {}
     by_prompt: dict[str, list[float]] = {}
     for reward in rewards:
-        scores = torch.cat([of_rank[reward.name] for _, of_rank in ranks])[: len(prompts)]
+        reward_scores = [rank_scores[reward.name] for rank_scores in scores_of_ranks]
+        scores = torch.cat(reward_scores)[: len(prompts)]
         means |= mean_scores(reward, scores, prompts)
         if reward in setup.watched:
             by_prompt[reward.name] = [round(score, 5) for score in scores.tolist()]

@@ -37,9 +37,9 @@ def refl(
     """ReFL: the gradient of one late velocity, for the reward of the image that it predicts.
 
     ReFL (arXiv 2304.05977), Algorithm 1.  The step is drawn from the last `last` steps; the default, 11 of 25, is
-    LeapAlign's setting of this baseline.  ReFL's pre-training loss is left out there, and here.  `reward_input` x_0
-    rewards the end of the rollout instead of the prediction xhat_0, the default; FlowBP (arXiv 2606.11075) reports that
-    this helps.
+    LeapAlign's setting of this baseline.  ReFL's pre-training loss is left out, as in LeapAlign's paper.  With
+    `reward_input` x_0, the end of the rollout is rewarded instead of the prediction xhat_0, the default; FlowBP
+    (arXiv 2606.11075) reports that this helps.
     """
     # 1. Roll out up to the end of a late step.
     step = late_step(s, last)
@@ -98,9 +98,9 @@ def drtune(
     stop = late_step(s)
     active = min(active, steps)
     spacing = steps // active
-    offsets = steps - (active - 1) * spacing
-    offsets = min(offsets, stop + 1)
-    offset = draw_index(offsets, s.generator)
+    offset_count = steps - (active - 1) * spacing
+    offset_count = min(offset_count, stop + 1)
+    offset = draw_index(offset_count, s.generator)
     active_steps = range(offset, stop + 1, spacing)[:active]
 
     # 2. Euler steps up to the stop, then the prediction: xhat_0 = x_1 + sum of dsigma v.
@@ -125,7 +125,7 @@ def full(s: Samples, *, last: int | Literal["random"] | None = None) -> Log:
     steps = len(ro.v)
     if last == "random":
         last = 1 + draw_index(steps, s.generator)
-    first = 0 if last is None else max(0, steps - last)
+    first = 0 if last is None else max(0, steps - last)  # the first step that is differentiated
 
     # With all of dv/dx kept, the sweep over the Euler steps is backpropagation.
     dsigma = ro.sigmas.diff()
@@ -145,9 +145,7 @@ def late_step(s: Samples, last: int | None = None) -> int:
     if last is None:
         last = max(1, round(steps * 11 / 25))
     if not isinstance(last, int):
-        raise ValueError(
-            f"--last {last} is for full: refl draws its step itself, from the last ones that a number says"
-        )
+        raise ValueError(f"--last {last} is for full: refl takes a number, and draws one of that many last steps")
     window = min(last, steps)
     return steps - 1 - draw_index(window, s.generator)
 
@@ -207,12 +205,12 @@ def direct_align(
 
 
 def vgg_flow(s: Samples, *, active: int = 3, scale: float = 1000.0) -> Log:
-    """VGG-Flow: the velocity is pulled to the untuned one, moved along the gradient of the reward of its prediction.
+    """VGG-Flow: the velocity is pulled to the untuned one, shifted along the reward's gradient at the prediction.
 
     VGG-Flow (arXiv 2512.05116), without the network that learns the rest of the value's gradient.  The target is
-    v_base - scale (1 - sigma)^2 grad r(xhat_0); `scale` is the temperature's inverse, so a low one stays near the
-    base.  From the authors' code: scale 1000, the square, a quarter of the steps, never the first.  Left out: a clip of
-    the largest gradients.
+    v_base - scale (1 - sigma)^2 grad r(xhat_0); `scale` is the inverse of the temperature, so a low scale stays near
+    the base.  From the authors' code: scale 1000, the square, a quarter of the steps, never the first step.  Left out:
+    a clip of the largest gradients.
     """
     ro = rollout(s.velocity, s.noise(0), s.sigmas)
     later_steps = range(1, len(ro.v))
@@ -220,7 +218,8 @@ def vgg_flow(s: Samples, *, active: int = 3, scale: float = 1000.0) -> Log:
     for step in steps:
         x, v, sigma = ro.x[step], ro.v[step], ro.sigmas[step]
         xhat_0 = prediction(ro, step)
-        descent = s.total * s.reward(xhat_0)  # of each sample's own loss: `reward` divides by the total
+        # dL/dxhat_0 of each sample's own loss: `reward` divides by the total.
+        descent = s.total * s.reward(xhat_0)
         target = s.base(x, sigma) + scale * (1 - sigma) ** 2 * descent
         error = v - target  # (b, n, c)
         # The loss is a mean of the squared error over entries, steps and samples.
@@ -423,8 +422,8 @@ def draw_pair(sigmas: Tensor, generator: torch.Generator, draw: str) -> tuple[in
 def dirichlet_pair(steps: int, generator: torch.Generator) -> tuple[int, int]:
     """Two steps that divide all `steps`, at least 3, in the proportions of a Dirichlet(2, 6, 2.5), FlowBP's config.
 
-    The three lengths count the steps up to the first, it included, from there to the second, it included, and
-    after the second.  Each is at least one.
+    The three lengths count steps: those up to and with the first, those from there up to and with the second, and
+    those after the second.  Each is at least one.
     """
     # torch has no Dirichlet that takes a generator.
     seed = draw_index(2**31, generator)

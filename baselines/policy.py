@@ -1,8 +1,8 @@
-"""Gradients of scores, of which no gradient is needed: one function per method.
+"""Gradients from scores alone, which need not be differentiable: one function per method.
 
     flow_grpo  dance_grpo  mix_grpo   policy gradients: random steps that led to better samples become more likely
-    awm  nft  dpo                     the forward process: flow matching to one's own samples, as they deserve it
-    fdfo                              finite differences: a pair of samples is the slope of the score between them
+    awm  nft  dpo                     the forward process: flow matching to the network's own samples, by their scores
+    fdfo                              finite differences: two samples give the slope of the score between them
 
 A method adds its gradient to the weights through `Samples.vjp` and returns what to log, as `leapalign` does.  All
 compare the scores of the samples of one prompt, a group, and make one update per rollout: they are on policy.
@@ -42,17 +42,18 @@ def flow_grpo(
     (2 or 3 in the authors' code).  `cps` is coefficient-preserving noise, see `cps_transition`; `ranks` is Pref-GRPO,
     see `advantages`.
     """
-    # At pure noise eta would be infinite: sigma_1 replaces sigma_0 = 1 in the denominator, as in the authors' code.
     sigmas = s.sigmas
-    below_one = sigmas.where(sigmas < 1, sigmas[1])
-    eta = noise * (sigmas / (1 - below_one)).sqrt()  # (T + 1,)
+    if cps:
+        eta = torch.full_like(sigmas, noise)
+    else:
+        # At pure noise eta would be infinite: sigma_1 replaces sigma_0 = 1 in the denominator, as in the authors' code.
+        below_one = sigmas.where(sigmas < 1, sigmas[1])
+        eta = noise * (sigmas / (1 - below_one)).sqrt()  # (T + 1,)
 
     # The last step is not random: its noise would stay in the image.
     random_steps = range(len(sigmas) - 2)
     if window is not None:
         random_steps = draw_window(s, window)
-    if cps:
-        eta = torch.full_like(sigmas, noise)
     x_1 = s.noise(0)
     x_0, moves = random_walk(s, x_1, eta, random_steps, cps)
     return policy_gradient(s, x_0, moves, group, ranks)
@@ -89,7 +90,7 @@ def mix_grpo(
 ) -> Log:
     """MixGRPO: as DanceGRPO, but only the steps of a window are random and trained; all others are the ODE's.
 
-    MixGRPO (arXiv 2507.21802), on policy.  The window begins at the noisy end and moves by a step after
+    MixGRPO (arXiv 2507.21802), on policy.  The window begins at the noisy end and moves on by a step every
     `shift_every` updates.  The defaults are the paper's 4 of 25 steps, and 25 of 300 updates.  If `shift_every` is
     random, the window is drawn as Flow-GRPO-Fast's.  `cps` and `ranks` as in `flow_grpo`.
     """
@@ -108,7 +109,7 @@ def mix_grpo(
 
 
 def draw_window(s: Samples, window: int) -> range:
-    """`window` steps in a row of the first half of the rollout, at random; fewer if there are no more."""
+    """`window` steps in a row, at random from the first half of the rollout; fewer if the rollout has fewer."""
     half = (len(s.sigmas) - 1) // 2
     starts = max(1, half - window + 1)
     start = draw_index(starts, s.generator)
@@ -170,7 +171,7 @@ def transition(
         dx = (v - eta^2 / 2 score) dsigma + eta dw,    score = -(x + (1 - sigma) v) / sigma
 
     which has the marginals of the ODE for every eta.  Flow-GRPO and DanceGRPO write their means in other forms; both
-    are this SDE, each with its eta.
+    are this SDE, each with its eta.  x, v and the mean are (b, n, c), all else is a number.
     """
     score = -(x + (1 - sigma) * v) / sigma
     mean = x + dsigma * (v - eta**2 / 2 * score)
@@ -213,12 +214,12 @@ def policy_gradient(s: Samples, x_0: Tensor, moves: list[Move], group: int, rank
 
 
 def advantages(scores: Tensor, group: int, ranks: bool = False, largest: float = 5.0) -> Tensor:
-    """Scores (b,) in units of their group's standard deviation, from the group's mean: (b,), within +-`largest`.
+    """Scores (b,) less their group's mean, in units of its standard deviation: (b,), within +-`largest`.
 
     A group is `group` samples in a row, of one prompt.  The bound of 5 is that of Flow-GRPO's code.  With `ranks`, a
-    score is replaced by how many scores of its group it beats, a tie by half: Pref-GRPO (arXiv 2508.20751), whose
-    judge compares pairs.  A scorer's ties are rare, so its advantages are then alike in all groups.  Raises ValueError
-    if the samples do not divide into groups of at least 2.
+    score is replaced by how many scores of its group it beats, and a tie counts half: Pref-GRPO (arXiv 2508.20751),
+    whose judge compares pairs.  Scores of a network rarely tie, so all groups then have the same set of advantages.
+    Raises ValueError if the samples do not divide into groups of at least 2.
     """
     if group < 2 or len(scores) % group:
         raise ValueError(f"{len(scores)} samples do not divide into groups of {group}, which must be at least 2")
@@ -233,7 +234,7 @@ def advantages(scores: Tensor, group: int, ranks: bool = False, largest: float =
 
 
 def shared_noise(s: Samples, group: int) -> Tensor:
-    """The first sample's x_1 for all samples of its group: they differ by the noise of the random steps alone."""
+    """The first sample's x_1 for all samples of its group, which then differ by the noise of random steps alone."""
     x_1 = s.noise(0)
     first_of_group = x_1[::group]
     return first_of_group.repeat_interleave(group, 0)
@@ -249,7 +250,7 @@ def awm(
     active: int = 6,
     ranks: bool = False,
 ) -> Log:
-    """AWM: flow matching to the method's own samples, each weighted by its advantage, which may be negative.
+    """AWM: flow matching to the network's own samples, each weighted by its advantage, which may be negative.
 
     Advantage-Weighted Matching (arXiv 2509.25050), on policy, where its ratio of likelihoods is 1.  The weight of all
     noise levels is one, as the paper recommends.  The authors' code has 6 noise levels of a rollout of 14, and the
@@ -259,8 +260,8 @@ def awm(
     x_0 = rollout(s.velocity, s.noise(0), s.sigmas).x[-1]
     advantage = advantages(s.score(x_0), group, ranks)
 
-    # 2. Noise them anew, and match the velocity that leads back.  No random step, no solver: the ODE's samples serve.
-    for sigma, x, target in noised(s, x_0, active):
+    # 2. Noise them anew, and match the velocity that leads back.  The ODE's samples do: no random steps are needed.
+    for sigma, x, target in noisy_samples(s, x_0, active):
         error = s.velocity(x, sigma) - target
         add_matching(s, x, sigma, error, advantage, active)
     return dict(advantage=advantage.abs())
@@ -273,19 +274,19 @@ def nft(
     active: int = 6,
     ranks: bool = False,
 ) -> Log:
-    """DiffusionNFT: AWM with weights of its own: sigma / mean |v - target|, sample by sample.
+    """DiffusionNFT: AWM with another weight for each sample, sigma / mean |v - target|.
 
     DiffusionNFT (arXiv 2509.16117), on policy.  The published loss is r |v+ - target|^2 + (1 - r) |v- - target|^2 with
-    v+- = v_old +- beta (v - v_old) and r = 1/2 + advantage / 10.  Where v_old is v both have one value, and their
-    gradients cancel to 2 r - 1, without beta: what is left is AWM.  The weight is the published one: the loss in x_0,
-    divided by its own mean absolute error.  `active` is AWM's; the authors' code has 9 noise levels of 10.
+    v+- = v_old +- beta (v - v_old) and r = 1/2 + advantage / 10.  On policy v_old is v: both errors are equal, their
+    gradients cancel but for a factor 2 r - 1, without beta, and AWM is left.  The weight is the published one: the loss
+    in x_0, divided by its own mean absolute error.  `active` is AWM's; the authors' code has 9 noise levels of 10.
     """
     # 1. As in AWM.
     x_0 = rollout(s.velocity, s.noise(0), s.sigmas).x[-1]
     advantage = advantages(s.score(x_0), group, ranks)
 
     # 2. xhat_0 - x_0 is -sigma error, so the loss in x_0 is sigma^2 error^2.
-    for sigma, x, target in noised(s, x_0, active):
+    for sigma, x, target in noisy_samples(s, x_0, active):
         error = s.velocity(x, sigma) - target
         x_0_error = sigma * error.abs().flatten(1).mean(1)  # (b,)
         weight = sigma**2 / x_0_error.clamp(min=1e-5)  # the bound is the authors'
@@ -300,7 +301,7 @@ def dpo(
     active: int = 6,
     beta: float = 2000.0,
 ) -> Log:
-    """Online DPO: of the best and the worst sample of a group, the best should be matched better than by the base.
+    """Online DPO: the network should match the best sample of a group better than the base does, the worst less well.
 
     The loss of Diffusion-DPO (arXiv 2311.12908), Eq. 14, in velocities and with a weight of one at all noise levels;
     beta = 2000 is the paper's for Stable Diffusion 1.5, for errors that are means over entries.  All rows of a group
@@ -311,19 +312,19 @@ def dpo(
     x_0 = best_and_worst(x_0, s.score(x_0), group)
 
     # 2. Both are compared with the untuned network, under the same noise.
-    for sigma, x, target in noised(s, x_0, active, shared=2):
+    for sigma, x, target in noisy_samples(s, x_0, active, shared=2):
         error = s.velocity(x, sigma) - target
         base_error = s.base(x, sigma) - target
         gain = (base_error.square() - error.square()).flatten(1).mean(1)  # (b,)
         margin = beta / 2 * (gain[::2] - gain[1::2])  # (b / 2,)
         # The loss is -log sigmoid(margin), a mean over pairs.
-        push = beta * (-margin).sigmoid()  # fades as the best is preferred enough
-        weight = torch.stack([push, -push], 1).flatten()  # to the best, from the worst
+        push = beta * (-margin).sigmoid()  # fades once the best is preferred enough
+        weight = torch.stack([push, -push], 1).flatten()  # (b,): to the best, from the worst
         add_matching(s, x, sigma, error, weight, active)
     return {}
 
 
-def noised(s: Samples, x_0: Tensor, active: int, shared: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def noisy_samples(s: Samples, x_0: Tensor, active: int, shared: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """At `active` random levels of the rollout: sigma, x_0 with fresh noise, and the velocity noise - x_0.
 
     `shared` samples in a row have one noise.
@@ -345,7 +346,7 @@ def add_matching(s: Samples, x: Tensor, sigma: Tensor, error: Tensor, weight: Te
 
 
 def best_and_worst(x_0: Tensor, scores: Tensor, group: int) -> Tensor:
-    """Of each group the best and the worst sample in turns, as many as the group has: (b, n, c)."""
+    """Each group's best and worst sample in turns, in place of its samples: (b, n, c).  ValueError for odd groups."""
     if group % 2 or len(scores) % group:
         raise ValueError(f"{len(scores)} samples do not divide into groups of {group}, which must be even")
     group_scores = scores.view(-1, group)
@@ -365,7 +366,7 @@ def fdfo(
     churn: float = 0.1,
     dsigma: bool = False,
 ) -> Log:
-    """FDFO: of two samples from nearly one noise, all velocities of both are moved towards the better image.
+    """FDFO: two samples start from nearly the same noise, and all velocities of both move towards the better image.
 
     Finite Difference Flow Optimization (arXiv 2603.12893), on policy.  The noise of a pair differs by a share that
     `churn` states: x_1 is divided by 1 + churn and filled up with fresh noise.  0.1 is the authors' value where they
@@ -380,16 +381,17 @@ def fdfo(
     shared = 1 / (1 + churn)
     x_1 = shared * shared_noise(s, 2) + (1 - shared**2) ** 0.5 * s.noise(1)
     ro = rollout(s.velocity, x_1, s.sigmas)
-    x_0, scores = ro.x[-1], s.score(ro.x[-1])
+    x_0 = ro.x[-1]
+    scores = s.score(x_0)
 
     # 2. The slope of the score between the samples of a pair, per entry.
     half = (x_0[::2] - x_0[1::2]) / 2  # (b / 2, n, c)
     rise = (scores[::2] - scores[1::2]) / 2
-    slope = rise / (half.square().flatten(1).mean(1) + 1e-6)  # as published; two images may be one
+    slope = rise / (half.square().flatten(1).mean(1) + 1e-6)  # 1e-6 as published: two images may be equal
     ascent = 2 / half[0].numel() * slope[:, None, None] * half
     ascent = ascent.repeat_interleave(2, 0)  # up is the same way for both
 
-    # 3. x_0 moves against the velocity.
+    # 3. dx_0/dv = -length of the step, and a descent along the score's slope: two signs, which cancel.
     lengths = -ro.sigmas.diff() if dsigma else torch.full_like(ro.sigmas[1:], 1 / len(ro.v))
     for x, sigma, length in zip(ro.x, ro.sigmas, lengths):
         s.vjp(x, sigma, length * ascent / s.total)

@@ -3,19 +3,23 @@
 A family is a module, and all code outside of this folder asks a family for what it needs. A third one is a file with
 the same names:
 
-    NAME PIPELINE FROZEN      in messages; its class in model_index.json; its folders beside transformer/
-    Network Config DEFAULT    the transformer, its shape, and the shape where no config.json says another
-    TRANSFORMER CONFIG_NAMES CONFIG_DEFAULTS    class and entries of transformer/config.json
-    OUTER DOUBLE SINGLE       modules by black-forest-labs' name and by diffusers'. Several names share the rows of one
-                              tensor, in that order: hidden_size rows each, and the last has the remaining rows
-    SIGN                      a tensor that only its transformer has, by black-forest-labs' name
-    VAE                       the class of its autoencoder
-    GUIDANCE                  the usual scale, by whether the transformer reads it; None if it was made for none
-    describe_encoders load_encoders    tokenizers and text encoders of a folder: small files first, weights later
-    token_limits prompt_text encode    prompts to what the transformer reads of them
-    HAS_CLIP                  whether its first tokenizer is CLIP's, which the reward hpsv2 shares
-    sigmas position_ids draw_noise     noise levels; rotary positions; x_1
-    vae_latents               tokens to the latents that the VAE decodes
+    NAME                 the family's name in messages
+    PIPELINE             its class in model_index.json
+    FROZEN               its folders beside transformer/
+    Network, Config      the transformer, and its shape
+    DEFAULT              the shape of a transformer that comes without config.json
+    VAE                  the class of the autoencoder
+    GUIDANCE             the usual guidance scale, by whether the transformer reads it; None if it needs none
+    HAS_CLIP             whether the first tokenizer is CLIP's, which the reward hpsv2 shares
+    TRANSFORMER, CONFIG_NAMES, CONFIG_DEFAULTS    class, entries and defaults of transformer/config.json
+    SIGN                 a tensor that only this family's transformer has, by black-forest-labs' name
+    OUTER, DOUBLE, SINGLE    modules by black-forest-labs' name and by diffusers'. Several names share the rows of one
+                         tensor, in that order: hidden_size rows each, and the last has the remaining rows
+    describe_encoders    tokenizers, and the widths of the text encoders, from small files
+    load_encoders        the text encoders' weights
+    token_limits, prompt_text, encode    prompts to what the transformer reads of them
+    sigmas, position_ids, draw_noise     noise levels, rotary positions, and x_1
+    vae_latents          tokens to the latents that the VAE decodes
 """
 
 from types import ModuleType

@@ -17,7 +17,7 @@ Text = tuple[Tensor, ...]  # what a network reads of b prompts: a tensor of thei
 
 
 def pack(z: Tensor) -> Tensor:
-    """Latents to tokens: one token a 2x2 patch, channel-major within it."""
+    """Latents to tokens: one token per 2x2 patch, channel-major within it."""
     return rearrange(z, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
 
 
@@ -39,7 +39,7 @@ def shifted_levels(shift: float, steps: int) -> Tensor:
 
 
 def load_tokenizer(folder: Path, vocab_size: int, model: str) -> PreTrainedTokenizerBase:
-    """A tokenizer for a text encoder of `vocab_size` embeddings. Raises ValueError naming the folder of any other."""
+    """A tokenizer for a text encoder of `vocab_size` embeddings. Raises ValueError if its folder does not fit."""
     remedy = f"copy or download {model}'s own {folder.name}/"
     load = partial(AutoTokenizer.from_pretrained, trust_remote_code=False, local_files_only=True)
     tokenizer = parse_file(folder, load, remedy)
@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path, vocab_size: int, model: str) -> PreTrainedToken
 
 
 def padded_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Token ids padded or truncated to (b, length), and which of them are no padding."""
+    """Token ids padded or truncated to (b, length), and their mask, (b, length): 1 for a token, 0 for padding."""
     tokens = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask
 
@@ -81,7 +81,7 @@ def load_frozen(network: type, folder: Path, **options: Any) -> Any:
 
 
 def lend_layers(layers: Iterable[nn.Module], device: str | torch.device) -> None:
-    """Have each of a text encoder's layers on the device while it computes only: all of them may not fit there."""
+    """Keep each layer of a text encoder on the device only while it computes: all layers together may not fit there."""
 
     # Hooks of torch: these run before and after the forward of a layer.
     def to_device(layer: nn.Module, inputs: Any) -> None:

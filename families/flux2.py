@@ -92,7 +92,7 @@ def load_encoders(folder: Path, dtype: torch.dtype, device: str | torch.device, 
     """The first 27 layers of Qwen3; with `offload` they stay on the CPU except while they compute."""
     config = parse_json(folder / "text_encoder" / "config.json", qwen_config)
     qwen = load_frozen(FirstLayers, folder / "text_encoder", dtype=dtype, config=config)
-    qwen.norm = nn.Identity()  # the features are taken before it
+    qwen.norm = nn.Identity()  # the features are taken before the last norm
     if offload:
         qwen.embed_tokens.to(device)
         qwen.rotary_emb.to(device)
@@ -114,7 +114,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> Text:
-    """Prompts to what FLUX.2 reads of them: three of Qwen3's states of every token, (b, m, context_in_dim)."""
+    """Prompts to what FLUX.2 reads of them: three of Qwen3's hidden states per token, side by side in one tensor."""
     (qwen,), (tokenizer,) = pipe.encoders, pipe.tokenizers
     texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
     ids, mask = padded_ids(tokenizer, texts, pipe.text_length)
@@ -122,7 +122,7 @@ def encode(pipe: Any, prompts: Sequence[str]) -> Text:
     mask = mask.to(pipe.device)
     output = qwen(ids.to(pipe.device), attention_mask=mask, output_hidden_states=True, use_cache=False)
     features = [output.hidden_states[layer] for layer in QWEN_LAYERS]  # the 0th are the embeddings
-    return (torch.cat(features, dim=-1),)
+    return (torch.cat(features, dim=-1),)  # (b, m, context_in_dim)
 
 
 # -------------------------------------------------------------------------------------------- image
@@ -132,8 +132,8 @@ def sigmas(schedule: dict[str, Any], steps: int, tokens: int) -> Tensor:
     """Noise levels of an image of so many tokens, from 1 to 0, (steps + 1,); `schedule` is scheduler_config.json."""
     if not schedule["use_dynamic_shifting"]:
         return shifted_levels(schedule["shift"], steps)
-    # As black-forest-labs' compute_empirical_mu: two lines in the number of tokens, for 10 and for 200 steps; between
-    # them mu is a line in the number of steps. scheduler_config.json has FLUX.1's line, which is not used.
+    # As black-forest-labs' compute_empirical_mu. For 10 and for 200 steps mu is a line in the number of tokens; for
+    # other numbers of steps it is interpolated linearly. scheduler_config.json has FLUX.1's line, which is not used.
     mu_10 = 8.73809524e-05 * tokens + 1.89833333
     mu_200 = 0.00016927 * tokens + 0.45666666
     mu = mu_200
@@ -157,6 +157,6 @@ def draw_noise(generator: torch.Generator, channels: int, rows: int, columns: in
 
 def vae_latents(vae: AutoencoderKLFlux2, x: Tensor, rows: int, columns: int) -> Tensor:
     """The VAE's latents (b, c, h, w) of tokens (b, n, 4 c)."""
-    # The VAE has a batch norm whose statistics, one a token's channel, take the place of FLUX.1's shift and scale.
+    # The VAE has a batch norm. Its statistics, of each channel of a token, take the place of FLUX.1's shift and scale.
     std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
     return unpack(x * std + vae.bn.running_mean, rows, columns)

@@ -54,12 +54,12 @@ class Pipeline:
     flux: Network
     vae: nn.Module
     encoders: Sequence[nn.Module]  # CLIP and T5, or Qwen3
-    tokenizers: Sequence[PreTrainedTokenizerBase]  # theirs
+    tokenizers: Sequence[PreTrainedTokenizerBase]  # of the encoders
     schedule: dict[str, Any]  # scheduler_config.json
     cell: int  # pixels a token spans each way
     text_length: int  # tokens of T5 or Qwen3 that a prompt is padded or truncated to
     compute: torch.dtype  # of the transformer, whatever its weights are kept in
-    sampling: dict[str, Any] = field(default_factory=dict)  # how it is drawn while it is trained, see sampling.py
+    sampling: dict[str, Any] = field(default_factory=dict)  # how pictures are drawn during training, see sampling.py
 
     @property
     def family(self) -> ModuleType:
@@ -95,15 +95,15 @@ def describe(name: str | Path, base: str | None = None) -> Description:
 
     # Folders may be put together by hand, with another VAE for instance. A misfit would fail in the first forward.
     widths["in_channels"] = latent_channels * PATCH**2
-    for name, width in widths.items():
-        expected = getattr(weights.config, name)
+    for key, width in widths.items():
+        expected = getattr(weights.config, key)
         if width != expected:
-            raise ValueError(f"{folder} mixes models: {width} channels for the transformer's {name} of {expected}")
+            raise ValueError(f"{folder} mixes models: {width} channels for the transformer's {key} of {expected}")
     return Description(location, weights, schedule, tokenizers, cell)
 
 
 def parse_schedule(entries: dict[str, Any]) -> dict[str, Any]:
-    """scheduler_config.json with its defaults. Raises ValueError for an entry that `sample.sigmas` would ignore."""
+    """scheduler_config.json with its defaults. Raises ValueError for an entry that a family's `sigmas` would ignore."""
     # An entry that is absent has the default of the installed diffusers, as in FluxPipeline.
     defaults = {"_class_name": "FlowMatchEulerDiscreteScheduler", **FlowMatchEulerDiscreteScheduler().config}
     schedule = defaults | {"_class_name": entries["_class_name"]} | entries
@@ -142,8 +142,8 @@ def load_pipeline(
     """Load a model, all of it, on one device. `dtype`, `text_length` and `offload` are those of `load_parts`.
 
     `text_length` is the tokenizer's own by default, 512 for FLUX.1-dev.
-    `base` is the folder that a LoRA changes, or of all but the transformer for a transformer's file. `strength`
-    multiplies what a LoRA changes; of any other model, its difference to the transformer of `base`.
+    `base` is the folder that a LoRA changes, or the folder of all other components for a transformer's file. `strength`
+    multiplies the change that a LoRA makes; for any other model, its difference from the transformer of `base`.
     Raises ValueError as `describe`, and for damaged weights.
     """
     description = describe(name, base)
@@ -177,11 +177,11 @@ def load_parts(
     """Load the VAE and the text encoders around a network that the caller made, which stays as it is.
 
     `dtype` is that of the text encoders, and what the network computes in; the VAE stays fp32.
-    `text_length` is the T5 or Qwen3 tokens of a prompt. `offload` keeps that encoder's layers on the CPU except while
-    they compute.
+    `text_length` is the number of T5 or Qwen3 tokens of a prompt. `offload` keeps that encoder's layers on the CPU
+    except while they compute.
     Raises ValueError naming the folder of weights that are damaged or incomplete.
     """
-    logging.disable_progress_bar()  # transformers shows one for each tiny network
+    logging.disable_progress_bar()  # transformers shows a bar for each tiny network
     location, _, schedule, tokenizers, cell = description
     folder = location.folder
     # Images and rewards are fp32, and rewards send gradients through the VAE.

@@ -67,7 +67,7 @@ def locate(name: str | Path, base: str | None = None) -> Location:
         first_names = ", ".join(tensor_names(path, remedy)[:3])
         raise ValueError(f"{name} is no FLUX model, its tensors are {first_names} ...: {remedy}")
     if base:
-        locate(base)  # which --strength needs; a misspelt one is found also where it is not used
+        locate(base)  # --strength needs it; a misspelt base is reported even where nothing uses it
     folder = find_folder(name, "transformer")
     return Location(folder, folder / "transformer")
 
@@ -81,7 +81,7 @@ def locate_base(lora: Path, base: str | None) -> Location:
         if lora_file(base):
             raise ValueError(f"--base {base} is a LoRA too: give the whole model that {lora} was trained on")
         return locate(base)
-    note = lora.parent / NOTE  # which our own LoRAs have; those of other trainers need --base
+    note = lora.parent / NOTE  # our own LoRAs have it; those of other trainers need --base
     if not note.exists():
         raise ValueError(f"{lora} is a LoRA that does not say what it changes: give --base FOLDER")
 
@@ -101,27 +101,27 @@ def locate_base(lora: Path, base: str | None) -> Location:
 
 
 def find_folder(name: str | Path, *components: str) -> Path:
-    """The model folder at path `name` or of that hub id.
+    """The model folder `name`, a path or a hub id.
 
-    Raises ValueError if it lacks a component that its family has, or one of `components`.
+    Raises ValueError if the folder lacks a component that its family has, or one of `components`.
     """
     folder = Path(name)
     if not folder.exists():
         folder = download_folder(str(name), components)
-    # The class comes first: of another family's model it is no help to list the components that it lacks.
+    # The class is checked first: for another kind of model a list of missing components is no help.
     components = *folder_family(folder).FROZEN, *components
     contents = sorted(path.name for path in folder.iterdir())
-    lacks = [component for component in components if component not in contents]
-    if lacks:
-        raise ValueError(f"{folder} is incomplete: it lacks {', '.join(lacks)}; it holds {', '.join(contents)}")
+    absences = [component for component in components if component not in contents]
+    if absences:
+        raise ValueError(f"{folder} is incomplete: it lacks {', '.join(absences)}; it holds {', '.join(contents)}")
     return folder
 
 
 def download_folder(name: str, components: tuple[str, ...]) -> Path:
-    """The folder that huggingface_hub keeps of a hub id. Raises ValueError if the download fails, or if it is no id."""
+    """The folder that huggingface_hub keeps of a hub id. ValueError if `name` is no hub id, or the download fails."""
     if name in DOWNLOADS:
         raise ValueError(f"no model at {name!r}; get it with\n{how_to_get(name)}")
-    # A misspelt path must not go to the network. A path whose parent exists is no hub id, nor is one into our folders.
+    # A misspelt path must not go to the network: a path in a folder that exists, in weights/ or in runs/ is no hub id.
     parent = Path(name).parent
     is_path = Path(name).suffix == ".safetensors" or parent.is_dir() or parent.name in ("weights", "runs")
     if is_path or not HUB_ID.fullmatch(name):
@@ -155,7 +155,7 @@ def folder_family(folder: Path) -> ModuleType:
 
 
 def check_name(source: Path, name: str) -> None:
-    """Raise ValueError if a pipeline or a file is called as a model that cannot be trained here."""
+    """Raise ValueError if a pipeline or a file has the name of a model that cannot be trained here."""
     for pattern, reason in REFUSED.items():
         if re.match(pattern, name):
             raise ValueError(f"{source} cannot be used ({name}): {reason}")

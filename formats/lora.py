@@ -5,7 +5,7 @@
 Flux fuses q, k, v, and the MLP of a single block, into one layer, and diffusers does not. Published LoRAs have an A and
 a B for each of diffusers' layers. So does `LoRA`: each of diffusers' layers is a block of rows of the fused layer.
 
-diffusers' load_lora_weights reads the file that `save_lora` writes. lora_files.py reads it too, and those of others.
+diffusers' load_lora_weights reads the file that `save_lora` writes. lora_files.py reads that file and other trainers'.
 """
 
 import json
@@ -50,7 +50,7 @@ class LoRA(nn.Module):
         self.linear = linear
         self.scale = alpha / rank
         self.off = False  # set by without_lora
-        device = linear.weight.device  # often meta: the values come later, as those of all parameters
+        device = linear.weight.device  # often meta, as of all parameters: the values come later
         width = linear.in_features
         # q, k and v are square. The last block is the rest: all rows of a layer that is not fused, or the MLP's.
         row_counts = [width] * (block_count - 1)
@@ -93,8 +93,8 @@ def wrapped_name(name: str, parameter_names: set[str]) -> str:
 def first_values(flux: Network, seed: int, changes: Changes | None = None) -> NamedTensors:
     """Names and values that a LoRA starts from: A as torch draws linear layers, B zero. The same on every rank.
 
-    With the `changes` of an earlier LoRA, training goes on from there: they fill the first rows of A and columns of B.
-    Raises ValueError if the rank is too low for them, or if they are of other layers.
+    The `changes` of an earlier LoRA fill the first rows of A and columns of B, so that training continues that LoRA.
+    Raises ValueError if the rank is too low for the changes, or if they change other layers.
     """
     generator = torch.Generator().manual_seed(seed)
     changes = dict(changes or {})
@@ -106,7 +106,7 @@ def first_values(flux: Network, seed: int, changes: Changes | None = None) -> Na
             a = torch.empty(layer.a[i].shape)  # (rank, in)
             b = torch.zeros(layer.b[i].shape)  # (rows, rank)
             bound = 1 / math.sqrt(a.shape[1])
-            # All of A is drawn, also if most is replaced, so that the draws of later layers do not depend on `changes`.
+            # All of A is drawn, even if `changes` replace most of it, so that later layers draw the same numbers.
             a.uniform_(-bound, bound, generator=generator)
             if change:
                 # q, k and v often have columns of their own in `up`, which are zero in the rows of the two others.

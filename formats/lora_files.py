@@ -78,7 +78,7 @@ def read_lora(file: Path, config: NetworkConfig) -> Changes:
     check_lora(state, file)
     table = layer_rows(config)
     changes = {}
-    # Tensors are taken out of `state`, so that those that nobody understands are left at the end.
+    # Tensors that are understood are taken out of `state`: what remains at the end is an error.
     for down_name in list(filter(DOWN.search, state)):
         down = state.pop(down_name)  # (rank, in)
         up = state.pop(down_name.replace("lora_A", "lora_B").replace("down", "up"), None)  # (rows, rank)
@@ -88,8 +88,9 @@ def read_lora(file: Path, config: NetworkConfig) -> Changes:
             raise ValueError(f"{file}: {down_name} is of no layer of this Flux")
         weight, rows, (height, width) = table[kohya_name(layer)]
         rank = len(down)
-        has_alpha = alpha is None or alpha.numel() == 1
-        if not rank or not has_alpha or up is None or up.shape != (len(rows), rank) or down.shape != (rank, width):
+        alpha_fits = alpha is None or alpha.numel() == 1
+        shapes_fit = up is not None and up.shape == (len(rows), rank) and down.shape == (rank, width)
+        if not rank or not alpha_fits or not shapes_fit:
             raise ValueError(f"{file} is no LoRA of this Flux, whose {layer} is {len(rows)} x {width}")
 
         # The rows of `up` get their places in the weight, with zeros in all other rows.
@@ -126,9 +127,11 @@ def read_lora_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
         settings = json.loads(config_file.read_text())
     check_finite(state.items())
     settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+    # A setting that is no number or no pattern fails here, where `parse_file` names the file.
     float(settings.get("lora_alpha", 1))
     for pattern, alpha in settings.get("alpha_pattern", {}).items():
-        re.compile(pattern), float(alpha)
+        re.compile(pattern)
+        float(alpha)
     return state, settings
 
 

@@ -1,8 +1,8 @@
 """The two published forms of a transformer's weights: black-forest-labs' names, which are ours, and diffusers'.
 
 A diffusers `transformer/` folder holds the tensors of `flux1-dev.safetensors` under other names. Fused layers are
-split by rows: one qkv there is to_q, to_k and to_v here. Both directions read one table, `module_names`, which a
-family makes; so does lora.py, for the rows of a fused layer.
+split by rows: one qkv of black-forest-labs is to_q, to_k and to_v of diffusers. Both directions read one table,
+`module_names`, which a family makes; so does lora.py, for the rows of a fused layer.
 """
 
 from collections.abc import Iterable, Iterator
@@ -54,12 +54,12 @@ def empty_state(config: NetworkConfig) -> dict[str, Tensor]:
     return empty_network(config).state_dict()
 
 
-def find_names(names: Iterable[str]) -> tuple[ModuleType, str] | None:
-    """The family of a file with black-forest-labs' names, and what precedes them; None for any other file.
+def family_and_prefix(names: Iterable[str]) -> tuple[ModuleType, str] | None:
+    """The family of a file with black-forest-labs' names, and the prefix of these names; None for any other file.
 
-    What precedes them is empty, or "model.diffusion_model." in ComfyUI's files.
+    The prefix is empty, or "model.diffusion_model." in ComfyUI's files.
     """
-    # By the end of a name, as the prefix is unknown and other tensors, of a VAE for instance, have other prefixes.
+    # The end of a name decides: the prefix is unknown, and other tensors, of a VAE for instance, have other prefixes.
     for name in names:
         for family in FAMILIES:
             if name.endswith(family.SIGN):
@@ -68,12 +68,12 @@ def find_names(names: Iterable[str]) -> tuple[ModuleType, str] | None:
 
 
 def flux_file(name: str | Path) -> Path | None:
-    """The path of a file of a transformer under black-forest-labs' names, as its header says; else None."""
+    """The path `name` if it is a file whose header has black-forest-labs' names of a transformer; else None."""
     path = Path(name)
     # LoRAs and VAEs have the same suffix, so the names of the tensors decide.
     if path.suffix != ".safetensors" or not path.is_file():
         return None
-    return path if find_names(tensor_names(path)) else None
+    return path if family_and_prefix(tensor_names(path)) else None
 
 
 # ------------------------------------------------------------------------------------------ tensors
@@ -87,7 +87,7 @@ def to_diffusers(state: dict[str, Tensor], config: NetworkConfig) -> dict[str, T
     table = dict(module_names(config))
     result = {}
     for key, tensor in state.items():
-        # Of a fused tensor several, each with rows of its own.
+        # A fused tensor has several names in diffusers, each for rows of its own.
         keys = diffusers_keys(key, table)
         if key.startswith(SWAPPED):
             tensor = swap_halves(tensor)
@@ -115,7 +115,7 @@ def fused_tensors(state: dict[str, Tensor], keys: list[str], config: NetworkConf
     table = dict(module_names(config))
     for key in keys:
         rows = [state[name] for name in diffusers_keys(key, table)]
-        # A tensor of one name stays the view of its mapped file: a copy would be read, and held in memory, at once.
+        # A tensor that is not fused stays a view of its mapped file: a copy would be read into memory at once.
         tensor = torch.cat(rows) if len(rows) > 1 else rows[0]
         yield key, swap_halves(tensor) if key.startswith(SWAPPED) else tensor
 
@@ -147,7 +147,7 @@ def config_to_diffusers(config: NetworkConfig) -> dict[str, Any]:
 
 
 def config_from_diffusers(entries: dict[str, Any]) -> NetworkConfig:
-    """The inverse. Entries that are absent have diffusers' defaults: FLUX.1-dev's own file lacks axes_dims_rope.
+    """The inverse of `config_to_diffusers`. An absent entry has diffusers' default: FLUX.1-dev lacks axes_dims_rope.
 
     Raises ValueError naming an entry that the network does not have.
     """

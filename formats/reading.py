@@ -21,9 +21,10 @@ def tensor_names(file: Path, remedy: str = AGAIN) -> list[str]:
 
 
 def is_models_file(file: Path, model: Path) -> bool:
-    """Whether a file of a model folder is one that models have, and lies in it. Saved models are published as they are.
+    """Whether a file has the name of a model's configuration, weights or tokenizer, and lies in the model's folder.
 
-    Code, pickles, notes, devices, and links out of the folder are not; a hub's cache links from snapshots/ to blobs/.
+    Only such files are copied: saved models are published. Code, pickles, notes, devices, and links out of the folder
+    are not; a hub's cache links from snapshots/ to blobs/.
     """
     # By the real path: a link may lead to any file of the machine, and saved models are shared.
     root = model.resolve()

@@ -1,6 +1,6 @@
-"""How a model was drawn while it was trained. It is saved with the weights, and sample.py and evaluate.py draw alike.
+"""How training drew pictures: saved with the weights, so that sample.py and evaluate.py draw alike.
 
-Other steps, sizes, guidance or text lengths are other pictures than those that the run has evaluated.
+With other steps, sizes, guidance or text lengths, a model draws other pictures than those that its run evaluated.
 """
 
 import json
@@ -20,16 +20,18 @@ KINDS = {"rollout_steps": int, "size": str, "guidance": float, "negative_prompt"
 
 
 def saved_sampling(name: str | Path) -> dict[str, Any]:
-    """The settings that a model, a folder or a file, was saved with; empty for a model of others."""
+    """The settings that a model, a folder or a file, was saved with; empty for a model that was not saved here."""
     path = Path(name)
     # A LoRA or an exported transformer is one file, which people move without its folder.
     if path.suffix == ".safetensors" and path.is_file():
-        return parse_file(path, lambda file: parse_sampling((safe_open(file, "pt").metadata() or {}).get(FILE, "{}")))
+        metadata = parse_file(path, lambda file: safe_open(file, "pt").metadata()) or {}
+        return parse_file(path, lambda file: parse_sampling(metadata.get(FILE, "{}")))
     file = path / FILE
     return parse_file(file, lambda file: parse_sampling(file.read_text())) if file.exists() else {}
 
 
 def parse_sampling(text: str) -> dict[str, Any]:
+    """The settings in the text of a sampling.json. Raises ValueError or TypeError for values of other types."""
     entries = json.loads(text)
     settings = {}
     # Files may come from strangers: only these settings are taken, each of its own type.
@@ -40,10 +42,10 @@ def parse_sampling(text: str) -> dict[str, Any]:
 
 
 def draw_as_trained(cfg: Flags, names: tuple[str, ...], defaults: dict[str, Any]) -> Flags:
-    """The flags with a value for each that is not given: the first one that a model of `names` was saved with.
+    """The flags, with those that are not set taken from the first model of `names` that was saved with settings.
 
-    `defaults` are those of models that were saved without. A line on stderr says what was taken, and for which other
-    model that is not how it was trained.
+    `defaults` fill what is still not set. A line on stderr says what was taken from the model, and which other model
+    was trained with other settings.
     """
     values, first = {}, ""
     # Models side by side must be drawn alike, so the first that has settings decides for all.

@@ -1,4 +1,4 @@
-"""Models written: whole or not at all, with no more than one file's worth of tensors in memory."""
+"""Write models: whole or not at all, with no more than one file's worth of tensors in memory."""
 
 import json
 import shutil
@@ -23,35 +23,35 @@ from infra.distributed import Process, gathered_tensors, on_first_rank
 from infra.files import replacing
 
 SHARD_BYTES = 5e9  # of a file of a saved transformer, and of memory to save it
-LINK_BYTES = 100e6  # from which on a frozen file is linked, not copied
+LINK_BYTES = 100e6  # a larger frozen file is linked, not copied
 
 
 def write_model(folder: Path, pipe: Pipeline, process: Process) -> None:
     """Write the current weights, from rank 0: a model folder, or the LoRA alone if that is what was trained.
 
     At a path that ends with .safetensors, a file of the transformer alone, with black-forest-labs' names.
-    Raises OSError, on all ranks, if the model cannot be written; what `folder` held stays then.
+    Raises OSError, on all ranks, if the model cannot be written; `folder` then stays as it was.
     """
-    lora = not all(p.requires_grad for p in pipe.flux.parameters())  # a LoRA's network is frozen
+    is_lora = not all(p.requires_grad for p in pipe.flux.parameters())  # a LoRA's network is frozen
     # A LoRA is small, and bf16 would round its updates away. All else is saved in the dtype that it computes in.
-    dtype = torch.float32 if lora else pipe.compute
+    dtype = torch.float32 if is_lora else pipe.compute
     tensors = gathered_tensors(pipe.flux, dtype, process.rank)
 
-    # Pictures are drawn later as they were drawn in training.
-    text = json.dumps(pipe.sampling)
+    # Saved with the weights, so that sample.py and evaluate.py draw pictures as training did.
+    settings = json.dumps(pipe.sampling)
 
     def write() -> None:
         try:
             with replacing(folder) as path:
-                if lora:
+                if is_lora:
                     save_lora(path, pipe.flux, tensors, base_entries(pipe.location))
                 elif folder.suffix == ".safetensors":
-                    save_single_file(path, pipe.flux.config, dtype, tensors, {sampling.FILE: text})
+                    save_single_file(path, pipe.flux.config, dtype, tensors, {sampling.FILE: settings})
                 else:
                     save_pipeline(path, pipe.location.folder, pipe.flux.config, tensors)
-                # A file has the text in its header.
+                # A single file has these settings in its header.
                 if path.is_dir():
-                    (path / sampling.FILE).write_text(text + "\n")
+                    (path / sampling.FILE).write_text(settings + "\n")
         except (OSError, SafetensorError) as error:
             raise OSError(f"{folder} could not be written: {error}") from error
         finally:
@@ -81,12 +81,12 @@ def base_entries(location: Location) -> dict[str, str]:
 def save_pipeline(folder: Path, source: Path, config: NetworkConfig, state: Tensors) -> None:
     """Write a model folder: frozen components copied from `source`, a transformer from `state` (our names)."""
 
-    def unknown(component: str, names: list[str]) -> list[str]:
+    def other_files(component: str, names: list[str]) -> list[str]:
         return [name for name in names if not is_models_file(Path(component) / name, source)]
 
     for component in family_of(config).FROZEN:
         target = folder / component
-        shutil.copytree(source / component, target, dirs_exist_ok=True, copy_function=link_or_copy, ignore=unknown)
+        shutil.copytree(source / component, target, dirs_exist_ok=True, copy_function=link_or_copy, ignore=other_files)
     shutil.copy(source / "model_index.json", folder)
     save_transformer(folder / "transformer", config, state)
 
@@ -111,7 +111,7 @@ def save_transformer(folder: Path, config: NetworkConfig, state: Tensors) -> Non
         path.mkdir()
         shard_keys = []
         for shard in diffusers_shards(config, state):
-            # A shard's name contains their number, which is known at the end.
+            # A shard's final name contains the number of shards, which is known at the end.
             save_file(shard, path / str(len(shard_keys)), metadata={"format": "pt"})
             shard_keys.append(list(shard))
         count = len(shard_keys)
@@ -153,7 +153,7 @@ def save_single_file(
     safetensors' own function wants all tensors at once, 24 GB of them. The format: 8 bytes, the length of the header;
     the header, JSON of each tensor's dtype, shape and offsets; then the tensors.
     """
-    # The network's order is that of `state`, so every offset is known before a tensor comes.
+    # `state` has the network's order, so every offset is known before a tensor comes.
     dtype_name = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
     header = {}
     start = 0

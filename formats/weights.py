@@ -17,7 +17,7 @@ from families import Network, NetworkConfig, empty_network, family_of
 from formats.locations import Location
 from formats.lora import Changes, add_change
 from formats.lora_files import merge_lora
-from formats.names import check_state, config_from_diffusers, empty_state, find_names, from_diffusers
+from formats.names import check_state, config_from_diffusers, empty_state, family_and_prefix, from_diffusers
 from infra.reading import check_finite, parse_file, parse_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a transformer/
@@ -30,8 +30,8 @@ class Weights(NamedTuple):
     """A transformer on the disk."""
 
     config: NetworkConfig
-    tensors: Tensors  # by our names, each read as it is asked for; once
-    notes: list[str]  # what the user should know of them
+    tensors: Tensors  # by our names, each read when it is asked for; they can be read once
+    notes: list[str]  # lines that tell the user of fp8 weights, or of another guidance_embed
 
 
 # ----------------------------------------------------------------------------------------- opening
@@ -52,7 +52,7 @@ def weight_files(location: Location) -> list[Path]:
     """The files of a model's transformer, and of the LoRA over it: scores depend on both."""
     files = []
     for path in filter(None, (location.transformer, location.lora)):
-        # A folder holds one or more files. A single file has nothing to glob in it.
+        # In a folder glob finds one or more files, in a single file it finds nothing.
         files += sorted(path.glob("*.safetensors")) or [path]
     return files
 
@@ -64,7 +64,7 @@ def open_single_file(path: Path, config_file: Path) -> Weights:
     """
     # safetensors maps a file into memory: dtypes and shapes come from its header, and no value is read yet.
     mapped = parse_file(path, load_file)
-    family, prefix = find_names(mapped)
+    family, prefix = family_and_prefix(mapped)
     state = {name.removeprefix(prefix): tensor for name, tensor in mapped.items() if name.startswith(prefix)}
     notes = fp8_notes(state, path)
 
@@ -72,7 +72,7 @@ def open_single_file(path: Path, config_file: Path) -> Weights:
     config = read_config(config_file) if config_file.exists() else family.DEFAULT
     if family_of(config) is not family:
         raise ValueError(f"{path} is a transformer of {family.NAME}, and {config_file} of {family_of(config).NAME}")
-    # They do say whether guidance is an input: FLUX.1-schnell's file may lie over FLUX.1-dev's folder.
+    # The tensors do say whether guidance is an input: FLUX.1-schnell's file may lie over FLUX.1-dev's folder.
     guidance_embed = "guidance_in.in_layer.weight" in state
     if guidance_embed != config.guidance_embed:
         notes.append(f"note: {path} has guidance_embed {guidance_embed} instead of {config.guidance_embed}")
@@ -97,7 +97,7 @@ def open_subfolder(path: Path) -> Weights:
 
 
 def read_config(file: Path) -> NetworkConfig:
-    """The configuration in a diffusers config.json. ValueError names the file if no network can be made of it."""
+    """The configuration in a diffusers config.json. Raises ValueError naming the file if no network fits it."""
 
     def parse(entries: dict[str, Any]) -> NetworkConfig:
         config = config_from_diffusers(entries)
@@ -108,7 +108,7 @@ def read_config(file: Path) -> NetworkConfig:
 
 
 def fp8_notes(state: dict[str, Tensor], path: Path) -> list[str]:
-    """A note if there are fp8 weights, which may be had in bf16, too. Raises ValueError for whole numbers."""
+    """A note if there are fp8 weights, which are often published in bf16, too. Raises ValueError for integers."""
     notes = []
     for name, tensor in state.items():
         if not tensor.is_floating_point():
@@ -148,7 +148,8 @@ def build_with_lora(weights: Weights, changes: Changes, strength: float, dtype: 
     if dtype == torch.float32:
         tensors = merge_lora(weights.tensors, changes, strength)
         return build_flux(weights._replace(tensors=tensors), dtype)
-    # In bf16 the sum would round small changes away. They are added to what the layers give instead, as in diffusers.
+    # In bf16 the sum would round small changes away. They are added to the outputs of the layers instead, as in
+    # diffusers.
     flux = build_flux(weights, dtype)
     for name, change in changes.items():
         layer = flux.get_submodule(name.removesuffix(".weight"))

@@ -1,7 +1,8 @@
-"""The function that --method names: found, given its keywords by flags, and tried before anything is loaded."""
+"""The function that --method names: it is looked up, gets its keywords from flags, and is tried before any loading."""
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from baselines import direct, policy
 from baselines.direct import Log
 from config import Config, Experiment, Method
 from infra.flags import flag_of
-from infra.reading import check_finite
 from infra.user_code import describe_error, file_hashes, is_user_code, load_function
 from leaps import Samples
 from samples import trial_samples
@@ -26,8 +26,8 @@ NO_KEYWORDS = ("method", "option")
 class Trial(NamedTuple):
     """What a method asked for and returned when it was tried."""
 
-    needs_gradient: bool  # of the rewards; a policy gradient takes the scores alone
-    needs_base: bool  # the untuned network
+    needs_gradient: bool  # the gradient of the rewards; a policy gradient needs their scores alone
+    needs_base: bool  # the velocity of the untuned network
     logged_names: set[str]
 
 
@@ -56,7 +56,7 @@ def is_method(signature: inspect.Signature) -> bool:
 
 def method_keywords(method: Callable) -> dict[str, Any]:
     """The keywords of a method and their defaults."""
-    keywords = list(inspect.signature(method).parameters.values())[1:]  # the first one is the samples
+    keywords = list(inspect.signature(method).parameters.values())[1:]  # the first parameter is the samples
     return {keyword.name: keyword.default for keyword in keywords}
 
 
@@ -91,7 +91,7 @@ def method_options(cfg: Config, preset: Config) -> dict[str, Any]:
 
 def parse_option(text: str, method: str, keywords: dict[str, Any]) -> tuple[str, Any]:
     """Name and value of an --option NAME=VALUE. Raises ValueError if the method has no such keyword of its own."""
-    # A keyword of the user's method may be called as a flag is, and mean something else.
+    # A keyword of the user's method may have the name of a flag, and mean something else.
     names = list(keywords) if is_user_code(method) else [n for n in keywords if n not in keyword_flags()]
     name, equals, value = text.partition("=")
     if not equals or name not in names:
@@ -101,14 +101,15 @@ def parse_option(text: str, method: str, keywords: dict[str, Any]) -> tuple[str,
         return name, value
     try:
         number = json.loads(value.lower())  # or true, false, null
-        check_finite([(name, torch.tensor(float(number or 0)))])
+        if not math.isfinite(number or 0):
+            raise ValueError
         return name, number
     except (ValueError, TypeError):
         raise ValueError(f"--option {text}: {value!r} is no finite number, true, false or null") from None
 
 
 def recorded_flags(cfg: Config) -> dict[str, Any]:
-    """The flags as config.json has them: each keyword of the method with the value that counts, others unset."""
+    """The flags as config.json has them: keywords of the method with the values it runs with, all others unset."""
     keywords = method_keywords(find_method(cfg.method))
     flags = asdict(cfg)
     for name, unset in keyword_flags().items():
@@ -116,7 +117,7 @@ def recorded_flags(cfg: Config) -> dict[str, Any]:
             flags[name] = unset
         elif flags[name] == unset:
             flags[name] = keywords[name]
-    for text in cfg.option:  # a keyword of your method may be called as a flag is
+    for text in cfg.option:  # a keyword of the user's method may have the name of a flag
         name, value = parse_option(text, cfg.method, keywords)
         if name in keyword_flags():
             flags[name] = value
@@ -135,7 +136,7 @@ def resume_flags(cfg: Config) -> list[str]:
 
 
 def user_code_hashes(cfg: Config) -> dict[str, str]:
-    """The user's files that a run is made with, each with a hash of its content."""
+    """The user's files that a run takes functions from, each with a hash of its content."""
     return file_hashes([cfg.method, *cfg.reward, *cfg.watch])
 
 
@@ -148,7 +149,7 @@ def try_method(method: Callable, sigmas: Tensor, group: int) -> Trial:
     samples, calls = trial_samples(sigmas, b, torch.Generator())
     try:
         log = method(samples)
-    except ValueError as error:  # a method's own word on its keywords
+    except ValueError as error:  # the method refuses its keywords
         raise ValueError(f"--method: {error}") from error
     except Exception as error:
         raise ValueError(f"--method fails on random samples: {describe_error(error)}") from error

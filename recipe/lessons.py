@@ -24,8 +24,8 @@ from shapes.world import (
     BY_CAPTION,
     CELL,
     COLOR_NAMES,
-    NUMBER,
     NUMBERS,
+    PROMPT_INDEX,
     PROMPTS,
     RELATIONS,
     SHAPES,
@@ -67,7 +67,7 @@ def choice(options: Iterable, rng: Generator, excluded: Iterable = ()) -> object
 
 
 def numbers_of(prompts: list[Prompt]) -> Tensor:
-    return torch.tensor([NUMBER[prompt] for prompt in prompts])
+    return torch.tensor([PROMPT_INDEX[prompt] for prompt in prompts])
 
 
 def distort(prompt: Prompt, rng: Generator) -> Prompt:

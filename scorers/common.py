@@ -35,7 +35,7 @@ Tensors = dict[str, Tensor]  # a state dict
 
 
 class Scorer(NamedTuple):
-    """`score` is what a loss sees, differentiable in the images if the scorer has a gradient."""
+    """A scorer: `score` is what a loss sees, differentiable in the images if the scorer has a gradient."""
 
     score: Score
     scale: float = 1.0  # people report scale * score
@@ -145,7 +145,7 @@ def check_complete(report: dict[str, Any], source: str | Path) -> None:
 
 
 def freeze(model: nn.Module, recompute: bool = False) -> nn.Module:
-    """For inference, without gradients of its own. `recompute`: layers keep only their inputs until the backward.
+    """The model for inference, its weights without gradients. `recompute`: layers keep only inputs until the backward.
 
     Raises ValueError for weights that are not finite.
     """

@@ -29,7 +29,7 @@ from scorers.common import (
     read_tensors,
 )
 
-CLIP_TOKENIZER = "weights/PickScore_v1"  # all of CLIP have the same one
+CLIP_TOKENIZER = "weights/PickScore_v1"  # all CLIP models have the same tokenizer
 HEADS = 16  # of both towers of ViT-H/14: a state dict does not tell, as all heads share one tensor
 CLIP_NAMES = {  # parts of open_clip's names, and what transformers calls them; vision and text share most
     "class_embedding": "embeddings.class_embedding",
@@ -53,8 +53,7 @@ def hpsv2(
 ) -> Scorer:
     """HPSv2.1 from its published state dict, or the folder that holds it.
 
-    The tokenizer is FLUX.1's CLIP tokenizer, or for models that have none PickScore's.
-
+    The tokenizer is FLUX.1's CLIP tokenizer; None, for a model that has none, takes PickScore's.
     Score and report are the cosine of image and text.  Raises ValueError if the file is no such state dict.
     """
     file = check_files(path)
@@ -63,7 +62,7 @@ def hpsv2(
         tokenizer = parse_file(CLIP_TOKENIZER, partial(AutoTokenizer.from_pretrained, local_files_only=True), remedy)
     state = read_tensors(file)
     try:
-        # The published file has the state dict under a key, a bare one is fine, too.
+        # The published file has the state dict under a key; a bare state dict is fine, too.
         state = from_open_clip(state.get("state_dict", state))
         config = clip_config(state, tokenizer)
     except KeyError as error:

@@ -117,7 +117,7 @@ def load_hpsv3(
         raise ValueError(f"{file} is not HPSv3: it lacks {error}") from None
     # Sizes come from the file of Qwen2-VL: the tensors do not tell the number of heads.
     config = Qwen2VLConfig.from_pretrained(file.parent, local_files_only=True)
-    # Qwen2-VL has more embeddings than tokens; HPSv3 kept those of tokens, and added one for its own.
+    # Qwen2-VL has more embeddings than tokens. HPSv3 keeps an embedding per token, and adds that of its reward token.
     config.text_config.vocab_size = embeddings
     if len(tokenizer) != embeddings:
         raise ValueError(
@@ -142,9 +142,9 @@ def chat_text(prompt: str, image_tokens: int) -> str:
 
 
 def patches(images: Tensor, patch: int) -> tuple[Tensor, int, int]:
-    """Qwen2-VL's preprocessing: patches (b rows columns, 3 x frames x patch^2), and how many rows and columns of them.
+    """Qwen2-VL's preprocessing: patches (b rows columns, 3 x frames x patch^2), and their rows and columns in an image.
 
-    Patches of one token follow each other, and the same frame is repeated.
+    The patches of one token follow each other, and both frames of the film are the image.
     """
     height, width = resized_sides(*images.shape[-2:], unit=patch * MERGE)
     images = resize(images.float(), height, width)
@@ -163,7 +163,7 @@ def patches(images: Tensor, patch: int) -> tuple[Tensor, int, int]:
 def resized_sides(height: int, width: int, unit: int) -> tuple[int, int]:
     """Sides in multiples of `unit`, near the aspect of the image and near PIXELS in all: Qwen2-VL's smart_resize.
 
-    448x448 for any square. It rounds down for images with more pixels and up for those with fewer.
+    Any square becomes 448x448. Sides are rounded down for an image with more pixels, up for one with fewer.
     """
     sides = [round(side / unit) * unit for side in (height, width)]
     if math.prod(sides) > PIXELS:

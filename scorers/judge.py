@@ -13,7 +13,7 @@ from shapes.world import SIZE, parse_caption
 
 
 def judge_scorer() -> Scorer:
-    """1 where an image shows what its prompt asks for, else 0; with the task of a prompt."""
+    """1 where an image shows what its prompt asks for, else 0; means are reported by task."""
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
         requests = [parse_caption(prompt) for prompt in prompts]

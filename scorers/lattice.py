@@ -27,15 +27,15 @@ def lattice() -> Scorer:
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
         gray = images.float().mean(1)  # (b, h, w)
-        across = lattice_power(gray)
-        down = lattice_power(gray.transpose(1, 2))
+        across = log_power_ratio(gray)
+        down = log_power_ratio(gray.transpose(1, 2))
         return -(across + down) / 2
 
     return Scorer(score)
 
 
-def lattice_power(gray: Tensor) -> Tensor:
-    """The log10 of that ratio along the last axis, the mean over 7 harmonics.  (b, h, w) -> (b,)"""
+def log_power_ratio(gray: Tensor) -> Tensor:
+    """The log10 of the ratio of powers along the last axis, a mean over 7 harmonics.  (b, h, w) -> (b,)"""
     width = gray.shape[-1]
     spectrum = torch.fft.rfft(gray, norm="forward")  # (b, h, w // 2 + 1)
     power = spectrum.abs().square().mean(1)  # (b, w // 2 + 1)

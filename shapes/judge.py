@@ -101,7 +101,8 @@ def look(image: np.ndarray) -> list[Object]:
         interior = ndimage.binary_erosion(mask)  # pixels at the rim are half background
         paint = image[box][interior if interior.any() else mask]
         rows, columns = box
-        x, y = (columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2
+        x = (columns.start + columns.stop) / 2
+        y = (rows.start + rows.stop) / 2
         objects.append(Object(shape_of(mask), color_of(paint), x, y))
         explained.update(visible[box][mask])
 
@@ -147,7 +148,7 @@ def color_of(paint: np.ndarray) -> str:
 
 
 def accuracy(correct: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """The share of correct images of each task, and `overall`, the mean of the tasks that occur (as in GenEval)."""
+    """The share of correct images of each task, and `overall`, the mean over the tasks that occur (as in GenEval)."""
     shares = {}
     for task in TASKS:
         verdicts = [bool(c) for c, prompt in zip(correct, prompts, strict=True) if prompt.task == task]

@@ -86,7 +86,7 @@ def all_prompts() -> Iterator[Prompt]:
 
 
 PROMPTS = list(all_prompts())
-NUMBER = {prompt: i for i, prompt in enumerate(PROMPTS)}  # the index of a prompt wherever an array has an axis p
+PROMPT_INDEX = {prompt: i for i, prompt in enumerate(PROMPTS)}  # its index on an axis p, in recipe/
 BY_CAPTION = {prompt.text: prompt for prompt in PROMPTS}
 
 
@@ -109,8 +109,8 @@ def parse_caption(text: str) -> Prompt:
 def is_held_out(prompt: Prompt) -> bool:
     """True for about a quarter of the prompts of count, color, position and attr: evaluated, never aligned on.
 
-    The rule is arithmetic on indices, so that every word still occurs in alignment. It is a rule of the scene, so that
-    both wordings of a scene ("a left of b", "b right of a") are held out together.
+    The rule is arithmetic on indices, so that every word still occurs in alignment. The rule looks at the scene, so
+    that both wordings of a scene ("a left of b", "b right of a") are held out together.
     """
     shapes = [SHAPES.index(shape) for shape in prompt.shapes]
     colors = [COLOR_NAMES.index(color) for color in prompt.colors]
@@ -159,7 +159,7 @@ def random_layout(prompt: Prompt, rng: Generator) -> np.ndarray:
 
 
 def cell_pairs(relation: str) -> list[tuple[int, int]]:
-    """The cells (a, b) in which two objects are in the relation. It holds along its own axis; the other is free."""
+    """The cells (a, b) in which two objects are in the relation. A relation fixes one axis, the other is free."""
     rows, columns = RELATIONS[relation]
     pairs = []
     for a, b in permutations(range(4), 2):
