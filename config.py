@@ -15,7 +15,7 @@ import torch
 import tyro
 from tyro.conf import OmitArgPrefixes
 
-from infra.flags import flags
+from infra.flags import flag_of, flags
 
 HERE = Path(__file__).parent
 
@@ -280,12 +280,12 @@ def command(cfg: Config) -> str:
             value = getattr(cfg, field.name)
             if field.name in ("resume", "export", "at") or value == getattr(preset, field.name):
                 continue
-            flag = field.name.replace("_", "-")
+            flag = flag_of(field.name)
             if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
+                words.append(flag if value else f"--no{flag[1:]}")
             else:
                 values = value if isinstance(value, tuple) else [value]
-                words += [f"--{flag}", *map(str, values)]
+                words += [flag, *map(str, values)]
         commands.append(words)
     return shlex.join(min(commands, key=len))
 

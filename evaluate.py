@@ -45,7 +45,7 @@ from formats.lora_files import read_lora
 from formats.sampling import draw_as_trained
 from formats.weights import weight_files
 from infra.distributed import Process, all_gather_objects, join, on_first_rank
-from infra.files import check_writable, content_hash, replacing
+from infra.files import check_writable, content_hash, write_whole
 from infra.flags import check_ranges, flags
 from infra.page import models_page
 from infra.pictures import save_png, to_pil
@@ -299,12 +299,6 @@ def claim_out(cfg: EvaluateFlags, record: dict[str, Any], models: Sequence[Model
     for model in models:
         # In the model's folder, so that who removes its scores removes the hash, too.
         write_whole(cfg.out / model.label / WEIGHTS_HASH, model.weights_hash)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that a kill leaves all of it or nothing."""
-    with replacing(file) as temporary:
-        temporary.write_text(text)
 
 
 # ---------------------------------------------------------------------------------- draw and score

@@ -25,11 +25,25 @@ from formats.lora_files import lora_file, merge_lora, read_lora
 from formats.names import flux_file
 from formats.weights import weight_files
 from infra.anchor import anchored
-from infra.checkpoints import checkpoint_folders, update_of
+from infra.checkpoints import checkpoint_folders, remove_old_checkpoints, update_of
 from infra.checks import check_flags, check_folder, check_groups, check_log_names, check_prompts, tell_changes
 from infra.distributed import Process
 from infra.downloads import check_downloads
-from infra.files import PART, beside, check_room, content_hash, lock_folder, put_in_place, recover, remove, replacing
+from infra.failures import score_or_nan
+from infra.files import (
+    PART,
+    beside,
+    check_room,
+    check_writable,
+    content_hash,
+    lock_folder,
+    put_in_place,
+    recover,
+    remove,
+    unlock_folder,
+    write_whole,
+)
+from infra.flags import flag_of
 from infra.jsonl import Entry, read_log, truncate_log
 from infra.meter import network_flops
 from infra.methods import (
@@ -80,6 +94,11 @@ def prepare(cfg: Config, process: Process, preset: Config | None = None) -> Setu
     """
     method, group = choose_method(cfg, process, preset or Config())
     out = run_folder(cfg)
+    check_writable(f"--out {out}", out)
+    if process.rank == 0 and out.exists() and not cfg.export:
+        # Does another process train there? `open_folder` asks again, after weights are read, which takes minutes.
+        lock_folder(out)
+        unlock_folder(out)
     check_folder(cfg, out, recorded_flags(cfg), resume_flags(cfg))
     check_downloads(cfg, WEIGHTS)
     prompts, eval_prompts = read_run_prompts(cfg, out)
@@ -95,12 +114,12 @@ def shared_inputs(cfg: Config, setup: Setup) -> dict[str, Any]:
     """What must be alike on all ranks: each flag, and hashes of what the flags name and of this program."""
     shared = {}
     for name, value in asdict(cfg).items():
-        shared[f"--{name.replace('_', '-')}"] = value
+        shared[flag_of(name)] = value
     shared["what --prompts says"] = prompts_hash(setup.prompts)
     shared["what --eval-prompts says"] = prompts_hash(setup.eval_prompts)
     shared["your code"] = user_code_hashes(cfg)
     files = weight_files(setup.model.location)
-    for component in ("vae", "text_encoder", "text_encoder_2"):
+    for component in setup.model.family.FROZEN:
         files += sorted((setup.model.location.folder / component).glob("*.safetensors"))
     shared["the content of --model"] = content_hash(files)
     for spec in (*cfg.reward, *cfg.watch):
@@ -347,6 +366,8 @@ def load_networks(cfg: Config, setup: Setup, flux: Network, process: Process) ->
     for spec in (*cfg.reward, *cfg.watch):
         reward = setup.functions.get(spec)
         rewards.append(reward or open_reward(spec, process.device, setup.pipe.clip_tokenizer, everything))
+    if process.world_size > 1:
+        rewards = [replace(reward, score=partial(score_or_nan, reward.score)) for reward in rewards]
     if process.rank == 0:
         # What is truncated is neither drawn nor learned, and nobody would see it in the pictures.
         readers = [Reader(reward.name, *reward.reads) for reward in rewards if reward.reads]
@@ -387,17 +408,18 @@ def open_folder(cfg: Config, setup: Setup, first: int) -> History:
     Raises ValueError if another process trains there.
     """
     out = setup.out
-    if cfg.smoke:
-        remove(out)
     # Two runs in one folder would mix their logs and remove each other's checkpoints. Another run may have begun, or
     # ended, since the folder was checked.
     lock_folder(out)
+    if cfg.smoke:
+        remove(out)
     check_folder(cfg, out, recorded_flags(cfg), resume_flags(cfg))
     (out / "samples").mkdir(parents=True, exist_ok=True)
     for name in ("best", "final"):
         recover(out / name)  # from a kill while it was replaced
     write_config(cfg, setup)
     set_later_checkpoints_aside(cfg, out, first)
+    remove_old_checkpoints(out, cfg.keep)  # a save that was killed has not done so
     watched = [reward.name for reward in setup.watched]
     best = evaluation_of_best(out, watched)
     if cfg.at is not None and best and best["step"] > first:
@@ -429,8 +451,7 @@ def write_config(cfg: Config, setup: Setup) -> None:
         "prompts_read": [prompts_hash(setup.prompts), prompts_hash(setup.eval_prompts)],
         "code_read": user_code_hashes(cfg),
     }
-    with replacing(setup.out / "config.json") as file:
-        file.write_text(json.dumps(recorded_flags(cfg) | origin, indent=2) + "\n")
+    write_whole(setup.out / "config.json", json.dumps(recorded_flags(cfg) | origin, indent=2) + "\n")
 
 
 def set_later_checkpoints_aside(cfg: Config, out: Path, first: int) -> None:

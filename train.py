@@ -366,11 +366,12 @@ def one_update(cfg: Config, setup: Setup, state: checkpoints.State, process: Pro
     values_of_ranks, meters = zip(*ranks)
     means = {}
     for name in values:
-        means[name] = torch.cat([rank_values[name] for rank_values in values_of_ranks]).mean().item()
+        values[name] = torch.cat([rank_values[name] for rank_values in values_of_ranks])  # (batch,)
+        means[name] = values[name].mean().item()
     if not np.isfinite([grad_norm, *means.values()]).all():
         zero_gradients(state)
         prompts = batch_prompts(cfg, setup, update)
-        message = logs.note_nonfinite(setup.out, update, cfg.seed, grad_norm, values_of_ranks, prompts, process.rank)
+        message = logs.note_nonfinite(setup.out, update, cfg.seed, grad_norm, values, prompts, process)
         raise Stop(NONFINITE, message)
 
     with meter("update"):

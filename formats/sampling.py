@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from safetensors import safe_open
 
+from infra.flags import flag_of
 from infra.reading import parse_file
 
 Flags = TypeVar("Flags")
@@ -43,17 +44,19 @@ def parse_sampling(text: str) -> dict[str, Any]:
 def draw_as_trained(cfg: Flags, names: tuple[str, ...], defaults: dict[str, Any]) -> Flags:
     """The flags, with those that are not set taken from the first model of `names` that was saved with settings.
 
-    `defaults` fill what is still not set. A line on stderr says what was taken from the model.
+    `defaults` fill what is still not set. A line on stderr says what was taken from the model, and which other model
+    was trained with other settings.
     """
-    values = {}
+    values, first = {}, ""
     # Models side by side must be drawn alike, so the first that has settings decides for all.
     for name in names:
-        settings = saved_sampling(name)
-        if settings:
-            values = {flag: value for flag, value in settings.items() if not getattr(cfg, flag)}
-            text = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in values.items())
+        settings = {flag: value for flag, value in saved_sampling(name).items() if not getattr(cfg, flag)}
+        text = " ".join(f"{flag_of(flag)} {value}" for flag, value in settings.items())
+        if settings and not first:
+            values, first = settings, name
             print(f"drawn as {name} was trained: {text}", file=sys.stderr)
-            break
+        elif settings and settings != values:
+            print(f"warning: {name} was trained at {text}, and is drawn as {first}: give flags", file=sys.stderr)
     # evaluate.py takes one size, and train.py's configuration a tuple of sizes.
     if "size" in values and isinstance(cfg.size, tuple):
         values["size"] = (values["size"],)

@@ -155,15 +155,21 @@ def write(folder: Path, tensors: dict[str, Any], keep: int, group: dist.ProcessG
     if failure:
         gc.collect()  # torch's exceptions hold the whole copy, in a reference cycle
     if rank == 0:
-        checkpoints = checkpoint_folders(folder.parent.parent)
-        for folder_to_remove in [draft] if failure else checkpoints[:-keep]:
-            shutil.rmtree(folder_to_remove, ignore_errors=True)
-        if failure:
-            out = folder.parent.parent
+        out = folder.parent.parent
+        if not failure:
+            remove_old_checkpoints(out, keep)
+        else:
+            shutil.rmtree(draft, ignore_errors=True)
             free = shutil.disk_usage(out).free / 1e9
             text = f"warning: no checkpoint could be written ({failure}; {free:.1f} GB free): {what_is_saved(out)}"
             print(text, file=sys.stderr)
     return None if failure else folder
+
+
+def remove_old_checkpoints(out: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints of a run."""
+    for folder in checkpoint_folders(out)[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_files(

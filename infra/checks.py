@@ -8,14 +8,23 @@ from typing import Any
 from config import Config
 from infra.checkpoints import NEWEST, checkpoint_folders, update_of
 from infra.distributed import FSDP_DEVICES, Process
-from infra.files import PART, check_writable
-from infra.flags import check_ranges
+from infra.files import PART
+from infra.flags import check_ranges, flag_of
 from infra.jsonl import Entry, read_log
 from infra.logs import EvaluationLog, UpdateLog
 from infra.prompts import print_on_first_rank, prompts_hash
 from infra.reading import parse_json
-from infra.trackers import check_trackers
 from rewards import COSINES, Reward, reward_name, split_weight
+
+NEEDS = {  # flag -> the flag that it says something about
+    "lora_alpha": "lora",
+    "fp8": "lora",
+    "lean": "bf16",
+    "anchor_on": "anchor",
+    "stop_early": "watch",
+    "export": "resume",
+    "at": "resume",
+}
 
 # ------------------------------------------------------------------------------------------- flags
 
@@ -27,21 +36,16 @@ def check_flags(cfg: Config, process: Process) -> None:
         raise ValueError(f"--lam has {len(cfg.lam)} values for {len(cfg.reward)} rewards: give one each, or none")
     check_numbers(cfg)
     check_machine(cfg, process)
-    if not cfg.size:
-        raise ValueError("--size: give one or more")
-    if not cfg.reward:
-        raise ValueError("--reward: give one or more")
+    for name in ("size", "reward"):
+        if not getattr(cfg, name):
+            raise ValueError(f"--{name}: give one or more")
     if not any(split_weight(spec)[1] for spec in cfg.reward):
         raise ValueError("--reward: every weight is 0, which trains nothing")
-    if cfg.lora_alpha is not None and not cfg.lora:
-        raise ValueError(f"--lora-alpha {cfg.lora_alpha} is for --lora")
-    if cfg.stop_early and not cfg.watch:
-        raise ValueError("--stop-early needs a reward to --watch")
+    for name, base_flag in NEEDS.items():
+        if getattr(cfg, name) != getattr(Config, name) and not getattr(cfg, base_flag):
+            raise ValueError(f"{flag_of(name)} means nothing without --{base_flag}")
     if cfg.export and cfg.export.suffix == ".safetensors" and cfg.lora:
         raise ValueError(f"--export {cfg.export}: a LoRA run has a LoRA's file to write, into a folder: give one")
-    if (cfg.export or cfg.at is not None) and not cfg.resume:
-        raise ValueError("--export and --at need --resume: they name a checkpoint of the run in --out")
-    check_trackers(cfg.log)
 
 
 def check_numbers(cfg: Config) -> None:
@@ -56,12 +60,10 @@ def check_numbers(cfg: Config) -> None:
             print_on_first_rank(f"note: --lam {lam}: scores of {spec} are cosines, which never reach more than 1")
     if cfg.cps and (cfg.noise or 0) >= 1:
         raise ValueError(f"--noise must be below 1 with --cps, got {cfg.noise}: 1 is all of the noise")
-    if cfg.anchor_on and not cfg.anchor:
-        raise ValueError("--anchor-on needs --anchor, its weight in the loss")
 
 
 def check_machine(cfg: Config, process: Process) -> None:
-    """Raise ValueError if the flags ask for what this device or this number of ranks cannot do."""
+    """Raise ValueError if the flags ask for what the device, the number of ranks or the packages here cannot do."""
     ranks = process.world_size
     has_fsdp = process.device.type in FSDP_DEVICES
     # Every rank takes the same number of samples, so that the mean over ranks is the mean over the batch.
@@ -73,14 +75,16 @@ def check_machine(cfg: Config, process: Process) -> None:
     # fp8 and lean keep weights in dtypes that FSDP2 would gather and cast in its own way.
     if cfg.fp8 and not has_fsdp:
         raise ValueError(f"--fp8 with --device {cfg.device}: only cpu and cuda have numbers of eight bits")
-    if cfg.fp8 and (not cfg.lora or ranks > 1):
-        raise ValueError("--fp8 is for the weights under a LoRA, on one GPU: it needs --lora, and one rank")
-    if cfg.lean and ranks > 1:
-        raise ValueError(f"--lean is for one GPU, and there are {ranks} ranks: they share the weights without it")
-    if cfg.lean and (cfg.lora or not cfg.bf16):
-        raise ValueError("--lean keeps all trained weights in bf16: it needs --bf16, and --lora trains others")
-    if cfg.lean and importlib.util.find_spec("torchao") is None:
-        raise ValueError("--lean needs torchao's optimizer: pip install torchao")
+    if (cfg.fp8 or cfg.lean) and ranks > 1:
+        raise ValueError(f"--fp8 and --lean are for one GPU, and {ranks} ranks share the weights without them")
+    if cfg.lean and cfg.lora:
+        raise ValueError("--lean trains all weights, in bf16, and --lora trains others")
+    packages = {f"--log {kind}": kind for kind in cfg.log}
+    if cfg.lean:
+        packages["--lean"] = "torchao"
+    for flag, package in packages.items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flag} needs a package: pip install {package}, or leave the flag out")
 
 
 def check_groups(cfg: Config, process: Process, group: int) -> None:
@@ -122,11 +126,10 @@ def check_log_names(cfg: Config, method_names: set[str], functions: dict[str, Re
 
 
 def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[str]) -> None:
-    """Raise ValueError if nothing can be written to `out`, or if it holds a run that these flags do not continue.
+    """Raise ValueError if `out` holds a run that these flags do not continue.
 
     `flags` is what config.json will say, and `fixed` names the flags that a resumed run must find unchanged.
     """
-    check_writable(f"--out {out}", out)
     if cfg.export and cfg.export.exists():
         raise ValueError(f"--export {cfg.export} exists: give a path that does not")
     has_files = out.exists() and any(out.iterdir())
@@ -145,9 +148,8 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
     # Other flags, such as --micro-batch or --keep, may change from start to start.
     for name in fixed:
         if flags[name] != recorded.get(name):
-            flag = name.replace("_", "-")
             started = recorded.get(name)
-            raise ValueError(f"--resume with --{flag} {flags[name]}, but {out} was started with {started}")
+            raise ValueError(f"--resume with {flag_of(name)} {flags[name]}, but {out} was started with {started}")
     # A damaged line is reported now, not after the weights are loaded.
     read_log(out / "metrics.jsonl", lambda entry: check_numbers_of(entry, ["reward"]))
     watched = [reward_name(spec) for spec in cfg.watch]
@@ -199,10 +201,8 @@ def check_checkpoints(cfg: Config, out: Path) -> None:
     folders = checkpoint_folders(out)
     names = ", ".join(folder.name for folder in folders) or "no checkpoint yet"
     updates = [update_of(folder) for folder in folders]
-    if cfg.at is not None and cfg.at not in updates:
-        raise ValueError(f"--at {cfg.at}: {out} has {names}")
-    if cfg.export and not folders:
-        raise ValueError(f"--export: {out} has {names}")
+    if (cfg.at is not None and cfg.at not in updates) or (cfg.export and not updates):
+        raise ValueError(f"{out} has {names}: --at and --export take one of its checkpoints")
     mark = out / NEWEST
     if mark.exists() and not folders:
         raise ValueError(

@@ -71,10 +71,8 @@ def join(device: str, shard: int | None = None, timeout: timedelta | None = None
     if shard_ranks < 1 or world_size % shard_ranks:
         raise ValueError(f"--shard {shard} does not divide the {world_size} ranks")
     device_kind, _, device_number = device.partition(":")
-    if world_size > 1 and device_kind not in FSDP_DEVICES:
-        raise ValueError(f"--device {device}: {world_size} ranks are joined on cpu or cuda; one rank takes any device")
-    if world_size > 1 and device_number:
-        raise ValueError(f"--device {device}: with {world_size} ranks each takes its own, write --device {device_kind}")
+    if world_size > 1 and device not in FSDP_DEVICES:
+        raise ValueError(f"--device {device}: {world_size} ranks take cpu or cuda, without a number, and one rank any")
     if device_kind == "cuda":
         # A rank touches no other rank's GPU: even a question to a GPU takes memory there for the process's lifetime.
         rank_device = device_of(f"cuda:{device_number or local_rank}")

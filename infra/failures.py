@@ -1,11 +1,14 @@
 """An error in the middle of a run: what it was, in a line, and what is saved."""
 
 import sys
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from infra.prompts import printable
 from infra.user_code import UserCodeError
+from scorers.common import Score
 
 # By the stage of an update, or the evaluation: what needs less memory.
 REMEDIES = {
@@ -34,6 +37,19 @@ def explain(error: BaseException) -> str | None:
         stage = stage_of(error)
         return f"out of memory in the {stage}: {REMEDIES[stage]}"
     return str(error) if isinstance(error, UserCodeError) else None
+
+
+def score_or_nan(score: Score, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward's scores on one of several ranks, (b,); NaN, and a line on stderr, if the user's code raises.
+
+    The other ranks are within collectives, where they would wait for a rank that stops. NaN lets all of them end the
+    update, see the number that is not finite, save and stop together.
+    """
+    try:
+        return score(images, prompts)
+    except UserCodeError as error:
+        print_error(f"error: {error}")
+        return torch.nan * images.flatten(1).sum(1)  # with a graph: a method may ask for the gradient
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

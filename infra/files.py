@@ -40,6 +40,12 @@ def replacing(target: Path) -> Iterator[Path]:
         raise
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that a kill leaves all of it or nothing."""
+    with replacing(file) as draft:
+        draft.write_text(text)
+
+
 def part_of(target: Path) -> Path:
     """The path to write the next `target` to, after what a kill or an error has left there is removed."""
     # Now rather than after the next write, which may fail: the disk may be full of what a kill has left.
@@ -142,6 +148,10 @@ def lock_folder(folder: Path) -> None:
         owner = file.read() or "another process"
         file.close()
         raise ValueError(f"--out {folder}: {owner} trains there: wait for it, or choose another folder") from None
+    # A run that ended between the two calls has removed this very file: another process may lock a new one.
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        file.close()
+        return lock_folder(folder)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -62,9 +62,12 @@ def check_ranges(cfg: Any) -> None:
         interval = range_of_flag.get(field.name, "(-inf, inf)")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not is_in(number, interval):
-                raise ValueError(
-                    f"--{field.name.replace('_', '-')} {number} is out of range: give a number in {interval}"
-                )
+                raise ValueError(f"{flag_of(field.name)} {number} is out of range: give a number in {interval}")
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field, as users write it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def is_in(number: float, interval: str) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from infra.files import replacing
+from infra.files import write_whole
 from infra.reading import parse_file
 
 Entry = dict[str, Any]
@@ -45,6 +45,5 @@ def truncate_log(path: Path, step: int) -> list[Entry]:
     if path.exists():
         lines = [json.dumps(entry) + "\n" for entry in entries]
         # In one step: a kill must not lose the log.
-        with replacing(path) as draft:
-            draft.write_text("".join(lines))
+        write_whole(path, "".join(lines))
     return entries

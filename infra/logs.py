@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import Config
 from infra.checkpoints import what_is_saved
-from infra.distributed import Stop
+from infra.distributed import Process, Stop
 from infra.files import unlock_folder
 from infra.jsonl import Entry, append_line
 from infra.page import SIDE, runs_page
@@ -188,37 +188,26 @@ def note_nonfinite(
     update: int,
     seed: int,
     grad_norm: float,
-    values_of_ranks: Sequence[dict[str, Tensor]],
+    values: dict[str, Tensor],
     prompts: Sequence[str],
-    rank: int,
+    process: Process,
 ) -> str:
     """Write down an update that met a number that is not finite, for a replay; returns the message for the user.
 
-    `values_of_ranks` has each rank's logged values, (rows,) each, and `prompts` are those of the whole batch.
+    `values` are what all ranks log, (batch,) each, and `prompts` those of the whole batch.
     """
-    bad_ranks = []
-    bad_names: dict[str, None] = {}
-    for i, values in enumerate(values_of_ranks):
-        names = [name for name, value in values.items() if not value.isfinite().all()]
-        bad_names |= dict.fromkeys(names)
-        if names:
-            bad_ranks.append(i)
-    rows = len(prompts) // len(values_of_ranks)
-    prompts_of_ranks = [prompts[i * rows : (i + 1) * rows] for i in range(len(values_of_ranks))]
-
     file = out / "nonfinite.jsonl"
-    if rank == 0:
-        notes = []
-        for rank_prompts, values in zip(prompts_of_ranks, values_of_ranks):
-            notes.append({"prompts": rank_prompts, **{name: value.tolist() for name, value in values.items()}})
-        append_line(file, dict(step=update, seed=seed, grad_norm=grad_norm, ranks=notes))
-
-    # Name the first sample with such a number; where only the gradient has one, the first sample of all.
-    i = bad_ranks[0] if bad_ranks else 0
-    is_finite = torch.stack([value.isfinite() for value in values_of_ranks[i].values()]).all(0)  # (rows,)
-    prompt = prompts_of_ranks[i][int(is_finite.int().argmin())]
-    ranks = f"on rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "in the gradient, though every loss is finite"
+    if process.rank == 0:
+        lists = {name: value.tolist() for name, value in values.items()}
+        append_line(file, dict(step=update, seed=seed, grad_norm=grad_norm, prompts=list(prompts), values=lists))
+    names = [name for name, value in values.items() if not value.isfinite().all()]
+    is_finite = torch.stack([value.isfinite() for value in values.values()]).all(0)  # (batch,)
+    rows = is_finite.logical_not().nonzero().flatten().tolist()
+    # Ranks have equal shares of the batch. One that fails alone may be a GPU that does.
+    ranks = sorted({row * process.world_size // len(prompts) for row in rows})
+    location = f"on rank {', '.join(map(str, ranks))}" if rows else "in the gradient, though every loss is finite"
+    prompt = prompts[rows[0] if rows else 0]
     return (
-        f"step {update}: {', '.join(bad_names) or 'a number'} is not finite {ranks}; prompts such as {prompt!r}. "
+        f"step {update}: {', '.join(names) or 'a number'} is not finite {location}; prompts such as {prompt!r}. "
         f"{file} has all of them"
     )

@@ -14,6 +14,7 @@ import leaps
 from baselines import direct, policy
 from baselines.direct import Log
 from config import Config, Experiment, Method
+from infra.flags import flag_of
 from infra.user_code import describe_error, file_hashes, is_user_code, load_function
 from leaps import Samples
 from samples import trial_samples
@@ -81,8 +82,7 @@ def method_options(cfg: Config, preset: Config) -> dict[str, Any]:
         if name in keywords:
             options[name] = value
         elif value != getattr(preset, name):  # the user set it; a preset may hold keywords of its usual method
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} means nothing with --method {cfg.method}, which has no such keyword")
+            raise ValueError(f"{flag_of(name)} means nothing with --method {cfg.method}, which has no such keyword")
     for text in cfg.option:
         name, value = parse_option(text, cfg.method, keywords)
         options[name] = value
@@ -153,10 +153,8 @@ def try_method(method: Callable, sigmas: Tensor, group: int) -> Trial:
         raise ValueError(f"--method: {error}") from error
     except Exception as error:
         raise ValueError(f"--method fails on random samples: {describe_error(error)}") from error
-    if not calls["vjp"]:
-        raise ValueError(f"--method makes no gradient: it never calls vjp in a rollout of {len(sigmas) - 1} steps")
-    if not calls["reward"] and not calls["score"]:
-        raise ValueError("--method asks for no reward: it never calls reward or score")
+    if not calls["vjp"] or not (calls["reward"] or calls["score"]):
+        raise ValueError(f"--method must call vjp, and reward or score, in a rollout of {len(sigmas) - 1} steps")
     is_log = isinstance(log, dict) and all(isinstance(name, str) for name in log)
     if not is_log or not all(isinstance(value, Tensor) and value.shape in ((), (b,)) for value in log.values()):
         raise ValueError("--method must return a dict of tensors to log, by name, (b,) or () each")

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from infra.reading import parse_file
+
 Entry = dict[str, Any]  # a prompt under "prompt", and whatever else its file says of it
 COLUMNS = ("prompt", "prompts", "text", "caption")  # names of the prompt, in any case; the first with text counts
 COMMENT = re.compile(r"#+(\s|$)")  # "# a note", not "#1 dad mug"
@@ -45,18 +47,20 @@ def read_prompts(path: Path) -> list[str]:
 
 def read_entries(path: Path) -> list[Entry]:
     """As `read_prompts`, with the other fields of JSON objects and tables; a line of text becomes {"prompt": line}."""
-    try:
-        text = INVISIBLE.sub("", path.read_text(encoding="utf-8"))
-        entries = [with_prompt(item, number) for number, item in read_items(text, path.suffix.lower())]
-    except (OSError, ValueError) as error:
-        remedy = "write one prompt per line there, or make prompts with python -m tools.prompts --file FILE"
-        raise ValueError(f"prompt file {path} (UTF-8): {error}{'' if path.exists() else f': {remedy}'}") from error
-    if not entries:
-        raise ValueError(f"prompt file {path} holds no prompt: write one per line")
+    remedy = "write prompts as UTF-8 text, one per line, or make them with python -m tools.prompts --file FILE"
+    entries = parse_file(path, parse_entries, remedy)
     match = OTHER_FORMAT.search("\n".join(entry["prompt"] for entry in entries))
     if match:
         format_name = match.lastgroup.replace("_", " ")
         print_on_first_rank(f"warning: {path} looks like {format_name}, and this is read as a prompt: {match[0]:.200}")
+    return entries
+
+
+def parse_entries(path: Path) -> list[Entry]:
+    text = INVISIBLE.sub("", path.read_text(encoding="utf-8"))
+    entries = [with_prompt(item, number) for number, item in read_items(text, path.suffix.lower())]
+    if not entries:
+        raise ValueError("it holds no prompt")
     return entries
 
 

@@ -19,8 +19,17 @@ def parse_file(source: Source, parse: Callable[[Source], Result], remedy: str = 
     try:
         return parse(source)
     except Exception as error:  # safetensors, transformers and diffusers each have exceptions of their own
-        reason = str(error).rstrip(".")
-        raise ValueError(f"cannot read {source} ({type(error).__name__}: {reason}): {remedy}") from error
+        raise ValueError(f"cannot read {source} ({reason_of(error)}): {remedy}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, without numbers of the system and without the path, which the message names already."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).rstrip(".")
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
 def parse_json(file: Path, parse: Callable[[dict[str, Any]], Result], remedy: str = AGAIN) -> Result:

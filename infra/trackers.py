@@ -1,6 +1,5 @@
 """TensorBoard, Weights & Biases and Trackio, for those who ask for them: their packages are imported only here."""
 
-import importlib.util
 import json
 import uuid
 from collections.abc import Callable, Sequence
@@ -8,13 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-
-def check_trackers(kinds: Sequence[str]) -> None:
-    """Raise ValueError if a package is missing. The network is not used."""
-    for kind in kinds:
-        if importlib.util.find_spec(kind) is None:
-            raise ValueError(f"--log {kind} needs that package: pip install {kind}, or leave the flag out")
 
 
 def open_trackers(kinds: Sequence[str], out: Path, config: dict, first: int) -> Callable[[int, dict, list[Path]], None]:

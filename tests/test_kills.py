@@ -1,10 +1,8 @@
 """A run can be killed at any moment, and continues as if nothing had been."""
 
-import itertools
 import os
 import random
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from infra import checkpoints
 from infra.checkpoints import checkpoint_folders
 from infra.files import PART
 from infra.jsonl import read_log
+from tests.kills import Moment, killed_at
 from tests.processes import spread, start
 from tests.runs import completed, run, same_run, short_config, stopped_after, undisturbed_run
 
@@ -37,27 +36,14 @@ def undisturbed(base, tmp_path_factory) -> Config:
 # ---------------------------------------------------------------------------------------------- killed
 
 
-def killed_at(cfg: Config, count: int) -> None:
-    """Train, and die by SIGKILL just before the count-th time that a file or folder of the run is touched."""
-    touched = itertools.count(1)
-
-    def hook(event: str, args: tuple) -> None:
-        file = event == "open" or event.startswith(("os.", "shutil."))
-        if file and args and str(args[0]).startswith(str(cfg.out)) and next(touched) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    run(cfg)
-
-
 def test_twenty_kills_at_any_moment_leave_no_trace(base, undisturbed, tmp_path):
     """While it starts, trains, evaluates, saves, and, once done, while it writes its end again.
 
-    What a kill leaves is what is on the disk, so moments are counted in what changes the disk, not in seconds.
+    `python -m tests.kills` kills at each kind of write.
     """
     cfg, chance, kept = replace(base, out=tmp_path / "run", resume=True), random.Random(SEED), []
     while len(kept) < 20:
-        (process,) = start(1, killed_at, cfg, chance.randint(1, 400))  # as often as a whole run does
+        (process,) = start(1, killed_at, cfg, Moment(chance.randint(1, 219)))  # as many writes as a whole run makes
         process.join()
         if process.exitcode == -signal.SIGKILL:
             kept.append(len(checkpoint_folders(cfg.out)))

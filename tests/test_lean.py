@@ -120,7 +120,10 @@ def test_a_lean_run_resumes_bitwise_from_what_was_written_while_it_went_on(base,
 
 @pytest.mark.parametrize("change", [dict(lora=4), dict(bf16=False)])
 def test_lean_is_refused_where_it_means_nothing(change, base):
-    with pytest.raises(ValueError, match="--lean keeps all trained weights in bf16"), join("cpu") as process:
+    with (
+        pytest.raises(ValueError, match=r"--lean trains all weights|--lean means nothing without --bf16"),
+        join("cpu") as process,
+    ):
         check_flags(replace(base, **change), process)
 
 

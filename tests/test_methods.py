@@ -104,12 +104,12 @@ def test_every_method_is_tried_on_zeros_in_a_moment(name):
 @pytest.mark.parametrize(
     "code, words",
     [
-        ("    return {}", "makes no gradient"),
+        ("    return {}", "must call vjp, and reward or score"),
         (
             "    return dict(k=s.vjp(s.noise(0), s.sigmas[0], s.noise(0)).mean())",
             "has no attribute 'mean'",
         ),  # without wrt_x
-        ("    s.vjp(s.noise(0), s.sigmas[0], s.noise(0))\n    return {}", "asks for no reward"),
+        ("    s.vjp(s.noise(0), s.sigmas[0], s.noise(0))\n    return {}", "must call vjp, and reward or score"),
         ("    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return 3", "must return a dict of tensors"),
         (
             "    s.vjp(s.noise(0), s.sigmas[0], s.reward(s.noise(0)))\n    return dict(a=s.noise(0))",

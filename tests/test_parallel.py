@@ -162,13 +162,15 @@ def weights_after(cfg: Config) -> Tensor:
 
 
 def test_three_updates_of_training_are_the_same_on_one_two_and_four_ranks(base):
-    base = replace(base, batch=4)
+    # Sample by sample, on any number of ranks: larger groups meet other kernels, whose rounding AdamW enlarges.
+    base = replace(base, batch=4, rollout_batch=1)
     one = spread(1, weights_after, base)[0]
-    for world, changes in ((2, dict(micro_batch=2)), (4, dict(shard=2))):
-        for weights in spread(world, weights_after, replace(base, **changes)):
-            assert (weights - one).norm() < 1e-6 * one.norm()
     start = torch.cat([p.flatten() for p in load_pipeline(base.model).flux.parameters()])
-    assert (one[: len(start)] - start).norm() > 1e-3 * start.norm()  # it did learn
+    change = (one - torch.cat([start, start])).norm()  # of weights and averages
+    assert change > 1e-3 * start.norm()  # it did learn
+    for world, changes in ((2, {}), (4, dict(shard=2))):
+        for weights in spread(world, weights_after, replace(base, **changes)):
+            assert (weights - one).norm() < 5e-5 * change
 
 
 # ------------------------------------------------------------------------------------------ collectives

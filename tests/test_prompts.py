@@ -174,6 +174,11 @@ def test_a_bad_file_is_an_error_that_names_it_and_the_line(name, text, words, tm
     assert str(tmp_path / name) in str(error.value)
 
 
+def test_a_file_that_is_not_there_is_said_in_words(tmp_path):
+    with pytest.raises(ValueError, match=r"^cannot read .*nope\.txt \(there is no such file\): write prompts as UTF-8"):
+        read_prompts(tmp_path / "nope.txt")
+
+
 def test_the_fingerprint_is_that_of_the_prompts_and_of_their_order():
     assert prompts_hash(["a", "b"]) == prompts_hash(("a", "b")) and len(prompts_hash(["a"])) == 8
     assert len({prompts_hash(p) for p in (["a", "b"], ["b", "a"], ["a", "b", "b"], ["ab"], ["a b"])}) == 5

@@ -1,6 +1,5 @@
 """Signals, which save and stop a run on all ranks, and two runs that want one folder."""
 
-import io
 import os
 import signal
 import socket
@@ -9,17 +8,20 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 import train
 from config import Config
+from infra import files
 from infra.checkpoints import checkpoint_folders
-from infra.files import lock_folder, unlock_folder
+from infra.files import lock_folder, lock_text, unlock_folder
 from infra.jsonl import read_log
-from tests.processes import CONTEXT, spread, start
-from tests.runs import completed, run, same_run, short_config, undisturbed_run
+from start import open_folder
+from tests.processes import spread
+from tests.runs import completed, run, short_config, undisturbed_run
+from tests.two_starts import fault_of_two_starts
 
 ROOT = Path(train.__file__).parent
 
@@ -88,22 +90,45 @@ def test_torchrun_as_the_readme_has_it_passes_a_signal_on(base, tmp_path):
 def test_a_folder_in_which_a_run_trains_is_refused_until_that_run_ends(base, tmp_path):
     cfg = replace(base, out=tmp_path / "run", resume=True)
     lock_folder(cfg.out)  # as a run of this process would
-    assert (
-        completed(1, cfg) == f"2 error: --out {cfg.out}: process {os.getpid()} on {socket.gethostname()} trains there: "
-        "wait for it, or choose another folder"
-    )
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    words = f"--out {cfg.out}: {owner} trains there: wait for it, or choose another folder"
+    assert completed(1, cfg) == f"2 error: {words}"
     assert not cfg.out.exists() or not list(cfg.out.iterdir())
+    cfg.out.mkdir(exist_ok=True)
+    assert completed(1, cfg) == f"2 {words}"  # now before weights are read
     unlock_folder(cfg.out)
     assert completed(1, cfg) == ""
 
 
 def test_of_two_runs_that_start_at_once_one_trains_as_if_alone(base, undisturbed, tmp_path):
-    cfg = replace(base, out=tmp_path / "run")
-    queue = CONTEXT.Queue()
-    processes = [*start(1, run, cfg, queue=queue), *start(1, run, cfg, queue=queue)]
-    messages = sorted(torch.load(io.BytesIO(queue.get(timeout=600)), weights_only=False)[1] for _ in processes)
-    for process in processes:
-        process.join()
-    assert messages[0] == "" and messages[1].startswith("2 "), messages
-    assert same_run(undisturbed, cfg)
-    assert not list(tmp_path.glob("*.leapalign-lock"))
+    """`python -m tests.two_starts` tries other delays, and runs that are resumed."""
+    assert fault_of_two_starts(replace(base, out=tmp_path / "run"), 0, undisturbed) == ""
+
+
+def test_a_lock_whose_file_the_last_run_removes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    lock_folder(folder)
+    flock = files.fcntl.flock
+
+    def flock_as_the_last_run_ends(file, operation):
+        unlock_folder(folder)
+        flock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock_as_the_last_run_ends)
+    lock_folder(folder)
+    # Otherwise the file that is locked would be a removed one, and a third run could lock a new file.
+    assert lock_text(folder) == f"process {os.getpid()} on {socket.gethostname()}"
+    unlock_folder(folder)
+
+
+def test_a_smoke_run_empties_no_folder_in_which_another_run_trains(base, tmp_path):
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.parent.mkdir()
+    file.touch()
+    cfg = replace(base, smoke=True)
+    setup = SimpleNamespace(out=file.parent)
+    lock_folder(setup.out)  # flock holds between two open files of one process, too
+    with pytest.raises(ValueError, match="trains there"):
+        open_folder(cfg, setup, 0)
+    unlock_folder(setup.out)
+    assert file.exists()

@@ -85,7 +85,7 @@ def test_a_short_run_writes_all_its_files(short_run):
         (dict(watch=("tiny",)), "two are named 'tiny'"),
         (dict(reward=("hpsv2=/nope",)), "no reward file at '/nope'"),
         (dict(lr=-1.0), "--lr -1.0 is out of range"),
-        (dict(lora_alpha=2.0), "--lora-alpha 2.0 is for --lora"),
+        (dict(lora_alpha=2.0), "--lora-alpha means nothing without --lora"),
         (dict(out=Path(__file__) / "run"), "nothing can be written in"),
         (dict(size=("63",), watch=()), "image size 63x63"),
         (dict(low=0.99), "cannot pick 2 leaps from 1 steps"),
@@ -495,6 +495,11 @@ def test_the_final_folder_is_drawn_as_it_was_trained_unless_flags_say_otherwise(
     drawn = draw_as_trained(cfg, (str(short_run / "final"),), dict(rollout_steps=25, guidance=3.5))
     assert (drawn.rollout_steps, drawn.size, drawn.text_length, drawn.guidance) == (3, "64", 12, 3.5)
     assert "was trained: --size 64 --text-length 12" in capsys.readouterr().err
+    other = short_run.parent / "other"
+    other.mkdir(exist_ok=True)
+    (other / "sampling.json").write_text('{"rollout_steps": 9, "size": "64"}')
+    draw_as_trained(cfg, (str(short_run / "final"), str(other)), {})
+    assert f"warning: {other} was trained at --size 64, and is drawn as" in capsys.readouterr().err
     drawn = draw_as_trained(sample.SampleFlags(), (cfg.model,), dict(rollout_steps=25, guidance=3.5))
     assert (drawn.rollout_steps, drawn.size) == (25, None) and not capsys.readouterr().err
 

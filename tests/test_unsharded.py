@@ -132,7 +132,7 @@ def test_a_lora_may_be_over_a_network_in_bf16(cfg):
 
 def test_several_ranks_need_a_device_that_shards(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="--device mps: 2 ranks are joined on cpu or cuda"), join("mps"):
+    with pytest.raises(ValueError, match="--device mps: 2 ranks take cpu or cuda"), join("mps"):
         pass
 
 
