@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 Scores = dict[str, dict[str, np.ndarray]]  # model -> reward -> (prompts, images of a prompt)
 Numbers = dict[str, Any]  # of a model by a reward: mean, half, ...
@@ -19,7 +19,7 @@ def confidence_interval(values: Sequence[float] | np.ndarray) -> tuple[float, fl
     n = len(values)
     half = math.nan
     if n > 1:
-        quantile = stats.t.ppf(0.975, n - 1)  # 2.5% of the distribution are above, as many below
+        quantile = special.stdtrit(n - 1, 0.975)  # 2.5% of the distribution are above, as many below
         half = quantile * values.std(ddof=1) / math.sqrt(n)
     return float(values.mean()), float(half)
 

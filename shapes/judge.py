@@ -7,6 +7,7 @@ only approximates them: where reward and judge disagree during alignment, the re
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -127,6 +128,7 @@ def shape_of(mask: np.ndarray) -> str:
     return name if is_clear else UNKNOWN
 
 
+@cache  # few boxes differ: a side has at most _MAX_SIDE pixels
 def shape_masks(height: int, width: int) -> np.ndarray:
     """Masks of the four shapes, each filling a box of this size: (4, height, width) bool."""
     x = torch.linspace(-1, 1, 2 * width + 1)[1::2]  # centres of pixels
