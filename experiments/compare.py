@@ -60,16 +60,20 @@ POINTS = 4  # evaluations of a run, after the base's
 METHODS = (
     "leapalign",  # the paper's, with x_0 rewarded
     "leapalign --reward-input xhat_0",
+    "leapalign --by-level",
     "refl",
     "draft_lv",
     "drtune",
     "full",  # the true gradient
+    "direct_align",
     "flowbp_sparse",
     "flowbp_bridge",
     "flowbp_lagrange",
     "flow_grpo",
     "dance_grpo",
     "mix_grpo --every 6",  # a twelfth of its updates at equal evaluations, as 25 of the paper's 300
+    "awm",
+    "nft",
 )
 ABLATIONS = (  # the paper's Fig. 4
     "leapalign",  # alpha 0.3, two leaps from random steps, x_0 rewarded

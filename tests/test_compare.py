@@ -21,6 +21,7 @@ from experiments.draw import differences, draw_tables, final, report_tables
 from infra.distributed import join
 from infra.jsonl import append_line
 from infra.meter import Meter
+from infra.methods import method_keywords
 from infra.summary import confidence_interval
 from tests.test_methods import ROOT, blocks
 
@@ -75,7 +76,8 @@ def metered_evaluations():
         def count(spec: str, update: int = 0, **flags) -> int:
             meter = Meter(process.device)
             method = load_method(spec, SMALL).method
-            setup.method, setup.group = method, 8 if "grpo" in spec else 1
+            group = method.keywords.get("group", method_keywords(method.func).get("group", 1))
+            setup.method, setup.group = method, group
             train.accumulate_batch_gradient(replace(cfg, **flags), setup, process, update, meter)
             return cost(meter.without_gradient + meter.with_gradient, meter.with_gradient)
 
