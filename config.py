@@ -322,7 +322,7 @@ def flat(flags: Flags) -> Config:
 
 
 # What --smoke sets in any preset. A smoke run empties its folder, so the folder is fixed: no other may be emptied.
-SMOKE = dict(updates=2, batch=8, out=Path("runs/smoke"), resume=False)
+SMOKE = dict(updates=2, batch=8, out=Path("runs/smoke"))
 # The defaults of the flags are those of the shapes world. With x_0, which the paper rewards, this world gains less, and
 # longer runs lose the gain again: see shapes/README.md.
 SHAPES = Config(reward_input="xhat_0")

@@ -225,7 +225,7 @@ def model_label(source: str) -> str:
     if path.exists():  # else it is a hub id
         path = path.resolve()
         for home in (Path.cwd(), HERE, Path("/")):
-            if path.is_relative_to(home):
+            if home in path.parents:  # the model may be the current folder
                 path = path.relative_to(home)
                 break
     return str(path).replace("/", "_")

@@ -18,6 +18,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from tyro.conf import DisallowNone
 
 from config import sides
 from families import Network, NetworkConfig, family_of
@@ -203,8 +204,9 @@ class DrawFlags:
     guidance: float | None = None
     """Guidance scale. Default: that of the model's training, or the model's own: 3.5 for FLUX.1-dev, 4 for FLUX.2
     [klein] base, else none."""
-    negative_prompt: str = ""
-    """What guidance leads away from, in models whose network reads no guidance scale; others ignore it."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, in models whose network reads no guidance scale; others ignore it. Default: that
+    of the model's training, or none."""
     text_length: int | None = None
     """Tokens of T5 or Qwen3 that a prompt is padded or truncated to. Default: those of the model's training, or the
     tokenizer's own, at most 512."""
@@ -212,8 +214,9 @@ class DrawFlags:
     """Images at a time: fewer need less memory, the pictures stay the same."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute: cpu, mps, cuda, or one of several GPUs, cuda:1."""
-    bf16: bool = False
-    """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published."""
+    bf16: DisallowNone[bool | None] = None
+    """Run the transformer and the text encoders in bfloat16, as FLUX.1-dev was published. Default: as in the model's
+    training, or not."""
 
 
 @flags

@@ -296,6 +296,7 @@ def train(
                 with distributed.swapped(state.params.values(), state.averages.values()):
                     evaluation, images = evaluate(cfg, setup, process)
                     evaluation = dict(step=update, **evaluation, seconds=log.seconds())
+                    setup.pipe.sampling["updates"] = update  # of best/ and final/, for their model card
                     if history.is_better(evaluation):
                         try:
                             write_model(setup.out / "best", setup.pipe, process)

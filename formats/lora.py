@@ -157,7 +157,9 @@ def add_change(linear: nn.Linear, change: Change, strength: float) -> None:
     linear.register_forward_hook(lambda layer, args, y: y + F.linear(F.linear(args[0], layer.down), layer.up))
 
 
-def save_lora(folder: Path, flux: Network, tensors: NamedTensors, base: dict[str, str]) -> None:
+def save_lora(
+    folder: Path, flux: Network, tensors: NamedTensors, base: dict[str, str], metadata: dict[str, str] | None = None
+) -> None:
     """Write FILE, with the scale in B, and NOTE, which is `base`: where `locations.locate` finds the base.
 
     `tensors` are all trained parameters of `flux`, whole; `flux` itself may be sharded. `base` holds the model folder
@@ -174,5 +176,5 @@ def save_lora(folder: Path, flux: Network, tensors: NamedTensors, base: dict[str
             b = scale * values[f"{name}.b.{i}"]
             state[f"{prefix}.lora_A.weight"] = a.contiguous()
             state[f"{prefix}.lora_B.weight"] = b.contiguous()
-    save_file(state, folder / FILE, metadata={"format": "pt"})
+    save_file(state, folder / FILE, metadata={"format": "pt", **(metadata or {})})
     (folder / NOTE).write_text(json.dumps(base) + "\n")

@@ -4,6 +4,7 @@ With other steps, sizes, guidance or text lengths, a model draws other pictures 
 """
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,20 @@ from typing import Any, TypeVar
 from safetensors import safe_open
 
 from infra.flags import flag_of
+from infra.prompts import printable
 from infra.reading import parse_file
 
 Flags = TypeVar("Flags")
 FILE = "sampling.json"  # in a folder; a .safetensors file has the same text in its metadata
-KINDS = {"rollout_steps": int, "size": str, "guidance": float, "negative_prompt": str, "text_length": int, "bf16": bool}
+KINDS = {  # types of the settings; JSON writes a scale of 4.0 as 4, too
+    "rollout_steps": (int,),
+    "size": (str,),
+    "guidance": (float, int),
+    "negative_prompt": (str,),
+    "text_length": (int,),
+    "bf16": (bool,),
+}
+UNSET = (None, ())  # of a flag that the user has not given
 
 
 def saved_sampling(name: str | Path) -> dict[str, Any]:
@@ -31,13 +41,18 @@ def saved_sampling(name: str | Path) -> dict[str, Any]:
 
 
 def parse_sampling(text: str) -> dict[str, Any]:
-    """The settings in the text of a sampling.json. Raises ValueError or TypeError for values of other types."""
+    """The settings in the text of a sampling.json. Raises ValueError for a value of another type."""
     entries = json.loads(text)
     settings = {}
     # Files may come from strangers: only these settings are taken, each of its own type.
-    for name, kind in KINDS.items():
-        if entries.get(name) not in (None, ""):
-            settings[name] = kind(entries[name])
+    for name, kinds in KINDS.items():
+        value = entries.get(name)
+        if value in (None, ""):
+            continue
+        # By type(), because True is an int to isinstance.
+        if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{name} cannot be {value!r}")
+        settings[name] = value
     return settings
 
 
@@ -50,17 +65,18 @@ def draw_as_trained(cfg: Flags, names: tuple[str, ...], defaults: dict[str, Any]
     values, first = {}, ""
     # Models side by side must be drawn alike, so the first that has settings decides for all.
     for name in names:
-        settings = {flag: value for flag, value in saved_sampling(name).items() if not getattr(cfg, flag)}
+        settings = {flag: value for flag, value in saved_sampling(name).items() if getattr(cfg, flag) in UNSET}
         text = " ".join(f"{flag_of(flag)} {value}" for flag, value in settings.items())
         if settings and not first:
             values, first = settings, name
-            print(f"drawn as {name} was trained: {text}", file=sys.stderr)
+            print(printable(f"drawn as {name} was trained: {text}"), file=sys.stderr)
         elif settings and settings != values:
-            print(f"warning: {name} was trained at {text}, and is drawn as {first}: give flags", file=sys.stderr)
+            warning = f"warning: {name} was trained at {text}, and is drawn as {first}: give flags"
+            print(printable(warning), file=sys.stderr)
     # evaluate.py takes one size, and train.py's configuration a tuple of sizes.
     if "size" in values and isinstance(cfg.size, tuple):
         values["size"] = (values["size"],)
-    for flag, value in defaults.items():
+    for flag, value in (dict(negative_prompt="", bf16=False) | defaults).items():
         if getattr(cfg, flag) is None:
             values.setdefault(flag, value)
     return replace(cfg, **values)

@@ -39,14 +39,15 @@ def write_model(folder: Path, pipe: Pipeline, process: Process) -> None:
 
     # Saved with the weights, so that sample.py and evaluate.py draw pictures as training did.
     settings = json.dumps(pipe.sampling)
+    metadata = {sampling.FILE: settings}
 
     def write() -> None:
         try:
             with replacing(folder) as path:
                 if is_lora:
-                    save_lora(path, pipe.flux, tensors, base_entries(pipe.location))
+                    save_lora(path, pipe.flux, tensors, base_entries(pipe.location), metadata)
                 elif folder.suffix == ".safetensors":
-                    save_single_file(path, pipe.flux.config, dtype, tensors, {sampling.FILE: settings})
+                    save_single_file(path, pipe.flux.config, dtype, tensors, metadata)
                 else:
                     save_pipeline(path, pipe.location.folder, pipe.flux.config, tensors)
                 # A single file has these settings in its header.

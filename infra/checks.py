@@ -8,9 +8,9 @@ from typing import Any
 from config import Config
 from infra.checkpoints import NEWEST, checkpoint_folders, update_of
 from infra.distributed import FSDP_DEVICES, Process
-from infra.files import PART
+from infra.files import PART, check_writable
 from infra.flags import check_ranges, flag_of
-from infra.jsonl import Entry, read_log
+from infra.jsonl import check_numbers_of, read_log
 from infra.logs import EvaluationLog, UpdateLog
 from infra.prompts import print_on_first_rank, prompts_hash
 from infra.reading import parse_json
@@ -44,7 +44,13 @@ def check_flags(cfg: Config, process: Process) -> None:
     for name, base_flag in NEEDS.items():
         if getattr(cfg, name) != getattr(Config, name) and not getattr(cfg, base_flag):
             raise ValueError(f"{flag_of(name)} means nothing without --{base_flag}")
-    if cfg.export and cfg.export.suffix == ".safetensors" and cfg.lora:
+    if cfg.smoke and cfg.resume:
+        raise ValueError("--smoke empties its folder, so --resume and --export find no run there: leave it out")
+    suffix = cfg.export.suffix if cfg.export else ""
+    # A folder may end with .5, which is no kind of file.
+    if suffix[1:].isalpha() and suffix != ".safetensors":
+        raise ValueError(f"--export {cfg.export}: give FILE.safetensors, or a folder, whose name has no {suffix}")
+    if suffix == ".safetensors" and cfg.lora:
         raise ValueError(f"--export {cfg.export}: a LoRA run has a LoRA's file to write, into a folder: give one")
 
 
@@ -132,6 +138,8 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
     """
     if cfg.export and cfg.export.exists():
         raise ValueError(f"--export {cfg.export} exists: give a path that does not")
+    if cfg.export:
+        check_writable(f"--export {cfg.export}", cfg.export)
     has_files = out.exists() and any(out.iterdir())
     if not cfg.resume:
         if has_files and not cfg.smoke:
@@ -155,14 +163,6 @@ def check_folder(cfg: Config, out: Path, flags: dict[str, Any], fixed: Sequence[
     watched = [reward_name(spec) for spec in cfg.watch]
     read_log(out / "eval.jsonl", lambda entry: check_numbers_of(entry, ["reward", *watched], watched))
     check_checkpoints(cfg, out)
-
-
-def check_numbers_of(entry: Entry, names: Sequence[str], listed: Sequence[str] = ()) -> None:
-    """Raise TypeError or KeyError if an entry of a log lacks its step, these numbers, or lists by prompt."""
-    for name in ("step", *names):
-        entry[name] + 0
-    for name in listed:
-        sum(entry["by_prompt"][name])
 
 
 def read_run_config(out: Path) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def lock_folder(folder: Path) -> None:
 
     The system releases the lock when the process ends, however it ends.
     """
-    path = beside(folder, LOCK)
+    path = lock_file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
     try:
@@ -158,15 +158,20 @@ def lock_folder(folder: Path) -> None:
     LOCKS[path] = file
 
 
+def lock_file(folder: Path) -> Path:
+    """The lock of a folder, also of one that is reached through a link."""
+    return beside(folder.resolve(), LOCK)
+
+
 def lock_text(folder: Path) -> str:
     """What this machine reads in the lock of a folder: which process trains there; nothing if there is no lock."""
-    path = beside(folder, LOCK)
+    path = lock_file(folder)
     return path.read_text() if path.exists() else ""
 
 
 def unlock_folder(folder: Path) -> None:
     """Release the lock, if this process has it."""
-    path = beside(folder, LOCK)
+    path = lock_file(folder)
     if path in LOCKS:
         path.unlink(missing_ok=True)
         LOCKS.pop(path).close()

@@ -1,7 +1,7 @@
 """JSON lines: one object per line, so that a log survives a kill up to its last whole line."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ def read_log(path: Path, check: Callable[[Entry], Any] = bool) -> list[Entry]:
         # Damage is not by a kill, so the reader must decide what the line was.
         entries.append(parse_file(f"{path}, line {number}", lambda _, line=line: parse(line), "remove that line"))
     return entries
+
+
+def check_numbers_of(entry: Entry, names: Sequence[str], listed: Sequence[str] = ()) -> None:
+    """Raise TypeError or KeyError if an entry of a log lacks its step, these numbers, or lists by prompt."""
+    for name in ("step", *names):
+        entry[name] + 0
+    for name in listed:
+        sum(entry["by_prompt"][name])
 
 
 def truncate_log(path: Path, step: int) -> list[Entry]:

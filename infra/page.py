@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from infra.files import replacing
-from infra.jsonl import Entry, read_log
+from infra.jsonl import Entry, check_numbers_of, read_log
+from infra.reading import parse_file, parse_json
 from infra.summary import Scores, Summary, confidence_interval, format_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -25,6 +26,8 @@ SIDE = 256  # pixels of the longer side of a picture: a page with larger ones wo
 COLUMNS = 8  # evaluations whose pictures are shown
 PROMPTS = 24  # of an evaluation of models: so many that gained most, and so many that lost most
 POINTS = 2000  # updates that a curve shows
+FLAGS = ("updates", "prompts_read")  # of a run's config.json, without which there is no page
+NO_RUN = "it is no run's, give another folder"
 
 
 def write_page(path: Path, title: str, **content: Any) -> None:
@@ -45,7 +48,7 @@ def write_page(path: Path, title: str, **content: Any) -> None:
 
 def data_uri(file: Path) -> str:
     """A picture as text within a page: a small one as it is, a larger one as a JPEG of at most SIDE pixels."""
-    picture = Image.open(file).convert("RGB")
+    picture = parse_file(file, lambda path: Image.open(path).convert("RGB"))
     picture.thumbnail((SIDE, SIDE))
     kind = "png" if max(picture.size) <= 128 else "jpeg"
     buffer = io.BytesIO()
@@ -70,8 +73,10 @@ class RunLogs(NamedTuple):
 def runs_page(folders: Sequence[Path], path: Path) -> None:
     """Write the page of a run; of several, with their curves over each other and the flags in which they differ.
 
-    Raises ValueError if a folder holds no evaluation of a run.
+    Raises ValueError naming a folder that holds no evaluation of a run, or a file that is damaged.
     """
+    if not folders:
+        raise ValueError("give the folder of a run, or of several")
     names = [folder.resolve().name for folder in folders]
     # Curves are told apart by the names of their runs.
     if len(set(names)) < len(names):
@@ -81,7 +86,7 @@ def runs_page(folders: Sequence[Path], path: Path) -> None:
     for run in runs:
         warnings_file = run.folder / "warnings.txt"
         if warnings_file.exists():
-            warnings += warnings_file.read_text().splitlines()
+            warnings += parse_file(warnings_file, Path.read_text).splitlines()
         cards += changes(run, f"{run.name}: " if len(runs) > 1 else "")
         series += series_of(run, "evaluation", run.evaluations)
         series += series_of(run, "batch", run.updates[:: 1 + len(run.updates) // POINTS])
@@ -103,12 +108,25 @@ def runs_page(folders: Sequence[Path], path: Path) -> None:
 
 
 def read_run(name: str, folder: Path) -> RunLogs:
-    """The logs of a run. Raises ValueError if there are none."""
-    evaluations = read_log(folder / "eval.jsonl")
+    """The logs of a run. Raises ValueError naming the one that is missing or is no run's."""
+    log = folder / "eval.jsonl"
+    evaluations = read_log(log)
     if not evaluations:
         raise ValueError(f"{folder} holds no evaluation of a run")
-    flags = json.loads((folder / "config.json").read_text())
-    return RunLogs(name, folder, flags, read_log(folder / "metrics.jsonl"), evaluations)
+    parse_file(log, lambda _: check_evaluations(evaluations), NO_RUN)
+    config = folder / "config.json"
+    flags = parse_json(config, lambda entries: entries | {name: entries[name] for name in FLAGS}, NO_RUN)
+    updates = read_log(folder / "metrics.jsonl", lambda entry: check_numbers_of(entry, ["seconds", "memory"]))
+    return RunLogs(name, folder, flags, updates, evaluations)
+
+
+def check_evaluations(evaluations: Sequence[Entry]) -> None:
+    """Raise TypeError, KeyError or ValueError if an evaluation lacks a number that the first one has."""
+    watched = evaluations[0]["by_prompt"]
+    for entry in evaluations:
+        check_numbers_of(entry, ["reward", *watched])
+        for name, scores in watched.items():
+            np.subtract(entry["by_prompt"][name], scores)
 
 
 def describe(run: RunLogs) -> str:
@@ -172,8 +190,8 @@ def series_of(run: RunLogs, source: str, entries: Sequence[Entry]) -> list[dict]
 def run_pictures(runs: Sequence[RunLogs]) -> dict:
     """The pictures of some evaluations of each run with the first run's prompts; scores by the first watched reward."""
     prompts_file = runs[0].folder / "samples" / "prompts.json"
-    prompts = json.loads(prompts_file.read_text()) if prompts_file.exists() else {}
     score = next(iter(runs[0].evaluations[0]["by_prompt"]), "")
+    prompts = parse_json(prompts_file, dict) if prompts_file.exists() else {}
     columns = []
     for run in runs:
         if run.flags["prompts_read"] != runs[0].flags["prompts_read"]:
@@ -185,7 +203,11 @@ def run_pictures(runs: Sequence[RunLogs]) -> dict:
             images = [folder / f"{index}.png" for index in prompts]
             if all(image.exists() for image in images):  # the disk may have been full
                 by_prompt = entry["by_prompt"].get(score)  # another run may watch other rewards
-                scores = [by_prompt[int(index)] for index in prompts] if by_prompt else []
+                scores = []
+                if by_prompt:
+                    scores = parse_file(
+                        prompts_file, lambda _, by_prompt=by_prompt: [by_prompt[int(i)] for i in prompts]
+                    )
                 label = f"{run.name}, " if len(runs) > 1 else ""
                 columns.append(dict(name=f"{label}step {entry['step']}", images=images, scores=scores))
     return dict(prompts=list(prompts.values()), score=score, columns=columns)

@@ -249,6 +249,13 @@ def test_a_bad_flag_is_named(arguments, words, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_current_folder_has_the_name_that_it_has_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(TINY)
+    assert model_label(".") == model_label("../tiny-flux") == "shapes_tiny-flux"
+    monkeypatch.chdir(tmp_path)
+    assert model_label(".").endswith(tmp_path.name) and "/" not in model_label(".")
+
+
 def test_a_lora_that_cannot_be_read_is_reported_before_the_models_before_it_are_drawn(tmp_path, monkeypatch, capsys):
     lora = tmp_path / "kohya.safetensors"
     save_file({"lora_te1_x.lora_down.weight": torch.ones(1, 1)}, lora)

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from infra.files import OLD, PART, check_writable, part_of, put_back, put_in_place, recover, replacing
+from infra.files import (
+    OLD,
+    PART,
+    check_writable,
+    lock_folder,
+    part_of,
+    put_back,
+    put_in_place,
+    recover,
+    replacing,
+    unlock_folder,
+)
 from infra.jsonl import append_line, read_log, truncate_log
 from tests.tree import sources
 
@@ -170,6 +181,17 @@ def test_check_writable_names_the_flag_and_the_file_in_the_way(tmp_path):
     with pytest.raises(ValueError, match=f"^--out: nothing can be written in {file}$"):
         check_writable("--out", file / "run")
     assert list(tmp_path.iterdir()) == [file]  # it makes nothing
+
+
+def test_a_link_to_a_folder_has_the_folders_lock(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    lock_folder(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"--out {tmp_path / 'link'}: .* trains there"):
+        lock_folder(tmp_path / "link")
+    unlock_folder(tmp_path / "link")
+    lock_folder(tmp_path / "run")
+    unlock_folder(tmp_path / "run")
 
 
 def test_a_log_is_truncated_by_numbers_not_by_their_digits(tmp_path):

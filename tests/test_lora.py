@@ -15,6 +15,7 @@ from config import Config
 from families.flux1 import Text
 from formats.folders import load_pipeline
 from formats.lora import FILE, NOTE, Change, LoRA, add_lora, first_values, lora_layers, without_lora
+from formats.sampling import saved_sampling
 from infra.distributed import gathered_tensors, join
 from model import Flux
 from sample import sample, velocity_of
@@ -188,6 +189,11 @@ def test_the_file_names_what_published_loras_of_flux_do(final):
     assert layers == expected
     assert {key.rsplit(".", 2)[1] for key in state} == {"lora_A", "lora_B"}
     assert all(len(a) == 4 for key, a in state.items() if "lora_A" in key)
+
+
+def test_the_file_is_drawn_as_its_folder(final, run_config):
+    settings = saved_sampling(final / FILE)
+    assert settings == saved_sampling(final) and settings["rollout_steps"] == run_config.rollout_steps
 
 
 def test_a_lora_resumes(final, run_config):

@@ -141,6 +141,40 @@ def test_a_picture_or_a_run_that_is_missing(tmp_path):
         runs_page([tmp_path / "nothing"], tmp_path / "none.html")
 
 
+@pytest.mark.parametrize(
+    "text", [None, "{", "{}", "[]", "3", '{"9": "a"}', '{"x": "a"}', '{"step": 1}\n', "[]\n", "\x89"]
+)
+@pytest.mark.parametrize("name", ["config.json", "eval.jsonl", "samples/prompts.json", "metrics.jsonl", "warnings.txt"])
+def test_a_file_that_no_run_has_written_is_named_or_left_out(name, text, tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / name).unlink()
+    if text is not None:
+        (run / name).write_bytes(text.encode("latin1"))
+    try:
+        runs_page([run], tmp_path / "index.html")
+    except ValueError as error:
+        assert name in str(error) or (name == "eval.jsonl" and "run holds no evaluation" in str(error))
+    else:
+        # Without them a run has no pictures, curves or warnings yet.
+        assert name not in ("config.json", "eval.jsonl")
+
+
+def test_a_number_that_a_later_evaluation_lacks_and_a_damaged_picture_are_named(tmp_path):
+    run = write_run(tmp_path / "run")
+    picture = run / "samples" / "step_0010" / "2.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    with pytest.raises(ValueError, match=str(picture)):
+        runs_page([run], tmp_path / "index.html")
+    append_line(run / "eval.jsonl", dict(step=20, reward=1.0, judge=1.0, by_prompt={"clip": [1.0]}))
+    with pytest.raises(ValueError, match=r"eval\.jsonl .*'judge'"):
+        runs_page([run], tmp_path / "index.html")
+
+
+def test_a_page_of_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give the folder of a run"):
+        runs_page([], tmp_path / "index.html")
+
+
 def test_the_command_writes_one_page_and_tells_what_is_no_run(tmp_path, monkeypatch, capsys):
     run, out = write_run(tmp_path / "run"), tmp_path / "page.html"
     monkeypatch.setattr("sys.argv", ["page", str(run), "--out", str(out)])

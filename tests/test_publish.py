@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import httpx
 import huggingface_hub
 import pytest
 
@@ -20,8 +21,10 @@ FLAGS = dict(
 @pytest.fixture
 def run(tmp_path) -> Path:
     """The files of a LoRA's run that a card is made of."""
-    (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "lora.json").write_text("{}")
+    for folder, updates in (("best", 50), ("final", 100)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "lora.json").write_text("{}")
+        (tmp_path / folder / "sampling.json").write_text(json.dumps({"updates": updates}))
     (tmp_path / "config.json").write_text(json.dumps(FLAGS))
     (tmp_path / "before_after.png").write_bytes(b"picture")
     entries = [
@@ -59,12 +62,12 @@ def test_nothing_is_sent_without_repo_and_with_it_the_folder_is(run, monkeypatch
     publish(PublishFlags(run))
     assert calls == []
     publish(PublishFlags(run, repo="me/tuned"))
-    assert calls == [("me/tuned", True), ("me/tuned", ["README.md", "before_after.png", "lora.json"])]
+    assert calls == [("me/tuned", True), ("me/tuned", ["README.md", "before_after.png", "lora.json", "sampling.json"])]
     assert 'load_lora_weights("me/tuned")' in (run / "best" / "README.md").read_text()
 
 
 def test_all_weights_are_loaded_as_they_are_and_an_unknown_base_has_no_licence(run):
-    (run / "best" / "lora.json").unlink()
+    (run / "best" / "lora.json").rename(run / "best" / "model_index.json")
     (run / "config.json").write_text(json.dumps(FLAGS | {"model": "mine/flux"}))
     publish(PublishFlags(run))
     card = (run / "best" / "README.md").read_text()
@@ -75,3 +78,53 @@ def test_all_weights_are_loaded_as_they_are_and_an_unknown_base_has_no_licence(r
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(ValueError, match="is no model with an eval"):
         publish(PublishFlags(tmp_path))
+
+
+def test_the_numbers_are_those_of_the_weights_whatever_the_run_did_later(run):
+    with (run / "eval.jsonl").open("a") as log:  # the run was made longer, and killed
+        log.write('{"step": 150, "hpsv2": 0.9, "by_prompt": {}, "seconds": 1.0}\n')
+    publish(PublishFlags(run, folder="final"))
+    card = (run / "final" / "README.md").read_text()
+    assert "| hpsv2 | 0.307 | 0.200 |" in card and "for 100 updates" in card
+    (run / "final" / "sampling.json").write_text('{"updates": 120}')
+    with pytest.raises(ValueError, match=r"eval\.jsonl has no evaluation after 120 updates"):
+        publish(PublishFlags(run, folder="final"))
+
+
+@pytest.mark.parametrize("name", ["before_after.png", "best/README.md", "best/before_after.png", "best/vae", "best"])
+def test_a_link_in_the_run_is_neither_sent_nor_written_through(name, run, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret"
+    (run / name).rename(secret) if (run / name).is_dir() else secret.write_text("precious")
+    before = sorted(secret.iterdir()) if secret.is_dir() else secret.read_text()
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{run / name} is a link"):
+        publish(PublishFlags(run))
+    assert before == (sorted(secret.iterdir()) if secret.is_dir() else secret.read_text())
+
+
+def test_an_empty_folder_is_no_model(run):
+    (run / "best" / "lora.json").unlink()
+    with pytest.raises(ValueError, match="best is no model"):
+        publish(PublishFlags(run, repo="me/tuned"))
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}", "[]", '{"step": "x"}\n', "[]\n", "3\n", "null\n"])
+@pytest.mark.parametrize("name", ["config.json", "eval.jsonl", "best/sampling.json"])
+def test_what_is_missing_or_no_runs_is_named(name, text, run):
+    (run / name).unlink()
+    if text is not None:
+        (run / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        publish(PublishFlags(run))
+    assert not (run / "best" / "README.md").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_error(run, monkeypatch):
+    class Hub:
+        def create_repo(self, name, **options):
+            raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    with pytest.raises(ValueError, match="--repo me/tuned: ConnectError: Name or service not known"):
+        publish(PublishFlags(run, repo="me/tuned"))

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 
+import evaluate
 import sample
 import train
 from config import PRESETS, Config
 from formats.folders import load_pipeline
-from formats.sampling import draw_as_trained
+from formats.sampling import draw_as_trained, saved_sampling
 from infra.distributed import join
 from infra.jsonl import read_log
 from infra.meter import Meter
@@ -457,6 +459,11 @@ def told(module, capsys, monkeypatch, *arguments: str) -> str:
         (["--batch", "0"], ["--batch", "0"]),
         (["--resume", "--export", "x", "--at", "3"], ["holds no run"]),
         (["--at", "3"], ["--at", "--resume"]),
+        (["--smoke", "--resume"], ["--smoke", "--resume"]),
+        (["--smoke", "--resume", "--export", "x"], ["--smoke", "--export"]),
+        (["--resume", "--export", "x.pt"], ["--export x.pt", "FILE.safetensors"]),
+        (["--resume", "--export", "x.SAFETENSORS"], ["--export x.SAFETENSORS", "FILE.safetensors"]),
+        (["--resume", "--export", "/proc/x.safetensors"], ["--export /proc/x.safetensors", "nothing can be written"]),
         (["--lora", "0"], ["--lora", "0"]),
         (["--shard", "2"], ["--shard 2", "1 ranks"]),
         (["--reward", "tiny", "tiny"], ["two are named 'tiny'"]),
@@ -502,6 +509,54 @@ def test_the_final_folder_is_drawn_as_it_was_trained_unless_flags_say_otherwise(
     assert f"warning: {other} was trained at --size 64, and is drawn as" in capsys.readouterr().err
     drawn = draw_as_trained(sample.SampleFlags(), (cfg.model,), dict(rollout_steps=25, guidance=3.5))
     assert (drawn.rollout_steps, drawn.size) == (25, None) and not capsys.readouterr().err
+
+
+TRAINED = dict(rollout_steps=12, size="64", guidance=4, negative_prompt="ugly", text_length=12, bf16=True)
+
+
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        ([], "bf16", True),
+        (["--no-bf16"], "bf16", False),
+        (["--bf16"], "bf16", True),
+        (["--guidance", "0"], "guidance", 0.0),
+        (["--negative-prompt", ""], "negative_prompt", ""),
+        ([], "negative_prompt", "ugly"),
+    ],
+)
+def test_a_flag_that_is_given_wins_whatever_its_value(words, name, value, tmp_path):
+    (tmp_path / "sampling.json").write_text(json.dumps(TRAINED))
+    for flags in (sample.SampleFlags, evaluate.EvaluateFlags):
+        cfg = tyro.cli(flags, args=["--model", str(tmp_path), *words])
+        assert getattr(draw_as_trained(cfg, (str(tmp_path),), {}), name) == value
+
+
+def test_without_settings_of_a_model_there_is_no_negative_prompt_and_no_bf16(tmp_path):
+    drawn = draw_as_trained(sample.SampleFlags(), (str(tmp_path),), {})
+    assert (drawn.negative_prompt, drawn.bf16) == ("", False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"bf16": "false"}', '{"bf16": 1}', '{"rollout_steps": true}', '{"rollout_steps": 2.9}', '{"guidance": "4"}',
+        '{"guidance": NaN}', '{"guidance": Infinity}', '{"size": 64}', '{"negative_prompt": ["a"]}', "[]", "{",
+    ],
+)  # fmt: skip
+def test_a_setting_of_another_type_is_refused_and_its_file_named(text, tmp_path):
+    (tmp_path / "sampling.json").write_text(text)
+    with pytest.raises(ValueError, match="sampling.json"):
+        saved_sampling(tmp_path)
+
+
+def test_a_strangers_setting_is_printed_without_its_control_characters(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sampling.json").write_text(json.dumps(dict(negative_prompt=f"\x1b[2J{name}")))
+    draw_as_trained(sample.SampleFlags(), (str(tmp_path / "a"), str(tmp_path / "b")), {})
+    text = capsys.readouterr().err
+    assert "\\x1b[2Ja" in text and "\\x1b[2Jb" in text and "\x1b" not in text
 
 
 def test_control_characters_of_a_strangers_file_do_not_reach_the_terminal():

@@ -4,7 +4,6 @@ python -m tools.publish runs/flux-dev-lora                    # writes the card 
 python -m tools.publish runs/flux-dev-lora --repo me/my-flux  # and uploads the folder; after `hf auth login`
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -12,8 +11,13 @@ from typing import Any, Literal
 
 import tyro
 
+from formats import sampling
+from formats.lora import NOTE
+from infra.files import replacing, write_whole
 from infra.flags import flags
 from infra.jsonl import Entry, read_log
+from infra.prompts import printable
+from infra.reading import parse_json, reason_of
 
 LICENSES = {  # by a word of the base's name: header lines of its model card
     "FLUX.1-dev": """\
@@ -44,36 +48,54 @@ def main() -> None:
     cfg = tyro.cli(PublishFlags, description=__doc__)
     try:
         publish(cfg)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(printable(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def publish(cfg: PublishFlags) -> None:
-    """Write the card, and upload the folder if there is a repository. Raises ValueError if there is no such run."""
-    weights = cfg.run / cfg.folder
-    evaluations = read_log(cfg.run / "eval.jsonl")
-    if cfg.folder == "best":
-        # The first one is the base's, whose numbers the card compares with.
-        evaluations = evaluations[:1] + [entry for entry in evaluations[1:] if "saved_to" in entry]
-    if not weights.is_dir() or not evaluations:
+    """Write the card, and upload the folder if there is a repository. Raises ValueError naming what is no run's."""
+    weights, picture, log = cfg.run / cfg.folder, cfg.run / PICTURE, cfg.run / "eval.jsonl"
+    evaluations = read_log(log, lambda entry: entry["step"] + 0)
+    is_lora = (weights / NOTE).exists()
+    if not evaluations or not (is_lora or (weights / "model_index.json").exists()):
         raise ValueError(f"{weights} is no model with an eval.jsonl beside it: give the folder of a finished run")
-    run_flags = json.loads((cfg.run / "config.json").read_text())
-    picture = cfg.run / PICTURE
+    # Whoever wrote a link chose the file that would be sent, or written over.
+    for path in (weights, picture, *weights.rglob("*")):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link: put the file itself there")
+    # A log may have later evaluations than those of the weights: the run went on from there, or best/ was best.
+    remedy = 'write "updates": N into it, the number of updates that these weights were trained for'
+    updates = parse_json(weights / sampling.FILE, lambda entries: entries["updates"], remedy)
+    evaluation_after = {entry["step"]: entry for entry in evaluations}
+    for step in (0, updates):
+        if step not in evaluation_after:
+            raise ValueError(f"{log} has no evaluation after {step} updates, whose numbers the card of {weights} needs")
+    first, last = evaluation_after[0], evaluation_after[updates]
+    repo = cfg.repo or "NAME/MODEL"
+    parts = (first, last, repo, is_lora, picture.exists())
+    text = parse_json(cfg.run / "config.json", lambda run_flags: card(run_flags, *parts), "it is no run's")
     # A card shows pictures of its own repository, so it travels with the weights.
     if picture.exists():
-        shutil.copy(picture, weights)
-    is_lora = (weights / "lora.json").exists()
-    text = card(run_flags, evaluations[0], evaluations[-1], cfg.repo or "NAME/MODEL", is_lora, picture.exists())
-    (weights / "README.md").write_text(text)
+        with replacing(weights / PICTURE) as draft:
+            shutil.copy(picture, draft)
+    write_whole(weights / "README.md", text)
     print(f"wrote {weights / 'README.md'}")
     if cfg.repo:
-        from huggingface_hub import HfApi  # not needed to look at a card
+        try:
+            print(f"uploaded to {upload(weights, cfg.repo)}")
+        except Exception as error:  # httpx and huggingface_hub have exceptions of their own
+            raise ValueError(f"--repo {cfg.repo}: {reason_of(error)}; give the command again") from error
 
-        hub = HfApi()
-        # Private: a licence such as FLUX.1-dev's is for the user to read before others load the weights.
-        hub.create_repo(cfg.repo, private=True, exist_ok=True)
-        print(f"uploaded to {hub.upload_folder(repo_id=cfg.repo, folder_path=weights)}")
+
+def upload(folder: Path, repo: str) -> str:
+    """Send a folder to the hub; returns the address."""
+    from huggingface_hub import HfApi  # not needed to look at a card
+
+    hub = HfApi()
+    # Private: a licence such as FLUX.1-dev's is for the user to read before others load the weights.
+    hub.create_repo(repo, private=True, exist_ok=True)
+    return hub.upload_folder(repo_id=repo, folder_path=folder)
 
 
 def card(run_flags: dict[str, Any], first: Entry, last: Entry, repo: str, is_lora: bool, has_picture: bool) -> str:
@@ -87,7 +109,7 @@ def card(run_flags: dict[str, Any], first: Entry, last: Entry, repo: str, is_lor
     rows = ["| mean on fixed prompts and noise | before | after |", "|---|--:|--:|"]
     for name, value in last.items():
         # Means of rewards are floats; by_prompt is a list, step an int.
-        if isinstance(value, float) and name != "seconds":
+        if isinstance(value, float) and isinstance(first.get(name), float) and name != "seconds":
             rows.append(f"| {name} | {first[name]:.3f} | {value:.3f} |")
     table = "\n".join(rows)
     if is_lora:
