@@ -205,9 +205,7 @@ def run_pictures(runs: Sequence[RunLogs]) -> dict:
                 by_prompt = entry["by_prompt"].get(score)  # another run may watch other rewards
                 scores = []
                 if by_prompt:
-                    scores = parse_file(
-                        prompts_file, lambda _, by_prompt=by_prompt: [by_prompt[int(i)] for i in prompts]
-                    )
+                    scores = parse_file(prompts_file, lambda _, values=by_prompt: [values[int(i)] for i in prompts])
                 label = f"{run.name}, " if len(runs) > 1 else ""
                 columns.append(dict(name=f"{label}step {entry['step']}", images=images, scores=scores))
     return dict(prompts=list(prompts.values()), score=score, columns=columns)

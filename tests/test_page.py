@@ -141,9 +141,7 @@ def test_a_picture_or_a_run_that_is_missing(tmp_path):
         runs_page([tmp_path / "nothing"], tmp_path / "none.html")
 
 
-@pytest.mark.parametrize(
-    "text", [None, "{", "{}", "[]", "3", '{"9": "a"}', '{"x": "a"}', '{"step": 1}\n', "[]\n", "\x89"]
-)
+@pytest.mark.parametrize("text", [None, "{", "{}", "3", '{"9": "a"}', '{"x": "a"}', '{"step": 1}\n', "[]\n", "\x89"])
 @pytest.mark.parametrize("name", ["config.json", "eval.jsonl", "samples/prompts.json", "metrics.jsonl", "warnings.txt"])
 def test_a_file_that_no_run_has_written_is_named_or_left_out(name, text, tmp_path):
     run = write_run(tmp_path / "run")

@@ -546,7 +546,7 @@ def test_without_settings_of_a_model_there_is_no_negative_prompt_and_no_bf16(tmp
 )  # fmt: skip
 def test_a_setting_of_another_type_is_refused_and_its_file_named(text, tmp_path):
     (tmp_path / "sampling.json").write_text(text)
-    with pytest.raises(ValueError, match="sampling.json"):
+    with pytest.raises(ValueError, match=r"sampling\.json"):
         saved_sampling(tmp_path)
 
 

@@ -72,9 +72,11 @@ def publish(cfg: PublishFlags) -> None:
         if step not in evaluation_after:
             raise ValueError(f"{log} has no evaluation after {step} updates, whose numbers the card of {weights} needs")
     first, last = evaluation_after[0], evaluation_after[updates]
-    repo = cfg.repo or "NAME/MODEL"
-    parts = (first, last, repo, is_lora, picture.exists())
-    text = parse_json(cfg.run / "config.json", lambda run_flags: card(run_flags, *parts), "it is no run's")
+
+    def write_card(run_flags: dict[str, Any]) -> str:
+        return card(run_flags, first, last, cfg.repo or "NAME/MODEL", is_lora, picture.exists())
+
+    text = parse_json(cfg.run / "config.json", write_card, "it is no run's")
     # A card shows pictures of its own repository, so it travels with the weights.
     if picture.exists():
         with replacing(weights / PICTURE) as draft:
