@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import pytest
 
@@ -123,8 +122,8 @@ def test_what_is_missing_or_no_runs_is_named(name, text, run):
 def test_a_hub_that_cannot_be_reached_is_one_error(run, monkeypatch):
     class Hub:
         def create_repo(self, name, **options):
-            raise httpx.ConnectError("Name or service not known")
+            raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    with pytest.raises(ValueError, match="--repo me/tuned: ConnectError: Name or service not known"):
+    with pytest.raises(ValueError, match="--repo me/tuned: ConnectionError: Name or service not known"):
         publish(PublishFlags(run, repo="me/tuned"))

@@ -86,7 +86,7 @@ def publish(cfg: PublishFlags) -> None:
     if cfg.repo:
         try:
             print(f"uploaded to {upload(weights, cfg.repo)}")
-        except Exception as error:  # httpx and huggingface_hub have exceptions of their own
+        except Exception as error:  # huggingface_hub and its client have exceptions of their own
             raise ValueError(f"--repo {cfg.repo}: {reason_of(error)}; give the command again") from error
 
 
