@@ -23,6 +23,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -201,7 +202,8 @@ def describe_pictures(cfg: EvaluateFlags, prompts: Sequence[str]) -> list[Model]
     description = describe(cfg.model[0], cfg.base)  # of which hpsv2 takes the tokenizer
     models = []
     for folder in cfg.images:
-        files = sorted(file for file in folder.glob("*") if file.suffix in (".png", ".jpg", ".jpeg", ".webp"))
+        files = [file for file in folder.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+        files.sort(key=number_order)
         if len(files) != len(prompts) * cfg.num:
             count = f"{len(files)} pictures for {len(prompts)} prompts of --prompts"
             raise ValueError(f"--images {folder} holds {count}, and --num {cfg.num} of each are scored")
@@ -213,9 +215,18 @@ def describe_pictures(cfg: EvaluateFlags, prompts: Sequence[str]) -> list[Model]
     return models
 
 
+def number_order(file: Path) -> list[str | int]:
+    """A key that sorts names as people count: 2.png before 10.png."""
+    words = re.split(r"(\d+)", file.name)  # texts and numbers in turn
+    return [int(word) if word.isdecimal() else word for word in words]
+
+
 def read_picture(file: Path) -> Tensor:
-    """A picture as a tensor (3, h, w) in [0, 1]."""
-    pixels = np.array(Image.open(file).convert("RGB"))
+    """A picture as a tensor (3, h, w) in [0, 1]. Raises ValueError for more than 8 bits a channel."""
+    picture = Image.open(file)
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"it has pixels of kind {picture.mode}: convert it to 8 bits a channel")
+    pixels = np.array(picture.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 

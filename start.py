@@ -23,6 +23,7 @@ from formats.folders import Description, Pipeline, describe, load_parts
 from formats.lora import Changes, add_lora, first_values, wrapped_name
 from formats.lora_files import lora_file, merge_lora, read_lora
 from formats.names import flux_file
+from formats.reading import check_links
 from formats.weights import weight_files
 from infra.anchor import anchored
 from infra.checkpoints import checkpoint_folders, remove_old_checkpoints, update_of
@@ -192,6 +193,10 @@ def describe_model(cfg: Config) -> Description:
     if cfg.base is not None and not lora_file(cfg.model) and not flux_file(cfg.model):
         raise ValueError(f"--base {cfg.base} is for a LoRA or a transformer's file, and --model {cfg.model} is neither")
     model = describe(cfg.model, cfg.base)
+    if not cfg.lora:
+        # best/ and final/ are whole models, whose frozen parts are copies.
+        components = [model.location.folder / component for component in model.family.FROZEN]
+        check_links(components, model.location.folder)
     config = model.weights.config
     default = choose_guidance(None, config)
     if default and cfg.guidance is None:

@@ -20,7 +20,6 @@ A finished run is a line of cells.jsonl and is not repeated (cells.py), so a tab
 --plan prints which runs are there, and what the others cost.
 """
 
-import itertools
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -147,7 +146,7 @@ def compare_methods(cfg: CompareFlags) -> None:
     rows, equal, grid = TABLES[cfg.table]
     cfg = replace(cfg, equal=cfg.equal or equal, grid=sorted(cfg.grid or grid))
     # A row that is named twice is run once.
-    rows = list(dict.fromkeys([*(cfg.methods or rows), *cfg.also]))
+    rows = list(dict.fromkeys(map(str.strip, [*(cfg.methods or rows), *cfg.also])))
     check_compare_flags(cfg)
     rewards = check_rows(cfg, rows)
     updates = updates_of_rows(cfg, rows, cfg.equal)
@@ -186,10 +185,10 @@ def compare_methods(cfg: CompareFlags) -> None:
 
 def check_compare_flags(cfg: CompareFlags) -> None:
     """Raise ValueError naming the flag if no table can be made."""
-    if min(cfg.seeds, cfg.updates, cfg.jobs, *cfg.grid) <= 0:
+    if not all(number > 0 for number in (cfg.seeds, cfg.updates, cfg.jobs, *cfg.grid)):  # NaN is not
         raise ValueError("--seeds, --updates, --jobs and --grid must be above 0")
     # These would be overridden without a word: a run has each of them set, after the flags of its row.
-    fixed = {field.name for field in fields(Run)} | {"steps", "seed", "lr", "eval_every", "watch"}
+    fixed = {field.name for field in fields(Run)} | {"method", "steps", "seed", "lr", "eval_every", "watch"}
     for words in (cfg.flags, *cfg.methods, *cfg.also):
         for flag in flag_names(words):
             if flag.replace("-", "_") in fixed:
@@ -284,8 +283,8 @@ def print_plan(cfg: CompareFlags, updates: dict[str, int], finished: dict[str, E
     for spec, count in updates.items():
         evaluations = evaluations_of(spec, common_flags(cfg), count)
         done = 0
-        for seed, lr in itertools.product(range(cfg.seeds), cfg.grid):
-            done += make_cell(cfg, spec, seed, lr, count).key in finished
+        for seed in range(cfg.seeds):
+            done += any(make_cell(cfg, spec, seed, lr, count).key in finished for lr in cfg.grid)
         print(
             f"{spec:44s} {count:4d} updates {evaluations:9,d} evaluations a run, {done} of {cfg.seeds} runs are there"
         )

@@ -20,6 +20,16 @@ def tensor_names(file: Path, remedy: str = AGAIN) -> list[str]:
     return parse_file(file, lambda path: list(safe_open(path, "pt").keys()), remedy)
 
 
+def check_links(folders: list[Path], model: Path) -> None:
+    """Raise ValueError if a file of these folders is a link that leaves the model, and would not be copied."""
+    for folder in folders:
+        for file in sorted(folder.iterdir()):
+            if MODELS_FILE.fullmatch(file.name) and file.is_file() and not is_models_file(file, model):
+                raise ValueError(
+                    f"{file} is a link out of {model}, which best/ and final/ copy: put the file itself there"
+                )
+
+
 def is_models_file(file: Path, model: Path) -> bool:
     """Whether a file has the name of a model's configuration, weights or tokenizer, and lies in the model's folder.
 

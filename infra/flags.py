@@ -11,7 +11,7 @@ import tyro
 Class = TypeVar("Class", bound=type)
 # Intervals of numbers: a round bracket leaves its end out. All other numbers are finite.
 RANGES = {
-    "(0, inf)": ("lora_alpha", "noise", "tau", "distance"),
+    "(0, inf)": ("lora_alpha", "noise", "tau", "distance", "tflops"),
     "(0, inf]": ("clip",),  # inf does not clip
     "[0, inf)": ("lr", "weight_decay", "anchor", "copies", "at", "skip_nonfinite", "guidance"),
     "[0, 1)": ("ema",),
@@ -20,7 +20,7 @@ RANGES = {
     "[1, inf)": (
         "updates", "batch", "rollout_steps", "eval_every", "text_length", "patience", "save_every", "keep", "lora",
         "rollout_batch", "micro_batch", "check_every", "active", "nodes", "last", "group", "window", "shift_every",
-        "leaps", "num",
+        "leaps", "num", "gpus",
     ),
 }  # fmt: skip
 

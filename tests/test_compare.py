@@ -293,6 +293,7 @@ def test_a_rows_own_flags_win_over_those_of_all_rows():
      (dict(watch=("tiny",), flags="--reward judge", methods=("flow_grpo",), select="vivid"), "--select vivid"),
      (dict(also=("flow_grpo --reward judge",)), "two are named 'judge'"), (dict(also=("leapalign --tau 0",)), "--tau"),
      (dict(also=("leapalign --lam 0.4 0.3",)), "--lam has 2 values"), (dict(also=("refl --size 96",)), "--size 96"),
+     (dict(also=("refl --method drtune",)), "--method in"), (dict(grid=(float("nan"),)), "--grid must be"),
      (dict(also=("flow_grpo --lam 0.4",)), "--lam means nothing"), (dict(also=("flow_grpo --group 3",)), "--group 3"),
      (dict(also=("refl --reward shapes/vivid.py:vivid",), watch=("judge",)), "all rows must raise the same rewards")],
 )  # fmt: skip

@@ -131,6 +131,19 @@ def test_the_scores_are_those_of_the_same_images_drawn_by_hand(evaluated, prompt
     np.testing.assert_allclose(picture / 255, images[7].permute(1, 2, 0).numpy(), atol=0.6 / 255)
 
 
+def test_pictures_of_a_folder_belong_to_prompts_in_the_order_of_their_numbers():
+    names = ["10.png", "2.png", "b_3.png", "1.png", "a.png", "b_20.png"]
+    order = sorted(map(Path, names), key=evaluate.number_order)
+    assert [file.name for file in order] == ["1.png", "2.png", "10.png", "a.png", "b_3.png", "b_20.png"]
+
+
+def test_a_picture_of_16_bits_is_refused(tmp_path):
+    file = tmp_path / "0.png"
+    Image.fromarray(np.full((8, 8), 20000, dtype=np.uint16)).save(file)
+    with pytest.raises(ValueError, match="8 bits a channel"):
+        evaluate.read_picture(file)
+
+
 def test_seeds_count_on_over_seeds_prompts_and_images(tmp_path, monkeypatch):
     seeds_drawn: list[int] = []
 

@@ -21,6 +21,7 @@ from formats.locations import locate
 from formats.saving import save_pipeline
 from formats.weights import INDEX, WEIGHTS
 from infra.distributed import join
+from start import describe_model
 from tests.tiny_folders import edit_json, shard
 
 COMPONENTS = (*flux1.FROZEN, "transformer")
@@ -312,3 +313,13 @@ def test_only_known_files_of_a_model_leave_its_folder(tmp_path):
     save_pipeline(tmp_path / "saved", source, pipe.flux.config, pipe.flux.state_dict().items())
     shipped = {file.relative_to(TINY_FLUX) for file in TINY_FLUX.rglob("*")}
     assert {file.relative_to(tmp_path / "saved") for file in (tmp_path / "saved").rglob("*")} == shipped
+
+
+@pytest.mark.parametrize("linked", ["text_encoder_2", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_model_with_links_out_of_its_folder_is_refused_before_a_run_would_save_it_in_parts(linked, tmp_path):
+    model = shutil.copytree(TINY_FLUX, tmp_path / "model")
+    elsewhere = (model / linked).rename(tmp_path / "elsewhere")
+    (model / linked).symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=f"{linked}.* is a link out of"):
+        describe_model(Config(model=str(model)))
+    describe_model(Config(model=str(model), lora=4))  # a LoRA is saved without the model

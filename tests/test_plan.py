@@ -303,6 +303,11 @@ def test_hours_are_operations_over_the_assumed_rate_which_is_printed(monkeypatch
         ("--gpus 2 --lean", "--gpus 2: --batch 64 must be a multiple, and --lean"),
         ("--size 9*9", "--size 9"),
         ("--method nonsense", "--method nonsense"),
+        ("--gpus 0", "--gpus 0 is out of range"),
+        ("--tflops 0", "--tflops 0.0 is out of range"),
+        ("--updates 0", "--updates 0 is out of range"),
+        ("--last 99", "--last 99: a rollout has 25 steps"),
+        ("--model shapes/tiny-flux --gpus", "give --gpus a number"),
     ],
 )
 def test_a_flag_that_cannot_be_is_named(words, message, monkeypatch):

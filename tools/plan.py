@@ -18,8 +18,9 @@ import tyro
 
 from config import Config, parse, sides
 from families import Network, family_of, flux1, flux2
+from infra.checks import check_numbers
 from infra.downloads import list_downloads
-from infra.flags import flags
+from infra.flags import check_ranges, flags
 from infra.meter import network_flops
 from infra.methods import find_method, method_options
 from rewards import WEIGHTS, reward_name
@@ -60,9 +61,13 @@ def main() -> None:
     if not words or words[0].startswith("-"):
         words = ["flux-dev-hpsv2", *words]
     try:
+        check_ranges(plan)
         cfg, preset = parse(words)
         if plan.check:
             return list_downloads(cfg, WEIGHTS)
+        check_numbers(cfg)
+        if not plan.gpus or cfg.model == Config.model:
+            raise ValueError("give --gpus a number, and a preset of FLUX.1 or of FLUX.2 [klein], which this counts")
         family = flux2 if "klein" in cfg.model else flux1
         flux = empty_flux(cfg, family.DEFAULT).to(torch.bfloat16)  # in which it computes
         flops = operations(cfg, preset, flux)
