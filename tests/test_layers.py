@@ -18,7 +18,7 @@ HEIGHT = {  # a module may import what is lower, or of its own package
     "scorers": 2,
     "rewards": 3, "sample": 3, "baselines": 3,
     "samples": 4,
-    "infra.methods": 5, "infra.checks": 5,
+    "infra.failures": 1.5, "infra.methods": 5, "infra.checks": 5,
     "start": 6,
     "train": 7, "evaluate": 7,
     "shapes.world": 0, "shapes.judge": 0, "shapes": 1, "recipe": 8, "tools": 8, "experiments": 9, "tests": 10,
