@@ -54,7 +54,7 @@ from infra.prompts import printable, prompts_hash, read_entries, rows_of_rank
 from infra.reading import parse_file, parse_json
 from infra.summary import format_table, summarize
 from infra.user_code import file_hashes
-from rewards import Reward, check_rewards, open_reward, reward_name, score_all
+from rewards import Reward, check_rewards, open_reward, reward_hash, reward_name, score_all
 from sample import DrawFlags, Pipeline, Reader, choose_guidance, sample, token_grid, truncation_warning
 
 HERE = Path(__file__).parent
@@ -274,7 +274,7 @@ def config_record(cfg: EvaluateFlags, prompts: Sequence[str]) -> dict[str, Any]:
     for name in ("model", "images", "out", "batch", "device"):
         del record[name]  # an evaluation may go on with more models, in a folder that was moved, on another machine
     record["prompts"] = prompts_hash(prompts)
-    record["reward_files"] = file_hashes(cfg.reward)
+    record["reward_files"] = file_hashes(cfg.reward) | {spec: reward_hash(spec) for spec in cfg.reward}
     # As it will be read back: tuples become lists, and paths strings.
     return json.loads(json.dumps(record, default=str))
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from infra.files import content_hash
 from infra.prompts import print_on_first_rank
 from infra.user_code import is_user_code, load_function
 from scorers import clip, hpsv2, hpsv3, imagereward, judge, lattice
@@ -127,6 +128,15 @@ def parse_reward(spec: str) -> tuple[str, str, float]:
     scorer_file = {"hpsv2": hpsv2, "hpsv3": hpsv3, "imagereward": imagereward}.get(name, clip)
     scorer_file.check_files(path)
     return name, path, weight
+
+
+def reward_hash(spec: str) -> str:
+    """A hash of the weights that a reward reads; rules and user code have none."""
+    _, path, _ = parse_reward(spec)
+    if not path:
+        return ""
+    files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.pt")] or [Path(path)]
+    return content_hash(filter(Path.is_file, sorted(files)))
 
 
 def split_weight(spec: str) -> tuple[str, float]:

@@ -61,7 +61,7 @@ from infra.prompts import print_on_first_rank, prompts_hash, prompts_of_update, 
 from infra.user_code import is_user_code, revision
 from infra.watch import watched_value
 from leaps import Samples
-from rewards import RULES, WEIGHTS, Reward, check_rewards, open_reward, parse_reward, reward_name, try_score
+from rewards import RULES, WEIGHTS, Reward, check_rewards, open_reward, reward_hash, reward_name, try_score
 from sample import Reader, choose_guidance, is_guided, token_grid, truncation_warning
 from samples import Size
 
@@ -124,10 +124,7 @@ def shared_inputs(cfg: Config, setup: Setup) -> dict[str, Any]:
         files += sorted((setup.model.location.folder / component).glob("*.safetensors"))
     shared["the content of --model"] = content_hash(files)
     for spec in (*cfg.reward, *cfg.watch):
-        name, path, _ = parse_reward(spec)
-        if name not in RULES:
-            files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.pt")] or [Path(path)]
-            shared[f"the content of the reward {spec}"] = content_hash(filter(Path.is_file, sorted(files)))
+        shared[f"the content of the reward {spec}"] = reward_hash(spec)
     sources = [*HERE.glob("*.py"), *HERE.glob("*/*.py")]
     shared["this program"] = content_hash(sorted(sources))
     return shared

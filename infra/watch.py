@@ -16,6 +16,12 @@ def hacking_warnings(evals: Sequence[Entry], names: Sequence[str], patience: int
     """A warning for each watched reward that has fallen by the last evaluation, and had not before it."""
     warnings = []
     for name in names:
+        values = [entry[name] for entry in evals]
+        if math.isnan(values[-1]):
+            if not any(map(math.isnan, values[:-1])):
+                step = evals[-1]["step"]
+                warnings.append(f"warning: {name} is no number at step {step}: it chooses no best/ then")
+            continue
         # One warning, at the evaluation that shows it: the same words every time would not be read.
         change = change_of(evals, name, patience)
         if not change or change_of(evals[:-1], name, patience) == change:
@@ -84,6 +90,8 @@ def folder_advice(best: Entry | None, last: Entry, name: str) -> str:
     # final/ is trained the longest: a difference that chance explains does not count against it.
     if has_fallen(best, last, name):
         return f"use best/, not final/: {best_value} and is {last[name]:.3f} after {last['step']}"
+    if math.isnan(last[name]):
+        return f"look at both: {name} is no number after {last['step']} updates; {best_value}, in best/"
     # best/ may have the lower value: a full disk keeps it from being written again.
     if last[name] > best[name]:
         return f"use final/: {value}; {best_value}, in best/"

@@ -337,6 +337,16 @@ def test_a_folder_by_a_reward_file_that_was_changed_since_is_refused(prompt_file
     assert "another reward_files" in refusal and "mine.py" in refusal
 
 
+def test_a_folder_by_a_reward_whose_weights_were_changed_since_is_refused(prompt_file, tmp_path, monkeypatch, capsys):
+    reward = shutil.copytree(ROOT / "shapes" / "tiny-reward", tmp_path / "reward")
+    flags = ["--reward", f"clip={reward}", "--prompts", prompt_file, "--out", tmp_path / "out", *ONE_STEP]
+    assert "error" not in output_of(monkeypatch, capsys, *flags)
+    (file,) = reward.glob("*.safetensors")
+    state = load_file(file)
+    save_file({name: tensor * 2 for name, tensor in state.items()}, file, metadata={"format": "pt"})
+    assert "another reward_files" in refusal_of(monkeypatch, capsys, *flags)
+
+
 def test_a_folder_of_something_else_is_refused(prompt_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.tex").touch()
     flags = ["--prompts", prompt_file, "--out", tmp_path]

@@ -1,6 +1,7 @@
 """The commands as a user runs them: a short real run, its files, and what bad input is told."""
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -387,6 +388,16 @@ def test_training_diverges_where_the_trained_reward_falls_with_the_watched_one()
     (warning,) = hacking_warnings(evals, ["judge"], patience=3)
     assert "while the trained reward fell from 4.000 to 1.000: training diverges" in warning
     assert hacking_warnings([*evals, evals[-1]], ["judge"], patience=3) == []  # said once
+
+
+def test_a_watched_reward_that_is_no_number_is_told_once_and_decides_nothing():
+    values = [5.0, math.nan, math.nan]
+    evals = [{"step": i, "judge": j, "reward": i, "by_prompt": {"judge": [j, j]}} for i, j in enumerate(values)]
+    assert hacking_warnings(evals[:1], ["judge"], patience=1) == []
+    (warning,) = hacking_warnings(evals[:2], ["judge"], patience=1)
+    assert "judge is no number at step 1" in warning
+    assert hacking_warnings(evals, ["judge"], patience=1) == []
+    assert folder_advice(evals[0], evals[2], "judge").startswith("look at both: judge is no number after 2 updates")
 
 
 def test_pictures_of_fewer_than_24_prompts_are_drawn_once():
