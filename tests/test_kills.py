@@ -36,13 +36,13 @@ def undisturbed(base, tmp_path_factory) -> Config:
 # ---------------------------------------------------------------------------------------------- killed
 
 
-def test_twenty_kills_at_any_moment_leave_no_trace(base, undisturbed, tmp_path):
+def test_ten_kills_at_any_moment_leave_no_trace(base, undisturbed, tmp_path):
     """While it starts, trains, evaluates, saves, and, once done, while it writes its end again.
 
     `python -m tests.kills` kills at each kind of write.
     """
     cfg, chance, kept = replace(base, out=tmp_path / "run", resume=True), random.Random(SEED), []
-    while len(kept) < 20:
+    while len(kept) < 10:
         (process,) = start(1, killed_at, cfg, Moment(chance.randint(1, 219)))  # as many writes as a whole run makes
         process.join()
         if process.exitcode == -signal.SIGKILL:
