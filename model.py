@@ -73,32 +73,39 @@ def sinusoid(t: Tensor, channels: int = EMBED_CHANNELS, period: float = 10_000.0
     """Features of a scalar, (b,) -> (b, channels): cosines, then sines, of 1000 t at falling frequencies.
 
     float32 in any network: at a guidance of 3.5 the fastest angle is 3500 radians, of which bf16 would lose whole
-    turns.  Both sources agree where they compute in float32; in bf16 they round 1000 t first, to 3504 there, which is
-    not copied.
+    turns.  Both sources agree where they compute in float32.  In bf16 they first round 1000 t, 3500 to 3504; this code
+    does not.
     """
     half = channels // 2
-    frequency = torch.exp(-math.log(period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    in_fp32 = t if t.dtype == torch.float64 else t.float()  # 1000 t is rounded once, to float32
-    angle = (1000 * in_fp32).float()[:, None] * frequency
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequency = torch.exp(-math.log(period) * index / half)  # (channels / 2,)
+    # 1000 t is rounded once, to float32.
+    t = t if t.dtype == torch.float64 else t.float()
+    angle = (1000 * t).float()[:, None] * frequency  # (b, channels / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def rotary_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float, dtype: torch.dtype) -> Tensor:
-    """exp(i position frequency), one number a pair of channels: (..., l, axes) -> (..., l, d / 2).
+    """exp(i position frequency), a complex number per pair of channels: (..., l, axes) -> (..., l, d / 2).
 
     complex128 for a float64 network, else complex64. Raises ValueError for floating-point ids: wrappers that
-    cast every floating input to bf16, which cannot hold 257, would make the table wrong without a word.
+    cast every floating input to bf16, which cannot hold 257, would make a wrong table silently.
     """
     if ids.is_floating_point():
         raise ValueError(f"position ids must be integers, got {ids.dtype}")
     device = "cpu" if ids.device.type == "mps" else ids.device  # Apple's GPUs have no float64
+    positions = ids.to(device).unbind(-1)  # of each axis, (..., l)
     angles = []
-    for position, dim in zip(ids.to(device).unbind(-1), axes_dim, strict=True):
-        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    for position, dim in zip(positions, axes_dim, strict=True):
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+        frequency = theta**-exponent  # (dim / 2,)
         angles.append(position[..., None] * frequency)
+    # Each axis turns channels of its own.
     angle = torch.cat(angles, dim=-1)
     table = torch.polar(torch.ones_like(angle), angle)
-    return table if dtype == torch.float64 else table.to(torch.complex64).to(ids.device)
+    if dtype == torch.float64:
+        return table
+    return table.to(torch.complex64).to(ids.device)
 
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
@@ -113,7 +120,9 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
     """Softmax attention with rotary positions, unmasked: (b, h, l, d) each -> (b, l, c)."""
-    x = F.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v)
+    # Both turn by their positions, so a product of q and k depends on the distance of their tokens alone.
+    q, k = rotate(q, pe), rotate(k, pe)
+    x = F.scaled_dot_product_attention(q, k, v)
     return rearrange(x, "b h l d -> b l (h d)")
 
 
@@ -127,7 +136,8 @@ class Branch(NamedTuple):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) * norm(x) + shift. The norm has no weights of its own: adaLN supplies them."""
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
+    norm = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    return (1 + scale) * norm + shift
 
 
 # ---------------------------------------------------------------------- memory of the backward
@@ -223,7 +233,9 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> list[Branch]:
         out = self.lin(F.silu(vec))
-        return [Branch(*b) for b in rearrange(out, "b (f three c) -> f three b 1 c", f=self.branches, three=3)]
+        # The 1 is for the tokens: all of them are modulated alike.
+        of_branches = rearrange(out, "b (f three c) -> f three b 1 c", f=self.branches, three=3)
+        return [Branch(shift, scale, gate) for shift, scale, gate in of_branches]
 
 
 class DoubleStreamBlock(nn.Module):
@@ -243,11 +255,14 @@ class DoubleStreamBlock(nn.Module):
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
 
+        # Attention over the tokens of both streams, text first.
         img_qkv = self.img_attn(modulate(img, img_mod1.shift, img_mod1.scale))
         txt_qkv = self.txt_attn(modulate(txt, txt_mod1.shift, txt_mod1.scale))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt_out, img_out = attention(q, k, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
+        out = attention(q, k, v, pe)  # (b, l, c)
+        txt_out, img_out = out.split([txt.shape[1], img.shape[1]], dim=1)
 
+        # Each stream adds its share of the result, then its own MLP.
         img = img + img_mod1.gate * self.img_attn.proj(img_out)
         img = img + img_mod2.gate * self.img_mlp(modulate(img, img_mod2.shift, img_mod2.scale))
 
@@ -270,10 +285,14 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
         (mod,) = self.modulation(vec)
+        # One product makes q, k, v and the inside of the MLP, and one takes both results back to the width of x.
         qkv, mlp = self.linear1(modulate(x, mod.shift, mod.scale)).split(self.widths, dim=-1)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        attn = attention(*self.norm(q, k), v, pe)
-        return x + mod.gate * self.linear2(torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1))
+        q, k = self.norm(q, k)
+        attn = attention(q, k, v, pe)
+        mlp = F.gelu(mlp, approximate="tanh")
+        out = self.linear2(torch.cat([attn, mlp], dim=-1))
+        return x + mod.gate * out
 
 
 class LastLayer(nn.Module):
@@ -330,6 +349,7 @@ class Flux(nn.Module):
             raise ValueError("guidance is missing: a network with guidance_embed=True needs it")
         if guidance is not None and not self.config.guidance_embed:
             raise ValueError("guidance was given: a network with guidance_embed=False cannot use it")
+        # All that does not depend on a token: noise level, guidance and the pooled prompt.
         vec = self.time_in(sinusoid(timesteps).to(y.dtype))
         if guidance is not None:
             vec = vec + self.guidance_in(sinusoid(guidance).to(y.dtype))
@@ -337,7 +357,9 @@ class Flux(nn.Module):
 
         # Ids shared by the batch stay unbatched, so the table is computed once and broadcast.
         batch = torch.broadcast_shapes(txt_ids.shape[:-2], img_ids.shape[:-2])
-        ids = torch.cat([i.expand(*batch, *i.shape[-2:]) for i in (txt_ids, img_ids)], dim=-2)
+        txt_ids = txt_ids.expand(*batch, -1, -1)
+        img_ids = img_ids.expand(*batch, -1, -1)
+        ids = torch.cat([txt_ids, img_ids], dim=-2)  # (l, 3) or (b, l, 3)
         pe = rotary_table(ids, self.config.axes_dim, self.config.theta, img.dtype)
         pe = rearrange(pe, "... l f -> ... 1 l f")  # the same turn for every head
 
@@ -347,7 +369,8 @@ class Flux(nn.Module):
         x = torch.cat([txt, img], dim=1)
         for block in self.single_blocks:
             x = run_block(self.recompute, block, x, vec, pe)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        img = x[:, txt.shape[1] :]  # the text has no velocity
+        return self.final_layer(img, vec)
 
 
 def init_weights(model: Flux) -> None:
@@ -357,6 +380,7 @@ def init_weights(model: Flux) -> None:
             nn.init.ones_(module.scale)
         if not isinstance(module, nn.Linear):
             continue
+        # A gate of zero shuts a block's branches, and a last layer of zero makes the velocity zero.
         if name.endswith(("_mod.lin", "modulation.lin")) or name.startswith("final_layer."):
             nn.init.zeros_(module.weight)
         elif name.startswith(("time_in.", "vector_in.", "guidance_in.")):

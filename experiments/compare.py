@@ -59,7 +59,7 @@ POINTS = 4  # evaluations of a run, after the base's
 METHODS = (
     "leapalign",  # the paper's, with x_0 rewarded
     "leapalign --reward-input xhat_0",
-    "leapalign --by-level",
+    "leapalign --by-level",  # k and j drawn by noise level, x_0 rewarded
     "refl",
     "draft_lv",
     "drtune",

@@ -143,7 +143,7 @@ def check_fidelity_flags(cfg: FidelityFlags) -> None:
     for spec in cfg.methods:
         for flag in flag_names(spec):
             if flag.replace("-", "_") not in allowed:
-                raise ValueError(f"--{flag} in {spec!r}: a row has flags of its method only")
+                raise ValueError(f"--{flag} in {spec!r}: a row has flags of its method, or --detach-negative")
 
 
 # ------------------------------------------------------------------------------------ the samples

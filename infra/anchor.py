@@ -33,9 +33,13 @@ def anchored(
         distances = []
 
         def vjp(x: Tensor, sigma: Tensor, u: Tensor, wrt_x: bool = False) -> Tensor | None:
-            distance, slope = distance_of(samples.velocity(x, sigma), samples.base(x, sigma))
+            v = samples.velocity(x, sigma)
+            v_base = samples.base(x, sigma)
+            distance, slope = distance_of(v, v_base)
             distances.append(distance)
-            pull = beta / samples.total / x[0].numel() * slope
+            # The loss is a mean over samples, and the distance a mean over the entries of a latent.
+            entries = x[0].numel()
+            pull = beta / samples.total / entries * slope
             if not wrt_x:
                 return samples.vjp(x, sigma, u + pull)
             # What flows on into x is the method's gradient alone: for the anchor the state is fixed.
@@ -51,13 +55,16 @@ def anchored(
 def squared_distance(v: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     """mean |v - base|^2 of each sample, (b,), and the derivative of the square in v, (b, n, c)."""
     difference = v - base
-    return difference.square().flatten(1).mean(1), 2 * difference
+    distance = difference.square().flatten(1).mean(1)
+    return distance, 2 * difference
 
 
 def excess_norm(v: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     """By how much v is longer than base, (b,), 0 where it is not, and n c times the derivative in v, (b, n, c)."""
     norm = v.square().flatten(1).mean(1).sqrt()
     base_norm = base.square().flatten(1).mean(1).sqrt()
+    excess = (norm - base_norm).relu()
     is_longer = (norm > base_norm)[:, None, None]
-    slope = v / norm.clamp(min=1e-12)[:, None, None]  # a velocity of zeros has no direction
-    return (norm - base_norm).relu(), slope * is_longer
+    length = norm.clamp(min=1e-12)[:, None, None]  # a velocity of zeros has no direction
+    slope = v / length
+    return excess, slope * is_longer

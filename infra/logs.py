@@ -203,7 +203,7 @@ def note_nonfinite(
     names = [name for name, value in values.items() if not value.isfinite().all()]
     is_finite = torch.stack([value.isfinite() for value in values.values()]).all(0)  # (batch,)
     rows = is_finite.logical_not().nonzero().flatten().tolist()
-    # Ranks have equal shares of the batch. One that fails alone may be a GPU that does.
+    # Ranks have equal shares of the batch. Where one rank alone fails, its GPU may be broken.
     ranks = sorted({row * process.world_size // len(prompts) for row in rows})
     location = f"on rank {', '.join(map(str, ranks))}" if rows else "in the gradient, though every loss is finite"
     prompt = prompts[rows[0] if rows else 0]

@@ -101,11 +101,13 @@ def parse_option(text: str, method: str, keywords: dict[str, Any]) -> tuple[str,
         return name, value
     try:
         number = json.loads(value.lower())  # or true, false, null
-        if not math.isfinite(number or 0):
-            raise ValueError
-        return name, number
-    except (ValueError, TypeError):
-        raise ValueError(f"--option {text}: {value!r} is no finite number, true, false or null") from None
+        is_finite = math.isfinite(number or 0)
+    # Also for a list, a number beyond floats, and brackets without end.
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        is_finite = False
+    if not is_finite:
+        raise ValueError(f"--option {text:.80}: {value!r:.40} is no finite number, true, false or null")
+    return name, number
 
 
 def recorded_flags(cfg: Config) -> dict[str, Any]:

@@ -16,7 +16,9 @@ def open_trackers(kinds: Sequence[str], out: Path, config: dict, first: int) -> 
     `first` on; W&B and Trackio show both.
     """
     writer, wandb_run, trackio_run = None, None, None
-    options = dict(project="leapalign", name=out.name, config=json.loads(json.dumps(config, default=str)))
+    # As config.json has the flags: paths are strings.
+    config = json.loads(json.dumps(config, default=str))
+    options = dict(project="leapalign", name=out.name, config=config)
     if "tensorboard" in kinds:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -45,7 +47,8 @@ def open_trackers(kinds: Sequence[str], out: Path, config: dict, first: int) -> 
                 writer.add_scalar(name, value, update)
             # A picture is called after its folder, so that viewers show a slider over the updates.
             for path in pictures:
-                writer.add_image(path.parent.name, np.array(Image.open(path)), update, dataformats="HWC")
+                pixels = np.array(Image.open(path))
+                writer.add_image(path.parent.name, pixels, update, dataformats="HWC")
         if wandb_run:
             images = {path.parent.name: wandb.Image(str(path)) for path in pictures}
             wandb_run.log({"step": update, **numbers, **images})

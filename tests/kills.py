@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ import tyro
 from config import Config
 from infra.files import LOCK, OLD, PART, beside
 from tests.processes import spread, start
-from tests.runs import completed, run, same_run, short_config, undisturbed_run
+from tests.runs import completed, folder_with_undisturbed_run, run, same_run
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")  # audit events of Python, beside those of opened files
 SAME_BYTES = (".png", ".safetensors")
@@ -47,10 +46,7 @@ class Moment(NamedTuple):
 
 def main() -> None:
     cfg = tyro.cli(KillFlags)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = short_config(folder)
-        undisturbed = undisturbed_run(base, folder / "undisturbed")
+    with folder_with_undisturbed_run() as (folder, base, undisturbed):
         (kinds,) = spread(1, recorded_writes, replace(base, out=folder / "recorded"))
         moments = choose_moments(kinds, cfg.count)
         failures = []
@@ -84,9 +80,8 @@ def watch_writes(out: Path, act: Callable[[str, Path, str | None], None]) -> Non
         file = os.fsdecode(path)
         if file.startswith(str(out)):
             place = re.sub(r"\d+", "N", file.removeprefix(str(out)))
-            place = re.sub(
-                r"^/(best|final)([^/]*)/.*", r"/\1\2/*", place
-            )  # each file of a model is a copy like the other
+            # All files of a model are written alike.
+            place = re.sub(r"^/(best|final)([^/]*)/.*", r"/\1\2/*", place)
             act(f"{event} {place}", Path(file), mode)
 
     sys.addaudithook(hook)

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +42,15 @@ def undisturbed_run(cfg: Config, out: Path) -> Config:
     cfg = replace(cfg, out=out)
     assert completed(1, cfg) == ""
     return cfg
+
+
+@contextlib.contextmanager
+def folder_with_undisturbed_run() -> Iterator[tuple[Path, Config, Config]]:
+    """A temporary folder for runs, their settings, and a run there from start to end."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = short_config(folder)
+        yield folder, base, undisturbed_run(base, folder / "undisturbed")
 
 
 def run(cfg: Config) -> str:

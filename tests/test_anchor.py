@@ -214,7 +214,10 @@ def apart_after(cfg: Config, updates: int = 4) -> float:
 
 @pytest.mark.parametrize(
     "flags, words",
-    [(dict(anchor=-1.0), "--anchor -1.0 is out of range"), (dict(anchor=0.0, anchor_on="norm"), "--anchor-on means nothing")],
+    [
+        (dict(anchor=-1.0), "--anchor -1.0 is out of range"),
+        (dict(anchor=0.0, anchor_on="norm"), "--anchor-on means nothing"),
+    ],
 )
 def test_a_negative_one_and_a_form_without_one_are_refused(cfg, flags, words):
     with pytest.raises(ValueError, match=words), join("cpu") as process:

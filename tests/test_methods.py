@@ -135,7 +135,10 @@ def test_options_are_for_keywords_of_ones_own_and_typed_by_their_value(tmp_path)
     (tmp_path / "mine.py").write_text("def mine(s, *, count=3, name='a', on=False, alpha=0.5): ...\n")
     cfg = Config(method=f"{tmp_path / 'mine.py'}:mine", option=("count=5", "name=b", "on=True"), alpha=0.25)
     assert method_options(cfg, Config()) == dict(count=5, name="b", on=True, alpha=0.25)
-    for option, words in (("other=1", "count, name, on"), ("count=many", "'many'")):
+    refused = {"other=1": "count, name, on", "count=many": "'many'", "count=[1]": "no finite number"}
+    # A number beyond floats, and brackets deeper than Python's stack.
+    refused |= {f"count={'9' * 400}": "no finite number", f"count={'[' * 10**5}": "no finite number"}
+    for option, words in refused.items():
         with pytest.raises(ValueError, match=words):
             method_options(replace(cfg, option=(option,)), Config())
     with pytest.raises(ValueError, match="--option alpha=1"):  # of ours it is a flag

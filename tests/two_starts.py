@@ -8,10 +8,8 @@ Delays between the starts go from 0 to 2 seconds. Every other pair resumes a run
 import io
 import shutil
 import socket
-import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import tyro
@@ -19,7 +17,7 @@ import tyro
 from config import Config
 from tests.kills import difference
 from tests.processes import CONTEXT, spread, start
-from tests.runs import run, short_config, stopped_after, undisturbed_run
+from tests.runs import folder_with_undisturbed_run, run, stopped_after
 
 LONGEST_DELAY = 2.0  # seconds
 
@@ -34,10 +32,7 @@ class StartFlags:
 
 def main() -> None:
     cfg = tyro.cli(StartFlags)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = short_config(folder)
-        undisturbed = undisturbed_run(base, folder / "undisturbed")
+    with folder_with_undisturbed_run() as (folder, base, undisturbed):
         stopped = replace(base, out=folder / "stopped")
         spread(1, stopped_after, stopped, 5)
         faults = []

@@ -55,10 +55,13 @@ def cloud_velocity(x: Tensor, sigma: Tensor) -> Tensor:
 
 def leap_points(ro: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     """Where the leaps start, where the rollout is at their end, and where they land, (leaps, 2) each."""
-    starts, ends = map(list, zip(*spans(ro, PICKS)))
-    levels = ro.sigmas[:, None, None, None]
-    landings = one_step(ro.x[starts], ro.v[starts], levels[starts], levels[ends])
-    return ro.x[starts].flatten(1), ro.x[ends].flatten(1), landings.flatten(1)
+    starts, ends, landings = [], [], []
+    for start, end in spans(ro, PICKS):
+        landing = one_step(ro.x[start], ro.v[start], ro.sigmas[start], ro.sigmas[end])
+        starts.append(ro.x[start].flatten())
+        ends.append(ro.x[end].flatten())
+        landings.append(landing.flatten())
+    return torch.stack(starts), torch.stack(ends), torch.stack(landings)
 
 
 def velocity_gradients(ro: Rollout) -> Tensor:
@@ -74,8 +77,10 @@ def velocity_gradients(ro: Rollout) -> Tensor:
         _, vjp_in_x = torch.func.vjp(partial(cloud_velocity, sigma=sigma), x)
         return vjp_in_x(u)[0]
 
-    distance = ro.x[-1] - WISH.to(ro.x)
-    sweep(vjp, ro, leap_terms(ro, PICKS, ALPHA), distance / distance.norm())
+    offset = ro.x[-1] - WISH.to(ro.x)
+    grad = offset / offset.norm()  # dL/dx_0
+    terms = leap_terms(ro, PICKS, ALPHA)
+    sweep(vjp, ro, terms, grad)
     return torch.stack(gradients)
 
 
@@ -104,7 +109,8 @@ def draw_gradient(axes: Axes, ro: Rollout) -> None:
     draw_background(axes, ro, "2. The reward pulls both leaps", "green: where each leap should end")
     starts, ends, _ = leap_points(ro)
     draw_arrows(axes, starts, ends, LEAP_COLORS)
-    draw_arrows(axes, ends, ends + velocity_gradients(ro).flatten(1), [GREEN])
+    pulls = velocity_gradients(ro).flatten(1)
+    draw_arrows(axes, ends, ends + pulls, [GREEN])
     axes.plot(*WISH, "*", color=GREEN, markersize=16)
     draw_text(axes, WISH, "more\nreward", -12, 12, GREEN)
 
@@ -129,7 +135,8 @@ def draw_arrows(axes: Axes, starts: Tensor, ends: Tensor, colors: Sequence[str])
     """Arrows between points (n, 2), to the scale of the axes."""
     # By default quiver scales arrows to look nice.
     scale = dict(angles="xy", scale_units="xy", scale=1)
-    axes.quiver(*starts.T, *(ends - starts).T, color=colors, width=0.012, zorder=3, **scale)
+    directions = ends - starts
+    axes.quiver(*starts.T, *directions.T, color=colors, width=0.012, zorder=3, **scale)
 
 
 if __name__ == "__main__":
