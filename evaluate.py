@@ -22,6 +22,7 @@ many prompts.
 import gc
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -47,7 +48,7 @@ from formats.sampling import draw_as_trained
 from formats.weights import weight_files
 from infra.distributed import Process, all_gather_objects, join, on_first_rank
 from infra.files import check_writable, content_hash, write_whole
-from infra.flags import check_ranges, flags
+from infra.flags import check_ranges, flag_of, flags
 from infra.page import models_page
 from infra.pictures import save_png, to_pil
 from infra.prompts import printable, prompts_hash, read_entries, rows_of_rank
@@ -120,6 +121,8 @@ def main() -> None:
 
 def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:
     """Check everything, draw and score the images of each model, and report. Raises ValueError naming the flag."""
+    if cfg.images:
+        check_images_flags(cfg)
     # All models are drawn alike, as one of them was while it was trained.
     cfg = draw_as_trained(cfg, cfg.model, dict(rollout_steps=50))
     check_values(cfg)
@@ -162,6 +165,13 @@ def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:
 
 
 # -------------------------------------------------------------------------------------------- check
+
+
+def check_images_flags(cfg: EvaluateFlags) -> None:
+    """Raise ValueError for a flag that says how to draw pictures which are there already."""
+    for name in ("size", "seed", "strength", "rollout_steps", "guidance", "negative_prompt"):
+        if getattr(cfg, name) != getattr(EvaluateFlags, name):
+            raise ValueError(f"{flag_of(name)} means nothing with --images, whose pictures are drawn already")
 
 
 def check_values(cfg: EvaluateFlags) -> None:
@@ -404,10 +414,8 @@ def report_scores(
     for model in models:
         scores[model.label] = read_scores(cfg, model.label, prompts)
     summary = summarize(scores, tags, cfg.size)
-    results = json.dumps({"summary": summary, "scores": scores}, default=np.ndarray.tolist)
-    # JSON has no NaN, which is the interval of a single prompt.
-    results = results.replace("NaN", "null")
-    (cfg.out / "results.json").write_text(results + "\n")
+    results = without_nonfinite({"summary": summary, "scores": scores})
+    (cfg.out / "results.json").write_text(json.dumps(results) + "\n")
     models_page(summary, scores, prompts, cfg.out)
     # The tables come last, where people look.
     print(f"{len(prompts)} prompts, {cfg.num} images each, {cfg.rollout_steps} steps; ± is half of a 95% interval\n")
@@ -415,6 +423,18 @@ def report_scores(
     print(f"wrote {cfg.out}: results.json and index.html")
     if cfg.geneval:
         print(f"wrote {cfg.geneval}: {len(prompts) * cfg.num:,} pictures of each model")
+
+
+def without_nonfinite(value: Any) -> Any:
+    """The same as JSON can hold it: None for NaN, which is the interval of a single prompt, and for infinity."""
+    if isinstance(value, dict):
+        return {name: without_nonfinite(entry) for name, entry in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [without_nonfinite(entry) for entry in value]
+    is_nonfinite = isinstance(value, float) and not math.isfinite(value)
+    return None if is_nonfinite else value
 
 
 def read_scores(cfg: EvaluateFlags, label: str, prompts: Sequence[str]) -> dict[str, np.ndarray]:

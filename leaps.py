@@ -41,6 +41,7 @@ from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x (b, n, c), sigma () or (b,) -> v (b, n, c)
 VJP = Callable[..., Tensor | None]  # x, sigma, u (b, n, c), wrt_x = False: see vjp_of
+EPS = 1e-6  # of noise levels, which are fp32: 0.3 reads 0.30000001
 
 
 class Rollout(NamedTuple):
@@ -58,7 +59,8 @@ def one_step(x_k: Tensor, v_k: Tensor, k: Tensor, j: Tensor) -> Tensor:
 
 def prediction(ro: Rollout, step: int) -> Tensor:
     """xhat_{0|k}: where a leap from a step to level 0 lands; ReFL and an ablation of the paper reward it."""
-    return one_step(ro.x[step], ro.v[step], ro.sigmas[step], torch.zeros_like(ro.sigmas[step]))
+    level = ro.sigmas[step]
+    return one_step(ro.x[step], ro.v[step], level, torch.zeros_like(level))
 
 
 @torch.no_grad()  # not inference_mode: the states become inputs of differentiated networks
@@ -66,12 +68,13 @@ def rollout(velocity: Velocity, noise: Tensor, sigmas: Tensor) -> Rollout:
     """T Euler steps from noise (b, n, c) along sigmas (T + 1,), descending from 1 to 0; T network calls."""
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
     sigmas = sigmas.to(x)
-    xs, vs = [x], []
+    states, velocities = [x], []
     for k, j in itertools.pairwise(sigmas):
-        vs.append(velocity(x, k).to(x.dtype))
-        x = one_step(x, vs[-1], k, j)
-        xs.append(x)
-    return Rollout(torch.stack(xs), torch.stack(vs), sigmas)
+        v = velocity(x, k).to(x.dtype)
+        x = one_step(x, v, k, j)
+        states.append(x)
+        velocities.append(v)
+    return Rollout(torch.stack(states), torch.stack(velocities), sigmas)
 
 
 def pick_leaps(
@@ -87,37 +90,48 @@ def pick_leaps(
 
     Uniform over the sets of `leaps` distinct steps whose noise levels lie in [low, high]; that is the paper's draw.
     With `by_level`, steps are drawn without replacement, with odds in proportion to their length sigma_i - sigma_{i+1}.
-    With `distance`, an ablation of the paper, k is uniform among the levels that leave room for the distance, and j is
-    the level nearest to k - distance (of two equally near, the noisier).  `generator` is on the CPU: seeded alike, all
-    ranks pick alike.  Raises ValueError if too few steps are in range, or if the settings contradict each other.
+    With `distance`, an ablation of the paper, two steps are that far apart.
+
+    `generator` is on the CPU: seeded alike, all ranks pick alike.  Raises ValueError if too few steps are in range, or
+    if the settings contradict each other.
     """
-    eps = 1e-6  # levels are fp32: 0.3 reads 0.30000001
     levels = sigmas[:-1].tolist()
-    in_range = [i for i, level in enumerate(levels) if low - eps <= level <= high + eps]
+    in_range = [i for i, level in enumerate(levels) if low - EPS <= level <= high + EPS]
     if not 1 <= leaps <= len(in_range):
         raise ValueError(f"cannot pick {leaps} leaps from {len(in_range)} steps with sigma in [{low}, {high}]")
-    if distance is None:
+    if distance is not None:
         if by_level:
-            # Shifted schedules crowd their steps at high noise, where a uniform draw of steps puts most leaps.
-            lengths = (sigmas[:-1] - sigmas[1:]).double().cpu()
-            indices = torch.multinomial(lengths[in_range], leaps, generator=generator)
-        else:
-            indices = torch.randperm(len(in_range), generator=generator)[:leaps]
-        return tuple(in_range[i] for i in indices.sort().values.tolist())
-
+            raise ValueError("a fixed distance draws k by step: it does not go with picks by level")
+        if leaps != 2 or distance <= 0:
+            raise ValueError(f"a fixed distance needs two leaps and must be positive, got {leaps} and {distance}")
+        return pick_at_distance(levels, in_range, distance, generator)
     if by_level:
-        raise ValueError("a fixed distance draws k by step: it does not go with picks by level")
-    if leaps != 2 or distance <= 0:
-        raise ValueError(f"a fixed distance needs two leaps and must be positive, got {leaps} and {distance}")
-    starts = [i for i in in_range[:-1] if levels[i] - distance >= levels[in_range[-1]] - eps]
+        # Shifted schedules crowd their steps at high noise, where a uniform draw of steps puts most leaps.
+        lengths = (sigmas[:-1] - sigmas[1:]).double().cpu()
+        indices = torch.multinomial(lengths[in_range], leaps, generator=generator)
+    else:
+        indices = torch.randperm(len(in_range), generator=generator)[:leaps]
+    picks = [in_range[i] for i in indices]
+    return tuple(sorted(picks))
+
+
+def pick_at_distance(
+    levels: Sequence[float], in_range: Sequence[int], distance: float, generator: torch.Generator
+) -> tuple[int, int]:
+    """Two steps: k uniform among the levels in range that leave room for the distance, j nearest to k - distance."""
+    highest, lowest = levels[in_range[0]], levels[in_range[-1]]
+    starts = [i for i in in_range[:-1] if levels[i] - distance >= lowest - EPS]
     if not starts:
-        raise ValueError(f"no two steps in [{low}, {high}] are {distance} apart")
+        raise ValueError(f"no two steps with levels from {lowest:.3g} to {highest:.3g} are {distance} apart")
     start = starts[torch.randint(len(starts), (), generator=generator)]
     target = levels[start] - distance  # at least the lowest level in range, so the nearest level is in range too
+
+    def gap(step: int) -> float:
+        # Rounded, so that fp32 does not decide between two levels that are equally near.
+        return round(abs(levels[step] - target), 6)
+
     later_steps = range(start + 1, len(levels))
-    # Rounded, so that fp32 does not decide between two levels that are equally near: min takes the first.
-    nearest = min(later_steps, key=lambda i: round(abs(levels[i] - target), 6))
-    return start, nearest
+    return start, min(later_steps, key=gap)  # of two equally near, the first and noisier
 
 
 def spans(ro: Rollout, picks: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -227,8 +241,12 @@ def similarity_weight(
     and none means w = 1.  Raises ValueError for the d_j of a single leap.
     """
     x, v, sigmas = ro
-    gaps = [x[end] - one_step(x[start], v[start], sigmas[start], sigmas[end]) for start, end in spans(ro, picks)]
-    d = torch.stack([gap.abs().flatten(1).mean(1) for gap in gaps])
+    gaps = []
+    for start, end in spans(ro, picks):
+        landing = one_step(x[start], v[start], sigmas[start], sigmas[end])
+        gap = (x[end] - landing).abs()  # (b, n, c)
+        gaps.append(gap.flatten(1).mean(1))
+    d = torch.stack(gaps)  # (leaps, b)
     if use == "none":
         return torch.ones_like(d[0]), d
     if use == "d_j" and len(picks) == 1:

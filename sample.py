@@ -282,7 +282,7 @@ def draw_picture(cfg: SampleFlags) -> None:
 
 
 class Reader(NamedTuple):
-    """Who reads prompts, and how much of them."""
+    """A text encoder or a reward, and how much of a prompt it reads."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase

@@ -305,6 +305,9 @@ class RewardLog:
             for reward, gradient in zip(self.rewards, image_gradients):
                 self.add(f"{reward.name}_grad", gradient.float().flatten(1).norm(dim=1))
 
-    def means(self, size: int) -> dict[str, Tensor]:
-        """Each value per sample, (size,): a mean over calls, because a method may call the rewards several times."""
-        return {name: torch.cat(values).view(-1, size).mean(0) for name, values in self.values.items()}
+    def means(self, b: int) -> dict[str, Tensor]:
+        """Each value per sample, (b,): a mean over calls, because a method may call the rewards several times."""
+        means = {}
+        for name, values in self.values.items():
+            means[name] = torch.cat(values).view(-1, b).mean(0)
+        return means

@@ -78,7 +78,7 @@ class Setup:
     eval_prompts: list[str]
     model: Description  # the model's small files and the headers of its weights
     sizes: list[Size]  # they take turns, an update each
-    functions: dict[str, Reward]  # the rewards that are no network: the user's code, and rules
+    weightless_rewards: dict[str, Reward]  # by --reward: those that are no network, the user's code and rules
     pipe: Pipeline | None = None
     rewards: list[Reward] | None = None
     watched: list[Reward] | None = None
@@ -107,8 +107,8 @@ def prepare(cfg: Config, process: Process, preset: Config | None = None) -> Setu
     if not cfg.export:
         check_room(f"--out {out}", out, disk_needs(cfg, model))
     sizes = [size_of(cfg, model, name) for name in cfg.size]
-    functions, trial = try_user_code(cfg, process, method, group, sizes, prompts, eval_prompts)
-    return Setup(out, method, group, trial.needs_base, prompts, eval_prompts, model, sizes, functions)
+    weightless_rewards, trial = try_user_code(cfg, process, method, group, sizes, prompts, eval_prompts)
+    return Setup(out, method, group, trial.needs_base, prompts, eval_prompts, model, sizes, weightless_rewards)
 
 
 def shared_inputs(cfg: Config, setup: Setup) -> dict[str, Any]:
@@ -232,9 +232,11 @@ def disk_needs(cfg: Config, model: Description) -> dict[str, float]:
     """Bytes of what a run must be able to write: without a checkpoint and a model all training is lost."""
     flux = empty_flux(cfg, model.weights.config)
     count = sum(p.numel() for p in flux.parameters() if p.requires_grad)
-    # fp32 weights, averages and two moments; --lean keeps bf16 weights and a byte a moment.
-    checkpoint = count * (8 if cfg.lean else 16)
-    return {"a checkpoint": checkpoint, "a model": count * (2 if cfg.bf16 and not cfg.lora else 4)}
+    bytes_of_state = 4 + 4 + 2 * 4  # weights, averages and AdamW's two moments, in fp32
+    if cfg.lean:
+        bytes_of_state = 2 + 4 + 2 * 1  # bf16 weights, fp32 averages, moments of 8 bits
+    bytes_of_weight = 2 if cfg.bf16 and not cfg.lora else 4
+    return {"a checkpoint": count * bytes_of_state, "a model": count * bytes_of_weight}
 
 
 def text_length(cfg: Config, model: Description) -> int:
@@ -304,19 +306,20 @@ def try_user_code(
     check_needs(cfg, trial.needs_gradient)
     # Rewards with weights are this repository's and need no trial. The user's functions are tried before any weights
     # are read.
-    functions = {}
+    weightless_rewards = {}
     for spec in (*cfg.reward, *cfg.watch):
         if is_user_code(spec) or reward_name(spec) in RULES:
-            functions[spec] = open_reward(spec, process.device, size=sides(cfg.size[0]), prompts=eval_prompts)
+            options = dict(size=sides(cfg.size[0]), prompts=eval_prompts)
+            weightless_rewards[spec] = open_reward(spec, process.device, **options)
     for spec in cfg.reward:
         if is_user_code(spec):
             # Evaluations are at the first size, so only what is trained on sees the others.
             for size in cfg.size[1:]:
-                try_score(functions[spec].score, spec, process.device, sides(size), prompts)
-        if spec in functions and trial.needs_gradient:
-            check_gradient(functions[spec], prompts[:1], sides(cfg.size[0]), process.device)
-    check_log_names(cfg, trial.logged_names, functions, eval_prompts)
-    return functions, trial
+                try_score(weightless_rewards[spec].score, spec, process.device, sides(size), prompts)
+        if spec in weightless_rewards and trial.needs_gradient:
+            check_gradient(weightless_rewards[spec], prompts[:1], sides(cfg.size[0]), process.device)
+    check_log_names(cfg, trial.logged_names, weightless_rewards, eval_prompts)
+    return weightless_rewards, trial
 
 
 def check_needs(cfg: Config, needs_gradient: bool) -> None:
@@ -366,7 +369,7 @@ def load_networks(cfg: Config, setup: Setup, flux: Network, process: Process) ->
         setup.pipe.vae.enable_gradient_checkpointing()
     rewards = []
     for spec in (*cfg.reward, *cfg.watch):
-        reward = setup.functions.get(spec)
+        reward = setup.weightless_rewards.get(spec)
         rewards.append(reward or open_reward(spec, process.device, setup.pipe.clip_tokenizer, everything))
     if process.world_size > 1:
         rewards = [replace(reward, score=partial(score_or_nan, reward.score)) for reward in rewards]

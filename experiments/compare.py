@@ -74,7 +74,7 @@ METHODS = (
     "awm",
     "nft",
 )
-ABLATIONS = (  # the paper's Fig. 4
+ABLATIONS = (  # the paper's Fig. 4 and Table 5
     "leapalign",  # alpha 0.3, two leaps from random steps, x_0 rewarded
     "leapalign --alpha 0",  # no nested gradient
     "leapalign --alpha 0.1",
@@ -82,6 +82,7 @@ ABLATIONS = (  # the paper's Fig. 4
     "leapalign --leaps 1",
     "leapalign --leaps 3",
     "leapalign --reward-input xhat_0",
+    "leapalign --reward-input xhat_0 --weight d_j",
     # Which distances the weight of Eq. 12 uses.
     "leapalign --weight d_j",
     "leapalign --weight d_0",
@@ -90,6 +91,10 @@ ABLATIONS = (  # the paper's Fig. 4
     "leapalign --low 0.5",
     "leapalign --high 0.5",
     "leapalign --distance 0.5",
+    # Lambda: 0.35, 0.55 and 0.75 of the paper's Table 5 for a base of 0.31, in proportion to the 0.115 of this base.
+    "leapalign --lam 0.13",
+    "leapalign --lam 0.2",
+    "leapalign --lam 0.28",
 )
 RANGES = (  # a quarter of the preset's 12 steps each; ranges meet halfway between two noise levels
     "leapalign",

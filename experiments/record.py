@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 
-from infra.files import replacing
+from infra.files import check_writable, replacing
 from infra.summary import confidence_interval
 from infra.user_code import revision
 
@@ -25,8 +25,11 @@ RESULTS = ROOT / "experiments" / "results"
 
 def run_command(command: Callable[[Any], None], flags: type, description: str | None) -> None:
     """Read a command's flags and run the command. Exits with 2 for wrong flags, with 1 where a training run failed."""
+    cfg = tyro.cli(flags, description=description)
     try:
-        command(tyro.cli(flags, description=description))
+        if cfg.results:  # now, not after hours
+            check_writable(f"--results {cfg.results}", cfg.results.parent)
+        command(cfg)
     except (ValueError, ChildProcessError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None

@@ -123,15 +123,19 @@ def read_lora_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
         metadata = header.metadata() or {}
     settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     config_file = file.with_name("adapter_config.json")
-    if file.name == PEFT and config_file.exists():
+    # People rename the file, which is then known by the names of its tensors.
+    is_peft = file.name == PEFT or any(name.startswith("base_model.") for name in state)
+    if is_peft and config_file.exists():
         settings = json.loads(config_file.read_text())
     check_finite(state.items())
     settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
     # A setting that is no number or no pattern fails here, where `parse_file` names the file.
-    float(settings.get("lora_alpha", 1))
-    for pattern, alpha in settings.get("alpha_pattern", {}).items():
+    if "lora_alpha" in settings:
+        settings["lora_alpha"] = float(settings["lora_alpha"])
+    patterns = settings.get("alpha_pattern", {})
+    for pattern in patterns:
         re.compile(pattern)
-        float(alpha)
+        patterns[pattern] = float(patterns[pattern])
     return state, settings
 
 

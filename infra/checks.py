@@ -64,6 +64,9 @@ def check_numbers(cfg: Config) -> None:
     for spec, lam in zip(cfg.reward, cfg.lam):  # --lam may be empty
         if lam is not None and lam > 1 and reward_name(spec) in COSINES:
             print_on_first_rank(f"note: --lam {lam}: scores of {spec} are cosines, which never reach more than 1")
+    low, high = cfg.low or 0, 1 if cfg.high is None else cfg.high
+    if low > high:
+        raise ValueError(f"--low {low} is above --high {high}: leaps start from noise levels between the two")
     if cfg.cps and (cfg.noise or 0) >= 1:
         raise ValueError(f"--noise must be below 1 with --cps, got {cfg.noise}: 1 is all of the noise")
 
@@ -105,12 +108,12 @@ def check_groups(cfg: Config, process: Process, group: int) -> None:
         )
 
 
-def check_log_names(cfg: Config, method_names: set[str], functions: dict[str, Reward], prompts: Sequence[str]) -> None:
-    """Raise ValueError if two values would be logged under one name. `functions` are the rewards without weights."""
+def check_log_names(cfg: Config, method_names: set[str], weightless: dict[str, Reward], prompts: Sequence[str]) -> None:
+    """Raise ValueError if two values would be logged under one name. `weightless` are the rewards without weights."""
     # Three sources of names in one file: the run's own, the method's and the rewards'. A name of two sources would
     # silently hold the value of the last one.
     tasks = set()
-    for reward in functions.values():
+    for reward in weightless.values():
         if reward.task_of:
             tasks |= {reward.task_of(prompt) for prompt in prompts}
     reward_names = {reward_name(spec) for spec in (*cfg.reward, *cfg.watch)}

@@ -128,9 +128,10 @@ def on_first_rank(run: Callable[[], Item], meanwhile: Callable[[], None] = lambd
 
 
 def on_every_rank(run: Callable[[], Item]) -> Item:
-    """run() on each rank; if it raises on some, so that no rank waits for them, on all.
+    """run() on each rank. If one rank raises, all raise: no rank waits for another that has ended.
 
-    The first error that is a ValueError or OSError names its rank; any other is raised as it is where it happened.
+    The message of a ValueError or OSError names the first rank that raised. Another error, which is a fault of the
+    program, is raised as it is where it happened.
     """
     result, error = attempt(run)
     if error is not None and (dist.get_world_size() == 1 or not isinstance(error, ValueError | OSError)):

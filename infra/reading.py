@@ -38,7 +38,7 @@ def parse_json(file: Path, parse: Callable[[dict[str, Any]], Result], remedy: st
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise ValueError naming a tensor that holds NaN or infinity: of such weights all pictures are black."""
+    """Raise ValueError naming a tensor that holds NaN or infinity: with such weights all pictures are black."""
     for name, tensor in tensors:
         # A sum has what any of its terms has, and is quicker than to look at each.
         if not tensor.sum(dtype=torch.float32).isfinite():

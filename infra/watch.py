@@ -1,4 +1,4 @@
-"""A watched reward falls: reward hacking if the trained reward rises, else divergence.  When to warn, what to use.
+"""Warnings of reward hacking: a watched reward falls while the trained one rises; of divergence, if both fall.
 
 It works on the evaluations of a run, the entries of eval.jsonl.  At every evaluation the image of a prompt starts from
 the same noise, so two evaluations are compared prompt by prompt.

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import evaluate
-from evaluate import EvaluateFlags, evaluate_models, model_label, tags_of
+from evaluate import EvaluateFlags, evaluate_models, model_label, tags_of, without_nonfinite
 from formats.folders import load_pipeline
 from formats.saving import save_pipeline
 from infra.distributed import join
@@ -425,8 +425,9 @@ def test_changes_are_paired_by_prompt_and_images_of_a_prompt_averaged_first():
 
 
 def test_a_folder_of_pictures_scores_as_the_model_that_drew_them(evaluated, prompt_file, tmp_path, monkeypatch, capsys):
-    flags = ["--prompts", prompt_file, "--reward", "tiny", "--steps", "1", "--num", "2"]
-    assert "error" not in output_of(monkeypatch, capsys, *flags, "--keep-images", "--out", tmp_path / "drawn")
+    flags = ["--prompts", prompt_file, "--reward", "tiny", "--num", "2"]
+    draw = ["--steps", "1", "--keep-images", "--out", tmp_path / "drawn"]
+    assert "error" not in output_of(monkeypatch, capsys, *flags, *draw)
     folder = tmp_path / "drawn" / "shapes_tiny-flux" / "images"
     assert "error" not in output_of(monkeypatch, capsys, *flags, "--images", folder, "--out", tmp_path / "read")
     (drawn,), (read,) = scores_in(tmp_path / "drawn").values(), scores_in(tmp_path / "read").values()
@@ -434,6 +435,18 @@ def test_a_folder_of_pictures_scores_as_the_model_that_drew_them(evaluated, prom
     next(folder.iterdir()).unlink()
     refusal = refusal_of(monkeypatch, capsys, *flags, "--images", folder, "--out", tmp_path / "new")
     assert f"--images {folder} holds" in refusal and "--num 2" in refusal
+
+
+@pytest.mark.parametrize("flag, value", [("--size", "64"), ("--seed", "1"), ("--strength", "0.5"), ("--steps", "4")])
+def test_flags_of_drawing_are_refused_with_pictures(flag, value, tmp_path, monkeypatch, capsys):
+    refusal = refusal_of(monkeypatch, capsys, flag, value, "--images", tmp_path, "--out", tmp_path / "out")
+    name = flag.replace("--steps", "--rollout-steps")
+    assert f"{name} means nothing with --images" in refusal
+
+
+def test_results_are_json_whatever_the_numbers_are():
+    scores = {"NaN": {"r": np.array([[1.0, math.inf]])}, "half": math.nan}
+    assert without_nonfinite(scores) == {"NaN": {"r": [[1.0, None]]}, "half": None}
 
 
 def test_a_picture_that_is_lost_is_drawn_again(prompt_file, tmp_path, monkeypatch, capsys):

@@ -137,10 +137,12 @@ def test_a_folder_with_one_lora_is_that_lora(tmp_path):
     assert all(torch.equal(by_file[name], by_folder[name]) for name in WEIGHTS)
 
 
-def test_pefts_alpha_is_that_of_its_config(tmp_path):
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "renamed.safetensors"])
+@pytest.mark.parametrize("kind", [float, str])
+def test_pefts_alpha_is_that_of_its_config(name, kind, tmp_path):
     state = factors(DIFFUSERS, "base_model.model.")
-    save_file(state, tmp_path / "adapter_model.safetensors")
-    settings = dict(r=RANK, lora_alpha=ALPHA, alpha_pattern={"ff.net.2": 2.0})
+    save_file(state, tmp_path / name)
+    settings = dict(r=RANK, lora_alpha=kind(ALPHA), alpha_pattern={"ff.net.2": kind(2)})
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     weights = to_diffusers(with_lora(tmp_path), FLUX.config)
     base = to_diffusers(WEIGHTS, FLUX.config)

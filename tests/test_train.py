@@ -91,6 +91,7 @@ def test_a_short_run_writes_all_its_files(short_run):
         (dict(lora_alpha=2.0), "--lora-alpha means nothing without --lora"),
         (dict(out=Path(__file__) / "run"), "nothing can be written in"),
         (dict(size=("63",), watch=()), "image size 63x63"),
+        (dict(low=0.9, high=0.1), "--low 0.9 is above --high 0.1"),
         (dict(low=0.99), "cannot pick 2 leaps from 1 steps"),
         (dict(method="refl", leaps=3), "--leaps means nothing with --method refl"),
         (dict(method="full", weight="none"), "--weight means nothing with --method full"),

@@ -10,7 +10,7 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
-#SBATCH --output=runs/slurm-%j.log
+#SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
 set -uo pipefail
 source .venv/bin/activate
