@@ -13,7 +13,7 @@ from scorers.common import Score
 # By the stage of an update, or the evaluation: what needs less memory.
 REMEDIES = {
     "rollout": "take a smaller --rollout-batch",
-    "reward": "take a smaller --micro-batch, or --recompute blocks",
+    "reward": "take a smaller --micro-batch, or --vae-bf16",
     "leaps": "take a smaller --micro-batch, or --recompute blocks",
     "update": "train a --lora, or take more GPUs",
     "evaluation": "take a smaller --rollout-batch",

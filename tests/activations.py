@@ -1,6 +1,7 @@
 """What autograd keeps for a backward, counted in the real modules, with memory or on fake tensors without."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -60,7 +61,7 @@ def conditions(config: FluxConfig, b: int, image_tokens: int, text_tokens: int, 
 
 def decode_bytes(vae: AutoencoderKL, b: int, rows: int, columns: int, recompute: bool) -> int:
     """Bytes that decoding b samples of `rows` x `columns` latents keeps."""
-    z = torch.zeros(b, vae.config.latent_channels, rows, columns, requires_grad=True)
+    z = torch.zeros(b, vae.config.latent_channels, rows, columns, dtype=vae.dtype, requires_grad=True)
     if not recompute:
         return backward_bytes(lambda: vae.decode(z))
     vae.enable_gradient_checkpointing()
@@ -68,14 +69,21 @@ def decode_bytes(vae: AutoencoderKL, b: int, rows: int, columns: int, recompute:
 
 
 def built_flux(config: NetworkConfig, lora: int | None, dtype: torch.dtype) -> Network:
-    """A Flux built in its dtype, as fake tensors cannot be cast in place."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    """A Flux built in its dtype."""
+    with built_in(dtype):
         flux = family_of(config).Network(config)
         if lora:
             add_lora(flux, lora, 2 * lora)
         return flux
+
+
+@contextmanager
+def built_in(dtype: torch.dtype) -> Iterator[None]:
+    """Modules that are built within have this dtype: fake tensors cannot be cast in place."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
     finally:
         torch.set_default_dtype(default)
 

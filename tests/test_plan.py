@@ -20,7 +20,16 @@ from infra.distributed import join, local_shard
 from infra.meter import Flops, Meter, network_flops
 from model import FLUX_DEV, Flux, FluxConfig
 from start import empty_flux
-from tests.activations import backward_bytes, built_flux, conditions, decode_bytes, flux_vae, kept_bytes, leap_bytes
+from tests.activations import (
+    backward_bytes,
+    built_flux,
+    built_in,
+    conditions,
+    decode_bytes,
+    flux_vae,
+    kept_bytes,
+    leap_bytes,
+)
 from tools import plan
 from tools.plan import DECODE, ENCODERS, LEAP, OFFLOADED, TEXT_TOKENS, VAE, memory, operations
 
@@ -136,6 +145,14 @@ def test_a_leap_and_a_decode_keep_the_bytes_of_the_plan(recompute, size, b):
         decode = decode_bytes(flux_vae(), b, size // 8, size // 8, recompute == "blocks")
     assert b * (tokens + TEXT_TOKENS) * LEAP[flux1][recompute] == pytest.approx(leap, rel=0.01)
     assert b * size**2 * DECODE[recompute] == pytest.approx(decode, rel=0.001)
+
+
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
+def test_a_bf16_vae_takes_half_of_the_bytes(recompute):
+    with FakeTensorMode(), built_in(BF16):
+        decode = decode_bytes(flux_vae(), 1, 64, 64, recompute == "blocks")
+    sizes = memory(replace(PAPER, size=("512",), micro_batch=1, recompute=recompute, vae_bf16=True), 8, planned_flux())
+    assert sizes["decode"] == pytest.approx(decode, rel=0.001) and sizes["VAE"] == VAE[flux1] / 2
 
 
 @pytest.mark.parametrize("recompute", ["none", "light", "blocks"])

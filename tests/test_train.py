@@ -280,6 +280,11 @@ def test_one_gradient_differs_by_method_and_by_ablation():
         assert all((a - b).norm() > 1e-4 * a.norm() for b in gradients[i + 1 :])
 
 
+def test_the_gradient_through_a_bf16_vae_is_nearly_that_of_fp32():
+    exact, rounded = gradient_of_a_step(Config()).double(), gradient_of_a_step(Config(vae_bf16=True)).double()
+    assert 0 < (rounded - exact).norm() < 0.03 * exact.norm()
+
+
 # ------------------------------------------------------------------------------------------- rewards
 
 

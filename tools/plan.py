@@ -104,6 +104,7 @@ def memory(cfg: Config, gpus: int, flux: Network) -> dict[str, float]:
     bytes_of_weight, bytes_of_moments = (2, 2 * (1 + 4 / 256)) if cfg.lean else (4, 8)
     pixels = max(math.prod(sides(size)) for size in cfg.size)
     tokens = pixels // 16**2  # patches of 2 x 2 latents, of 8 x 8 pixels each
+    share_of_vae = 0.5 if cfg.vae_bf16 else 1.0
     states = (2 * cfg.rollout_steps + 1) * cfg.rollout_batch  # a rollout keeps its states and velocities, in fp32
     sizes = {
         "weights": (trained * bytes_of_weight + frozen) / gpus,
@@ -112,7 +113,7 @@ def memory(cfg: Config, gpus: int, flux: Network) -> dict[str, float]:
         "averages": 0 if cfg.lean else trained * 4 / gpus,
         "encoders": ENCODERS[family] - OFFLOADED[family] * cfg.offload_encoders,
         "rewards": sum(REWARDS.get(reward_name(spec), 0) for spec in (*cfg.reward, *cfg.watch)),
-        "VAE": VAE[family],
+        "VAE": VAE[family] * share_of_vae,
         "states": states * tokens * flux.config.in_channels * 4,
     }
 
@@ -120,7 +121,7 @@ def memory(cfg: Config, gpus: int, flux: Network) -> dict[str, float]:
     gathered = 2 * sum(p.nbytes for p in flux.double_blocks[0].parameters())
     if cfg.fp8:  # a layer at a time, up-cast by way of fp32; linear1 is the largest
         gathered = 6 * flux.single_blocks[0].linear1.linear.weight.numel()
-    decode = cfg.micro_batch * pixels * DECODE[cfg.recompute]
+    decode = cfg.micro_batch * pixels * DECODE[cfg.recompute] * share_of_vae
     leap = cfg.micro_batch * (tokens + TEXT_TOKENS) * LEAP[family][cfg.recompute] + gathered
     # The decode of the reward and the leaps come one after the other.
     sizes |= {"decode": decode, "leap": leap, "peak": sum(sizes.values()) + max(decode, leap)}
