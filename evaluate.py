@@ -47,6 +47,7 @@ from formats.lora_files import read_lora
 from formats.sampling import draw_as_trained
 from formats.weights import weight_files
 from infra.distributed import Process, all_gather_objects, join, on_first_rank
+from infra.failures import is_out_of_memory
 from infra.files import check_writable, content_hash, write_whole
 from infra.flags import check_ranges, flag_of, flags
 from infra.page import models_page
@@ -117,6 +118,10 @@ def main() -> None:
         prefix = f"rank {rank}: " if rank else ""
         print(printable(f"error: {prefix}{error}"), file=sys.stderr)
         raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SystemExit("error: out of memory: take a smaller --batch; the same command goes on from here") from error
 
 
 def evaluate_models(cfg: EvaluateFlags, process: Process) -> None:

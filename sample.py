@@ -26,6 +26,7 @@ from families.common import Text
 from formats.folders import Pipeline, load_pipeline
 from formats.sampling import draw_as_trained
 from infra.distributed import device_of
+from infra.failures import is_out_of_memory
 from infra.files import check_writable
 from infra.flags import check_ranges, flags
 from infra.pictures import contact_sheet
@@ -245,6 +246,10 @@ def main() -> None:
         # What a user can mend is one line, without a traceback.
         print(printable(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SystemExit("error: out of memory: take a smaller --batch or --size, or --bf16") from error
 
 
 def draw_picture(cfg: SampleFlags) -> None:

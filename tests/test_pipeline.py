@@ -1,5 +1,6 @@
 """The pipeline is diffusers' FluxPipeline: the same noise levels, text, pictures and folders."""
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -397,3 +398,16 @@ def test_a_device_that_is_not_there_is_one_line_before_anything_is_read(device, 
         main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"error: --device {device}: torch has no such device here; cpu works everywhere\n"
+
+
+@pytest.mark.parametrize("command, flags", [("sample", ["--prompt", "a circle"]), ("evaluate", ["--reward", "tiny"])])
+def test_out_of_memory_is_one_line_that_says_what_takes_less(command, flags, tmp_path, monkeypatch):
+    def allocate(*_, **__) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.chdir(tmp_path)
+    module = import_module(command)
+    monkeypatch.setattr(module, "load_pipeline", allocate)
+    monkeypatch.setattr("sys.argv", [f"{command}.py", *flags])
+    with pytest.raises(SystemExit, match="error: out of memory: take a smaller --batch"):
+        module.main()
