@@ -206,7 +206,11 @@ def test_the_runs_of_the_shipped_tables_are_found(monkeypatch):
             assert finished[cell.key]["curve"] == run["curve"]
 
 
-@pytest.mark.parametrize("name", ["methods", "updates", "ablations", "ranges", "preset", "x_0"])
+SHIPPED = ("methods", "all", "updates", "ablations", "ranges", "preset", "x_0", "by-level", "by-level-alpha",
+           "flux2-schedule", "twice", "twice-xhat_0")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_tables_are_those_of_the_shipped_runs(name):
     result = json.loads((cells.RESULTS / f"{name}.json").read_text())
     ((equal, rows),) = result["tables"].items()
