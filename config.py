@@ -146,7 +146,8 @@ class Method:
     distance: float | None = None
     """leapalign: fixed k - j instead of a random pair."""
     by_level: bool = False
-    """leapalign: draw k and j by noise level: a step has odds in proportion to its length; else all have equal odds."""
+    """leapalign: draw k and j by noise level: a step has odds in proportion to its length; else all have equal odds.
+    Worth a try where the reward stalls, and on FLUX.2, whose steps crowd at high noise."""
     nested_only: bool = False
     """leapalign: drop the first leap's own term (Eq. 14), a diagnostic."""
     draw: Literal["uniform", "midpoint", "midpoint_j", "dirichlet"] | None = None
@@ -345,7 +346,8 @@ PAPER = Config(
     micro_batch=1,
     recompute="blocks",
 )
-# As FlowBP (arXiv 2606.11075) trains FLUX.2 [klein] base with LeapAlign.
+# As FlowBP (arXiv 2606.11075) trains FLUX.2 [klein] base with LeapAlign. On FLUX.2's schedule, in the shapes world,
+# --by-level does better (experiments/README.md); nobody has tried it on FLUX.2 itself.
 KLEIN = replace(
     PAPER,
     model="weights/FLUX.2-klein-base-4B",
