@@ -207,7 +207,7 @@ def test_the_runs_of_the_shipped_tables_are_found(monkeypatch):
 
 
 SHIPPED = ("methods", "all", "updates", "ablations", "ranges", "preset", "x_0", "by-level", "by-level-alpha",
-           "flux2-schedule", "twice", "twice-xhat_0", "x_0-rewarded")  # fmt: skip
+           "flux2-schedule", "twice", "twice-xhat_0", "twice-lam", "x_0-rewarded")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHIPPED)
