@@ -64,9 +64,9 @@ def check_numbers(cfg: Config) -> None:
     for spec, lam in zip(cfg.reward, cfg.lam):  # --lam may be empty
         if lam is not None and lam > 1 and reward_name(spec) in COSINES:
             print_on_first_rank(f"note: --lam {lam}: scores of {spec} are cosines, which never reach more than 1")
-    low, high = cfg.low or 0, 1 if cfg.high is None else cfg.high
-    if low > high:
-        raise ValueError(f"--low {low} is above --high {high}: leaps start from noise levels between the two")
+    # Of one alone the other is the method's own.
+    if cfg.low is not None and cfg.high is not None and cfg.low > cfg.high:
+        raise ValueError(f"--low {cfg.low} is above --high {cfg.high}: leaps start from noise levels between the two")
     if cfg.cps and (cfg.noise or 0) >= 1:
         raise ValueError(f"--noise must be below 1 with --cps, got {cfg.noise}: 1 is all of the noise")
 
